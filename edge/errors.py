@@ -1,0 +1,238 @@
+"""The error tree: facts as attributes, a stable code, and what to do next. Nothing here knows about HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+
+class EdgeError(Exception):
+    """Base of every error a user may see.
+
+    Attributes:
+        code: Stable, machine-readable name of the kind of error.
+        hint: What to do next, or None where the message already says it.
+    """
+
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}" if self.hint else self.message
+
+
+class ConfigError(EdgeError):
+    """A setting that cannot be used."""
+
+    code = "invalid_config"
+
+
+class InvalidRequest(EdgeError):
+    """A request that breaks the API's rules; `field` is the JSON path of what is wrong, where one is."""
+
+    code = "invalid_request"
+
+    def __init__(self, message: str, *, field: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.field = field
+
+
+class ContextOverflow(InvalidRequest):
+    """The prompt and the tokens asked for do not fit the context."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, *, limit_tokens: int, prompt_tokens: int, completion_tokens: int) -> None:
+        requested = prompt_tokens + completion_tokens
+        # The wording agents parse: OpenAI's own, as llama-cpp-python repeats it.
+        super().__init__(
+            f"This model's maximum context length is {limit_tokens} tokens. However, you requested {requested} "
+            f"tokens ({prompt_tokens} in the messages, {completion_tokens} in the completion). "
+            "Please reduce the length of the messages or completion.",
+            field="messages",
+        )
+        self.limit_tokens = limit_tokens
+        self.prompt_tokens = prompt_tokens
+        self.completion_tokens = completion_tokens
+
+
+class InvalidReference(EdgeError):
+    """A model name or source that cannot be parsed."""
+
+    code = "invalid_reference"
+
+
+class ModelNotFound(EdgeError):
+    """No model of that name is in the store."""
+
+    code = "model_not_found"
+
+    def __init__(self, ref: str, *, known: Sequence[str] = ()) -> None:
+        listed = ", ".join(known) if known else "none yet"
+        super().__init__(
+            f"The model '{ref}' is not in the store.",
+            hint=f"Models here: {listed}. Get one with: edge pull NAME.",
+        )
+        self.ref = ref
+        self.known = tuple(known)
+
+
+class InvalidModelFile(EdgeError):
+    """A file that claims to be a model and breaks its format."""
+
+    code = "invalid_model_file"
+
+    def __init__(self, what: str, reason: str) -> None:
+        super().__init__(
+            f"{what} is refused: {reason}.",
+            hint="The file is damaged, cut short or not of this format; fetch it again from its source.",
+        )
+        self.what = what
+        self.reason = reason
+
+
+class UnsupportedFormat(EdgeError):
+    """A format or model family that this version does not handle."""
+
+    code = "unsupported_format"
+
+
+class DigestMismatch(EdgeError):
+    """Bytes that are not what their digest says."""
+
+    code = "digest_mismatch"
+
+    def __init__(self, what: str, *, expected: str, actual: str) -> None:
+        super().__init__(
+            f"{what}: expected {expected}, got {actual}.",
+            hint="The bytes were changed on the way or on the disk; fetch them again.",
+        )
+        self.expected = expected
+        self.actual = actual
+
+
+class StoreError(EdgeError):
+    """The store on disk cannot be read or written."""
+
+    code = "store_error"
+
+
+class DiskFull(StoreError):
+    """Not enough room on the disk."""
+
+    code = "disk_full"
+
+    def __init__(self, *, required_bytes: int, available_bytes: int) -> None:
+        super().__init__(
+            f"Not enough disk space: {required_bytes:,} bytes are needed, {available_bytes:,} are free.",
+            hint="Remove a model with: edge rm NAME.",
+        )
+        self.required_bytes = required_bytes
+        self.available_bytes = available_bytes
+
+
+class SourceUnavailable(EdgeError):
+    """A place that models come from could not be reached or answered with an error."""
+
+    code = "source_unavailable"
+
+
+class DoesNotFit(EdgeError):
+    """A model needs more memory than there is."""
+
+    code = "does_not_fit"
+
+    def __init__(self, what: str, *, required_bytes: int, available_bytes: int, fits: Sequence[str] = ()) -> None:
+        options = "; ".join(fits) or "a smaller model or quantization"
+        super().__init__(
+            f"{what} needs {required_bytes / 2**20:,.0f} MiB of memory and {available_bytes / 2**20:,.0f} MiB are "
+            f"available.",
+            hint=f"What would fit: {options}.",
+        )
+        self.required_bytes = required_bytes
+        self.available_bytes = available_bytes
+        self.fits = tuple(fits)
+
+
+class QueueFull(EdgeError):
+    """Too much is waiting already."""
+
+    code = "queue_full"
+
+    def __init__(self, *, retry_after_s: float) -> None:
+        super().__init__("The queue is full.", hint=f"Try again in {retry_after_s:.0f} s.")
+        self.retry_after_s = retry_after_s
+
+
+class ModelLoading(EdgeError):
+    """The model is being loaded and did not become ready in the time the request could wait."""
+
+    code = "model_loading"
+
+    def __init__(self, ref: str, *, retry_after_s: float) -> None:
+        super().__init__(f"The model '{ref}' is still loading.", hint=f"Try again in {retry_after_s:.0f} s.")
+        self.retry_after_s = retry_after_s
+
+
+class BackendError(EdgeError):
+    """The inference library failed."""
+
+    code = "backend_error"
+
+
+class WorkerDied(BackendError):
+    """The engine process ended while it held this request."""
+
+    code = "worker_died"
+
+    def __init__(self, ref: str, *, reason: str) -> None:
+        super().__init__(
+            f"The engine of '{ref}' ended in the middle of this request ({reason}).",
+            hint="It is being restarted; send the request again.",
+        )
+        self.ref = ref
+        self.reason = reason
+
+
+class ServerStopping(EdgeError):
+    """The appliance is shutting down."""
+
+    code = "server_stopping"
+
+
+class RecipeError(EdgeError):
+    """A quantization that cannot be done as asked."""
+
+    code = "invalid_recipe"
+
+
+class GatewayUnavailable(EdgeError):
+    """The telemetry gateway could not be reached or refused."""
+
+    code = "gateway_unavailable"
+
+
+class ServerUnavailable(EdgeError):
+    """No appliance answers at that address."""
+
+    code = "server_unavailable"
+
+
+class MissingExtra(EdgeError):
+    """A library of an optional part is not installed."""
+
+    code = "missing_extra"
+
+    def __init__(self, extra: str, *, needed_for: str) -> None:
+        super().__init__(f"{needed_for} needs the extra '{extra}'.", hint=f"pip install 'slm-edge[{extra}]'")
+        self.extra = extra
+
+
+class ToolMissing(EdgeError):
+    """A program of the operating system is not installed."""
+
+    code = "tool_missing"

