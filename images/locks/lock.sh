@@ -19,3 +19,8 @@ compile core.txt pyproject.toml "$@"
 compile workstation.txt pyproject.toml --extra quantize --constraint $here/core.txt "$@"
 compile dev.txt pyproject.toml --extra quantize --group dev --constraint $here/workstation.txt "$@"
 compile build.txt pyproject.toml --extra build --constraint $here/workstation.txt "$@"
+# For images: the tools that build wheels inside one, and the engine apart from the rest, so that another version of
+# some other package does not compile llama.cpp anew.
+uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate \
+    --output-file $here/native.txt $here/native.in "$@"
+sed -n '/^llama-cpp-python==/,/^[^ ]*==/{/^llama-cpp-python==\|^ /p}' $here/core.txt > $here/llama.txt
