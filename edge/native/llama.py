@@ -13,6 +13,7 @@ import sys
 import threading
 import types
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from edge.errors import BackendError
@@ -55,6 +56,17 @@ def last_error() -> str:
     return _last_errors[-1] if _last_errors else ""
 
 
+def _load_backends(library: Any) -> None:
+    """Load the backends that lie beside the library, of each the variant that is best on this CPU.
+
+    A portable build (GGML_BACKEND_DL, GGML_CPU_ALL_VARIANTS) has none linked in. The directory is named because ggml
+    would otherwise look beside the Python executable and in the current directory (ggml-backend-reg.cpp).
+    """
+    if library.ggml_backend_reg_count() == 0:
+        directory = Path(library._name).parent
+        library.ggml_backend_load_all_from_path(ctypes.c_char_p(str(directory).encode()))
+
+
 @cache
 def _load() -> Any:
     _package_without_init()
@@ -65,6 +77,7 @@ def _load() -> Any:
     callback = lib.llama_log_callback(_on_log)
     _keep_alive.append(callback)
     lib.llama_log_set(callback, ctypes.c_void_p(0))
+    _load_backends(lib._lib)
     lib.llama_backend_init()
     return lib
 
