@@ -1,0 +1,90 @@
+"""Memory and cores this process may use: the kernel's word, cut by its control groups. Reads only."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_UNLIMITED = 1 << 60  # cgroup v1 says "no limit" with a number near 2^63
+
+
+def _read_int(path: Path) -> int | None:
+    try:
+        text = path.read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _meminfo(root: Path) -> dict[str, int]:
+    try:
+        lines = (root / "proc/meminfo").read_text("ascii").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return {}
+    fields = (line.replace(":", "").split() for line in lines)
+    return {f[0]: int(f[1]) * 1024 for f in fields if len(f) >= 2 and f[1].isdigit()}
+
+
+def _cgroup_dirs(root: Path) -> list[Path]:
+    """Directories of this process's memory control group and its parents, v2 or v1, from leaf to root."""
+    base = root / "sys/fs/cgroup"
+    try:
+        lines = (root / "proc/self/cgroup").read_text("ascii").splitlines()
+    except (OSError, UnicodeDecodeError):
+        lines = []
+    found: list[Path] = []
+    for line in lines:
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = base / "memory" if controllers else base
+        leaf = top / path.strip("/")
+        found += [d for d in (leaf, *leaf.parents) if d == top or top in d.parents]
+    return found or [base, base / "memory"]
+
+
+def _cgroup_available(directory: Path) -> int | None:
+    limit = _read_int(directory / "memory.max") or _read_int(directory / "memory.limit_in_bytes")
+    used = _read_int(directory / "memory.current") or _read_int(directory / "memory.usage_in_bytes")
+    if limit is None or limit >= _UNLIMITED or used is None:
+        return None
+    return max(0, limit - used + _reclaimable(directory))
+
+
+def _reclaimable(directory: Path) -> int:
+    """File pages that the kernel gives back before it kills: counted as used, yet available."""
+    try:
+        lines = (directory / "memory.stat").read_text("ascii").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return 0
+    stat = {k: int(v) for k, _, v in (line.partition(" ") for line in lines) if v.isdigit()}
+    return stat.get("total_inactive_file", stat.get("inactive_file", 0))
+
+
+def total_bytes(root: Path = Path("/")) -> int:
+    """Memory of the machine, or the tightest control group's limit where that is less."""
+    limits = [
+        v
+        for d in _cgroup_dirs(root)
+        for name in ("memory.max", "memory.limit_in_bytes")
+        if (v := _read_int(d / name)) is not None
+    ]
+    return min([_meminfo(root).get("MemTotal", _UNLIMITED), *limits])
+
+
+def available_bytes(root: Path = Path("/")) -> int:
+    """Memory that can be taken now without swapping: MemAvailable, cut by each control group around this process."""
+    groups = [v for d in _cgroup_dirs(root) if (v := _cgroup_available(d)) is not None]
+    return min([_meminfo(root).get("MemAvailable", _UNLIMITED), *groups])
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Cores this process may run on: its affinity, cut by the control group's quota (rounded up), at least one."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = (root / "sys/fs/cgroup/cpu.max").read_text("ascii").split()
+    except (OSError, ValueError, UnicodeDecodeError):
+        return cores
+    if not quota.isdigit() or not period.isdigit() or int(period) == 0:
+        return cores
+    return max(1, min(cores, -(-int(quota) // int(period))))

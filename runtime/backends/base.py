@@ -1,0 +1,82 @@
+"""What computes: the seam between the engine and an inference library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.batch import Batch
+from runtime.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a backend can hold and do; the scheduler plans within it.
+
+    Attributes:
+        num_slots: Sequences it computes at once.
+        num_cells: KV cells that the slots share.
+        context_tokens: Longest single sequence.
+        max_step_tokens: Most tokens of one decode.
+        partial_reuse: Whether cells can be cut and shared at any length.
+    """
+
+    num_slots: int
+    num_cells: int
+    context_tokens: int
+    max_step_tokens: int
+    partial_reuse: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a loaded model says of itself."""
+
+    description: str
+    architecture: str
+    num_parameters: int
+    size_bytes: int
+    vocab_size: int
+    trained_context_tokens: int
+    chat_template: str | None
+    bos: str
+    eos: str
+    control_texts: Sequence[str]
+    """Texts of the control tokens."""
+
+
+class Backend(Protocol):
+    """One loaded model. All methods belong to one thread, but for `tokenizer`, which any may use."""
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    @property
+    def facts(self) -> ModelFacts: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    def decode(self, batch: Batch) -> NDArray[np.float32]:
+        """Run one step: the cache changes in order, then the chunks.
+
+        Returns:
+            Scores after the chunks that want them, in their order, shape ``(num_logits, vocab)``. Valid until the
+            next call.
+
+        Raises:
+            BackendError: The step failed; the cache is then undefined and must be cleared.
+        """
+        ...
+
+    def clear(self) -> None:
+        """Empty the cache."""
+        ...
+
+    def close(self) -> None:
+        """Free everything. Further calls do nothing."""
+        ...

@@ -1,0 +1,309 @@
+"""The engine's seam over llama.cpp's C API: one model, one context, one unified KV cache."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.errors import BackendError, DoesNotFit, InvalidModelFile
+from edge.native.llama import bindings, last_error
+from runtime.backends.base import Capabilities, ModelFacts
+from runtime.batch import Batch, CopyPrefix
+from runtime.request import TokenId
+
+UBATCH_TOKENS = 512
+DEFAULT_CELLS = 32768
+"""Most cells taken without being asked for; a request may use all of them."""
+PROCESS_BYTES = 96 << 20
+"""Room for the interpreter, the library and its activations."""
+KV_SHARE = 0.5
+"""Share of the memory left after the weights that the cells may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaOptions:
+    """How to open a model.
+
+    Attributes:
+        context_tokens: KV cells; 0 chooses from the model's training and the memory there is.
+        available_bytes: Memory the model may take.
+    """
+
+    threads: int
+    num_slots: int
+    step_tokens: int
+    context_tokens: int
+    available_bytes: int
+
+
+def choose_cells(*, asked: int, trained: int, num_slots: int, bytes_per_cell: int, room_bytes: int) -> int:
+    """KV cells to allocate: what was asked for, else twice the trained context (one long request beside many short
+    ones), at most `DEFAULT_CELLS` and what fits; a multiple of 256.
+
+    Raises:
+        DoesNotFit: Not even the cells asked for, or 1,024, fit.
+    """
+    fitting = max(0, room_bytes) // max(1, bytes_per_cell)
+    wanted = asked or min(max(2 * trained, 4096), DEFAULT_CELLS)
+    least = asked or min(1024, trained)
+    if fitting < least:
+        fits = [f"context_tokens = {fitting // 256 * 256}"] if fitting >= 512 else []
+        raise DoesNotFit(
+            f"A KV cache of {least} cells",
+            required_bytes=least * bytes_per_cell,
+            available_bytes=max(0, room_bytes),
+            fits=fits,
+        )
+    cells = wanted if asked else min(wanted, int(fitting * KV_SHARE) or fitting)
+    return max(256, cells // 256 * 256)
+
+
+class LlamaTokenizer:
+    """The vocabulary of a loaded model. Safe from any thread: the library's vocabulary is constant."""
+
+    def __init__(self, vocab: Any) -> None:
+        self._lib = bindings()
+        self._vocab = vocab
+        self._pieces: dict[TokenId, bytes] = {}
+        self.vocab_size: int = self._lib.llama_vocab_n_tokens(vocab)
+        self._eog_tokens = frozenset(t for t in range(self.vocab_size) if self._lib.llama_vocab_is_eog(vocab, t))
+        self._is_sentencepiece = self._lib.llama_vocab_type(vocab) == self._lib.LLAMA_VOCAB_TYPE_SPM
+
+    @property
+    def eog_tokens(self) -> frozenset[TokenId]:
+        """Tokens with which the model ends an answer."""
+        return self._eog_tokens
+
+    @cached_property
+    def control_texts(self) -> tuple[str, ...]:
+        """Texts that spell a control token."""
+        lib = self._lib
+        found = [t for t in range(self.vocab_size) if lib.llama_vocab_is_control(self._vocab, t)]
+        return tuple(text for t in found if (text := self.text(t)))
+
+    def text(self, token: TokenId) -> str:
+        """What spells a token in a prompt, control tokens too."""
+        return self._piece(token, special=True).decode("utf-8", "replace")
+
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[TokenId]:
+        """Tokens of a text; see :class:`runtime.tokenizer.Tokenizer`."""
+        if not add_special and self._is_sentencepiece:
+            return self._encode_without_prefix(text, parse_special=parse_special)
+        return self._encode(text.encode(), add_special=add_special, parse_special=parse_special)
+
+    def _encode_without_prefix(self, text: str, *, parse_special: bool) -> list[TokenId]:
+        """SentencePiece puts a space before every text; a sentinel in front takes it, and its tokens are cut off."""
+        sentinel = self._encode(b"\x02", add_special=False, parse_special=False)
+        tokens = self._encode(b"\x02" + text.encode(), add_special=False, parse_special=parse_special)
+        if tokens[: len(sentinel)] == sentinel:
+            return tokens[len(sentinel) :]
+        return self._encode(text.encode(), add_special=False, parse_special=parse_special)
+
+    def _encode(self, data: bytes, *, add_special: bool, parse_special: bool) -> list[TokenId]:
+        size = len(data) + 16
+        buffer = (ctypes.c_int32 * size)()
+        count: int = self._lib.llama_tokenize(self._vocab, data, len(data), buffer, size, add_special, parse_special)
+        if count < 0:
+            raise BackendError(f"The tokenizer needs {-count} tokens for {len(data)} bytes.")
+        return buffer[:count]
+
+    def piece(self, token: TokenId) -> bytes:
+        """Bytes of a token in an answer; empty for control tokens."""
+        found = self._pieces.get(token)
+        if found is None:
+            found = self._pieces[token] = self._piece(token, special=False)
+        return found
+
+    def _piece(self, token: TokenId, *, special: bool) -> bytes:
+        buffer = ctypes.create_string_buffer(256)
+        count: int = self._lib.llama_token_to_piece(self._vocab, token, buffer, 256, 0, special)
+        return buffer.raw[: max(count, 0)]
+
+
+_INT32 = ctypes.POINTER(ctypes.c_int32)
+
+
+class _NativeBatch:
+    """The arrays behind one reusable `llama_batch`; numpy owns the memory."""
+
+    def __init__(self, lib: Any, size: int) -> None:
+        self.tokens = np.zeros(size, np.int32)
+        self.positions = np.zeros(size, np.int32)
+        self.slots = np.zeros(size, np.int32)
+        self.logits = np.zeros(size, np.int8)
+        self._ones = np.ones(size, np.int32)
+        self._slot_pointers = (np.arange(size, dtype=np.uint64) * 4 + self.slots.ctypes.data).astype(np.uint64)
+        b = self.native = lib.llama_batch()
+        b.token, b.pos = _pointer(self.tokens, _INT32), _pointer(self.positions, _INT32)
+        b.n_seq_id = _pointer(self._ones, _INT32)
+        b.seq_id = _pointer(self._slot_pointers, ctypes.POINTER(_INT32))
+        b.logits = _pointer(self.logits, ctypes.POINTER(ctypes.c_int8))
+
+    def fill(self, batch: Batch) -> None:
+        at = 0
+        for chunk in batch.chunks:
+            end = at + len(chunk.tokens)
+            self.tokens[at:end] = chunk.tokens
+            self.positions[at:end] = range(chunk.start, chunk.start + len(chunk.tokens))
+            self.slots[at:end] = chunk.slot
+            self.logits[at:end] = 0
+            self.logits[end - 1] = chunk.wants_logits
+            at = end
+        self.native.n_tokens = at
+
+
+def _pointer(array: NDArray[Any], pointer_type: Any) -> Any:
+    return ctypes.cast(ctypes.c_void_p(array.ctypes.data), pointer_type)
+
+
+class LlamaBackend:
+    """A GGUF model through llama.cpp. One thread owns it; `tokenizer` may be used from any.
+
+    Raises:
+        InvalidModelFile: The library refuses the file.
+        DoesNotFit: The weights or the KV cache need more memory than `options` allows.
+        BackendError: The context cannot be made.
+    """
+
+    def __init__(
+        self, path: Path, options: LlamaOptions, *, on_progress: Callable[[float], None] | None = None
+    ) -> None:
+        self._lib = lib = bindings()
+        self._context: Any = None
+        self._model: Any = None
+        size = path.stat().st_size
+        if size > options.available_bytes:
+            raise DoesNotFit(path.name, required_bytes=size, available_bytes=options.available_bytes)
+        self._model = self._load(path, on_progress)
+        self.tokenizer = LlamaTokenizer(lib.llama_model_get_vocab(self._model))
+        self._vocab_size = self.tokenizer.vocab_size
+        cells = self._cells(options, room_bytes=options.available_bytes - size - self._compute_bytes(options))
+        self._context = self._open_context(options, cells)
+        self._memory = lib.llama_get_memory(self._context)
+        self._batch = _NativeBatch(lib, options.step_tokens)
+        trained: int = lib.llama_model_n_ctx_train(self._model)
+        carries_state = lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model)
+        self._capabilities = Capabilities(
+            options.num_slots, cells, min(trained, cells), options.step_tokens, partial_reuse=not carries_state
+        )
+
+    def _load(self, path: Path, on_progress: Callable[[float], None] | None) -> Any:
+        lib = self._lib
+        params = lib.llama_model_default_params()
+        params.n_gpu_layers = -1
+        if on_progress is not None:
+
+            def report(fraction: float, _user: object) -> bool:
+                on_progress(fraction)
+                return True
+
+            self._progress = lib.llama_progress_callback(report)
+            params.progress_callback = self._progress
+        model = lib.llama_model_load_from_file(str(path).encode(), params)
+        if not model:
+            raise InvalidModelFile(path.name, last_error() or "llama.cpp cannot load it")
+        return model
+
+    def _compute_bytes(self, options: LlamaOptions) -> int:
+        """Memory beside weights and cells. The largest compute buffer holds one row of scores for each token of a
+        micro-batch, and the output buffer one for each token of a step that wants them."""
+        return PROCESS_BYTES + 2 * min(UBATCH_TOKENS, options.step_tokens) * self._vocab_size * 4
+
+    def _cells(self, options: LlamaOptions, *, room_bytes: int) -> int:
+        lib, model = self._lib, self._model
+        heads = max(1, lib.llama_model_n_head(model))
+        width: int = lib.llama_model_n_embd(model) // heads * lib.llama_model_n_head_kv(model)
+        return choose_cells(
+            asked=options.context_tokens,
+            trained=lib.llama_model_n_ctx_train(model),
+            num_slots=options.num_slots,
+            bytes_per_cell=2 * 2 * width * lib.llama_model_n_layer(model),
+            room_bytes=room_bytes,
+        )
+
+    def _open_context(self, options: LlamaOptions, cells: int) -> Any:
+        lib = self._lib
+        params = lib.llama_context_default_params()
+        params.n_ctx, params.n_batch = cells, options.step_tokens
+        params.n_ubatch = min(UBATCH_TOKENS, options.step_tokens)
+        params.n_seq_max = options.num_slots
+        params.n_threads = params.n_threads_batch = options.threads
+        params.kv_unified, params.no_perf = True, True
+        params.swa_full = True  # a sliding window would forget the prefixes that slots keep for reuse
+        context = lib.llama_init_from_model(self._model, params)
+        if not context:
+            raise BackendError(
+                f"llama.cpp cannot make a context of {cells} cells: {last_error() or 'no reason given'}."
+            )
+        return context
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._capabilities
+
+    @property
+    def facts(self) -> ModelFacts:
+        lib, model = self._lib, self._model
+        vocab = lib.llama_model_get_vocab(model)
+        template: bytes | None = lib.llama_model_chat_template(model, None)
+        bos, eos = (
+            self.tokenizer.text(t) if t >= 0 else "" for t in (lib.llama_vocab_bos(vocab), lib.llama_vocab_eos(vocab))
+        )
+        return ModelFacts(
+            description=self._text(lib.llama_model_desc),
+            architecture=self._meta("general.architecture"),
+            num_parameters=lib.llama_model_n_params(model),
+            size_bytes=lib.llama_model_size(model),
+            vocab_size=self._vocab_size,
+            trained_context_tokens=lib.llama_model_n_ctx_train(model),
+            chat_template=template.decode("utf-8", "replace") if template else None,
+            bos=bos,
+            eos=eos,
+            control_texts=self.tokenizer.control_texts,
+        )
+
+    def _text(self, read: Callable[[Any, Any, int], int]) -> str:
+        buffer = ctypes.create_string_buffer(256)
+        read(self._model, buffer, 256)
+        return buffer.value.decode("utf-8", "replace")
+
+    def _meta(self, key: str) -> str:
+        return self._text(lambda m, b, n: self._lib.llama_model_meta_val_str(m, key.encode(), b, n))
+
+    def decode(self, batch: Batch) -> NDArray[np.float32]:
+        """Run one step; see :class:`runtime.backends.base.Backend`."""
+        lib = self._lib
+        for op in batch.cache_ops:
+            if isinstance(op, CopyPrefix):
+                lib.llama_memory_seq_cp(self._memory, op.source, op.target, 0, op.length)
+            elif not lib.llama_memory_seq_rm(self._memory, op.slot, op.length, -1):
+                raise BackendError(f"The cache of slot {op.slot} cannot be cut at {op.length}.")
+        self._batch.fill(batch)
+        status: int = lib.llama_decode(self._context, self._batch.native)
+        if status:
+            raise BackendError(f"llama_decode failed with status {status}: {last_error() or 'no reason given'}.")
+        rows = batch.num_logits
+        if not rows:
+            lib.llama_synchronize(self._context)
+            return np.empty((0, self._vocab_size), np.float32)
+        return np.ctypeslib.as_array(lib.llama_get_logits(self._context), (rows, self._vocab_size))
+
+    def clear(self) -> None:
+        """Empty the cache."""
+        self._lib.llama_memory_clear(self._memory, True)
+
+    def close(self) -> None:
+        """Free the context and the model."""
+        if self._context:
+            self._lib.llama_free(self._context)
+            self._context = None
+        if self._model:
+            self._lib.llama_model_free(self._model)
+            self._model = None

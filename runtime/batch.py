@@ -1,0 +1,62 @@
+"""The work of one engine step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runtime.request import TokenId
+from runtime.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A run of one sequence's tokens.
+
+    Attributes:
+        start: Position of the first token.
+        tokens: What is computed, in order.
+        wants_logits: Whether the scores after the last token are needed.
+    """
+
+    sequence: Sequence
+    slot: int
+    start: int
+    tokens: list[TokenId]
+    wants_logits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CopyPrefix:
+    """Before the step: share the first `length` cells of `source` with `target`, which is empty."""
+
+    source: int
+    target: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Truncate:
+    """Before the step: drop what `slot` holds beyond its first `length` cells."""
+
+    slot: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step: changes to the cache in order, then one ragged decode.
+
+    Attributes:
+        chunks: Ordered by slot, each slot at most once.
+    """
+
+    cache_ops: tuple[CopyPrefix | Truncate, ...]
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(c.tokens) for c in self.chunks)
+
+    @property
+    def num_logits(self) -> int:
+        return sum(c.wants_logits for c in self.chunks)

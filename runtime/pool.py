@@ -1,0 +1,481 @@
+"""The front's side of the workers: start, watch, restart, route. One event loop owns it; nothing here blocks."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from edge.store.models import ModelStore, StoredModel
+from typing_extensions import override
+
+from edge import errors
+from edge.config import Settings
+from edge.errors import BackendError, DoesNotFit, EdgeError, ModelLoading, ServerStopping, WorkerDied
+from runtime import wire
+
+log = logging.getLogger("edge.pool")
+
+LOAD_TIMEOUT_S = 300.0
+"""A load that shows no progress for this long has failed."""
+READY_WAIT_S = 120.0
+"""How long a request waits for its model before it is told to come back."""
+STOP_TIMEOUT_S = 10.0
+SILENCE_S = 120.0
+"""A worker that holds requests and completes no step for this long is hung; a step takes seconds at worst."""
+BACKOFF_S = (0.1, 0.5, 2.0, 5.0, 15.0, 30.0)
+RATE_WINDOW_S = 5.0
+
+State = Literal["unloaded", "loading", "ready", "failed"]
+
+
+def error_from_wire(f: wire.Failed, *, ref: str) -> EdgeError:
+    """The error a worker sent, as the class of the same code."""
+    if f.code == "queue_full":
+        return errors.QueueFull(retry_after_s=f.retry_after_s or 5)
+    for kind in (errors.InvalidRequest, errors.InvalidModelFile, errors.DoesNotFit, errors.UnsupportedFormat):
+        if f.code == kind.code:
+            return _rebuilt(kind, f)
+    if f.code == errors.ContextOverflow.code:
+        return _rebuilt(errors.ContextOverflow, f)
+    return BackendError(f"{ref}: {f.message}", hint=f.hint)
+
+
+def _rebuilt(kind: type[EdgeError], f: wire.Failed) -> EdgeError:
+    """An error of a class whose constructor takes facts that did not travel: only message, hint and field did."""
+    error = kind.__new__(kind)
+    EdgeError.__init__(error, f.message, hint=f.hint)
+    if isinstance(error, errors.InvalidRequest):
+        error.field = f.field
+    return error
+
+
+class Generation:
+    """One request on its way through a worker: an iterator of what each step gave it.
+
+    Holds the whole answer if need be (it is bounded by `max_tokens`), so a slow reader never holds the engine.
+    """
+
+    def __init__(self, request_id: int, cancel: Callable[[int], None]) -> None:
+        self.id = request_id
+        self._cancel = cancel
+        self._pieces: list[wire.Piece] = []
+        self._error: EdgeError | None = None
+        self._done = False
+        self._wake: asyncio.Future[None] | None = None
+
+    def push(self, piece: wire.Piece) -> None:
+        """Take a step's result."""
+        self._pieces.append(piece)
+        self._done = self._done or piece.finish_reason is not None
+        self._notify()
+
+    def fail(self, error: EdgeError) -> None:
+        """End with an error, after what came before it."""
+        if not self._done:
+            self._error, self._done = error, True
+            self._notify()
+
+    def _notify(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    def cancel(self) -> None:
+        """Give up; the engine drops it before its next step. Harmless when it is over."""
+        if not self._done:
+            self._done = True
+            self._cancel(self.id)
+
+    async def steps(self) -> AsyncIterator[list[wire.Piece]]:
+        """What came since the last look, until the answer ends.
+
+        Raises:
+            EdgeError: The request failed.
+        """
+        while True:
+            if not self._pieces and not self._done:
+                self._wake = asyncio.get_running_loop().create_future()
+                await self._wake
+            pieces, self._pieces = self._pieces, []
+            if pieces:
+                yield pieces
+            if self._done and not self._pieces:
+                if self._error is not None:
+                    raise self._error
+                return
+
+
+class _FrameProtocol(asyncio.Protocol):
+    """Cuts the byte stream from a worker into messages."""
+
+    def __init__(self, on_message: Callable[[wire.ToFront], None], on_lost: Callable[[], None]) -> None:
+        self._buffer = bytearray()
+        self._on_message = on_message
+        self._on_lost = on_lost
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        buffer = self._buffer
+        buffer += data
+        at = 0
+        while len(buffer) - at >= wire.HEADER_BYTES:
+            start = at + wire.HEADER_BYTES
+            end = start + wire.frame_length(bytes(buffer[at:start]))
+            if len(buffer) < end:
+                break
+            self._on_message(wire.to_front_decoder.decode(memoryview(buffer)[start:end].tobytes()))
+            at = end
+        del buffer[:at]
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._on_lost()
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Counters at one heartbeat."""
+
+    at: float
+    prompt_tokens: int
+    output_tokens: int
+
+
+class ModelHost:
+    """One model of the store and the worker that serves it, if one does."""
+
+    def __init__(self, settings: Settings, model: StoredModel) -> None:
+        self.settings = settings
+        self.model = model
+        self.ref = str(model.ref)
+        self.state: State = "unloaded"
+        self.error: EdgeError | None = None
+        self.ready: wire.Ready | None = None
+        self.heartbeat: wire.Heartbeat | None = None
+        self.num_restarts = 0
+        self.ready_since: float | None = None
+        self.last_used = time.monotonic()
+        self._samples: deque[Sample] = deque()
+        self._generations: dict[int, Generation] = {}
+        self._next_id = 0
+        self._process: asyncio.subprocess.Process | None = None
+        self._transport: asyncio.Transport | None = None
+        self._changed = asyncio.Event()
+        self._supervisor: asyncio.Task[None] | None = None
+        self._last_progress = 0.0
+        self._last_steps = -1
+        self._wanted = False
+
+    # ------------------------------------------------------------------ what others ask
+
+    @property
+    def num_active(self) -> int:
+        """Requests in the worker, running or waiting."""
+        return len(self._generations)
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the worker."""
+        return self._process.pid if self._process is not None else None
+
+    def rates(self) -> tuple[float, float]:
+        """Tokens per second read and generated over the last few seconds."""
+        if len(self._samples) < 2:
+            return 0.0, 0.0
+        first, last = self._samples[0], self._samples[-1]
+        span = max(last.at - first.at, 1e-6)
+        return (last.prompt_tokens - first.prompt_tokens) / span, (last.output_tokens - first.output_tokens) / span
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Start the worker if there is none, and wait until it answers.
+
+        Raises:
+            ModelLoading: It is not ready in time.
+            EdgeError: The load failed.
+        """
+        self.last_used = time.monotonic()
+        if not self._wanted:
+            self._wanted = True
+            self._set_state("loading")
+            self._supervisor = asyncio.create_task(self._supervise(), name=f"worker {self.ref}")
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self.state == "loading":
+                    await self._changed.wait()
+        except TimeoutError as e:
+            raise ModelLoading(self.ref, retry_after_s=10) from e
+        if self.state != "ready":
+            raise self.error or ServerStopping("The model was unloaded.")
+
+    def submit(self, make: Callable[[int], wire.Generate]) -> Generation:
+        """Send a request to the worker, which must be ready.
+
+        Raises:
+            WorkerDied: It ended a moment ago.
+        """
+        if self._transport is None or self.state != "ready":
+            raise WorkerDied(self.ref, reason="it is not running")
+        self._next_id += 1
+        self.last_used = time.monotonic()
+        generation = Generation(self._next_id, self._cancel)
+        self._generations[self._next_id] = generation
+        self._send(make(self._next_id))
+        return generation
+
+    async def unload(self) -> None:
+        """End the worker and give its memory back. Requests it still holds end with an error."""
+        self._wanted = False
+        self._fail_all(ServerStopping(f"The model '{self.ref}' was unloaded."))
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.wait([self._supervisor])
+            self._supervisor = None
+        await self._end_process()
+        self._set_state("unloaded")
+
+    # ------------------------------------------------------------------ the process
+
+    async def _supervise(self) -> None:
+        """Keep a worker running until the model is unloaded; a load that fails ends it."""
+        failures = 0
+        while self._wanted:
+            self._set_state("loading")
+            await self._start_process()
+            reason = await self._watch()
+            if self.state == "failed":
+                self._wanted = False
+                return
+            lived = time.monotonic() - (self.ready_since or time.monotonic())
+            failures = 1 if lived > 60 else failures + 1
+            self.num_restarts += 1
+            self._set_state("loading")
+            log.error("the worker of %s ended: %s", self.ref, reason)
+            self._fail_all(WorkerDied(self.ref, reason=reason))
+            await asyncio.sleep(BACKOFF_S[min(failures - 1, len(BACKOFF_S) - 1)])
+
+    async def _start_process(self) -> None:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        loop = asyncio.get_running_loop()
+        self.settings.logs_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            with self._log_path().open("ab") as log_file:
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable, "-m", "runtime.worker", str(theirs.fileno()), str(os.getpid()),
+                    pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL, stdout=log_file, stderr=log_file,
+                )  # fmt: skip
+        finally:
+            theirs.close()
+        self._transport, _ = await loop.create_connection(
+            lambda: _FrameProtocol(self._on_message, self._on_lost), sock=ours
+        )
+        self._last_progress, self._last_steps = time.monotonic(), -1
+        self._send(self._load_message())
+
+    def _log_path(self) -> Path:
+        return self.settings.logs_dir / f"worker-{self.ref.replace(':', '-').replace('/', '-')}.log"
+
+    def _load_message(self) -> wire.Load:
+        s = self.settings
+        return wire.Load(
+            path=str(self.model.weights), ref=self.ref, threads=s.threads, num_slots=s.max_sequences,
+            step_tokens=s.step_tokens, context_tokens=s.context_tokens, max_queue=s.max_queue,
+        )  # fmt: skip
+
+    async def _watch(self) -> str:
+        """Wait for the process to end, and end it where it hangs. Why it ended, in words."""
+        assert self._process is not None
+        ended = asyncio.create_task(self._process.wait())
+        try:
+            while not ended.done():
+                await asyncio.wait([ended], timeout=1.0)
+                if not ended.done() and (why := self._hung()):
+                    self._process.kill()
+                    await ended
+                    return why
+        finally:
+            ended.cancel()
+            self._close_transport()
+        code = self._process.returncode
+        return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+
+    def _hung(self) -> str | None:
+        quiet = time.monotonic() - self._last_progress
+        if self.state == "loading" and quiet > LOAD_TIMEOUT_S:
+            return f"no progress of the load in {LOAD_TIMEOUT_S:.0f} s"
+        if self.state == "ready" and self._generations and quiet > SILENCE_S:
+            return f"no step in {SILENCE_S:.0f} s"
+        return None
+
+    async def _end_process(self) -> None:
+        process = self._process
+        if process is None or process.returncode is not None:
+            self._close_transport()
+            return
+        self._send(wire.Stop())
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+        self._close_transport()
+
+    def _close_transport(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+            self._transport = None
+
+    # ------------------------------------------------------------------ messages
+
+    def _send(self, message: wire.ToWorker) -> None:
+        if self._transport is not None:
+            self._transport.write(wire.encode_frame(message))
+
+    def _cancel(self, request_id: int) -> None:
+        self._generations.pop(request_id, None)
+        self._send(wire.Cancel(request_id))
+
+    def _on_lost(self) -> None:
+        self._transport = None
+
+    def _on_message(self, message: wire.ToFront) -> None:
+        match message:
+            case wire.Step():
+                self._last_progress = time.monotonic()
+                self._on_step(message)
+            case wire.Heartbeat():
+                self._on_heartbeat(message)
+            case wire.Loading():
+                self._last_progress = time.monotonic()
+            case wire.Ready():
+                self.ready, self.ready_since, self._last_progress = message, time.monotonic(), time.monotonic()
+                self._samples.clear()
+                self._set_state("ready")
+                log.info("%s is ready after %.2f s: %s", self.ref, message.load_s, message.description)
+
+    def _on_step(self, step: wire.Step) -> None:
+        for piece in step.pieces:
+            if generation := self._generations.get(piece.id):
+                if piece.finish_reason is not None:
+                    del self._generations[piece.id]
+                generation.push(piece)
+        for failure in step.failures:
+            error = error_from_wire(failure, ref=self.ref)
+            if failure.id == 0:
+                self.error = error
+                self._set_state("failed")
+            elif generation := self._generations.pop(failure.id, None):
+                generation.fail(error)
+
+    def _on_heartbeat(self, beat: wire.Heartbeat) -> None:
+        self.heartbeat = beat
+        now = time.monotonic()
+        if beat.steps != self._last_steps:
+            self._last_steps, self._last_progress = beat.steps, now
+        self._samples.append(Sample(now, beat.prompt_tokens, beat.output_tokens))
+        while now - self._samples[0].at > RATE_WINDOW_S:
+            self._samples.popleft()
+
+    def _fail_all(self, error: EdgeError) -> None:
+        generations, self._generations = self._generations, {}
+        for generation in generations.values():
+            generation.fail(error)
+
+    def _set_state(self, state: State) -> None:
+        self.state = state
+        if state != "failed":
+            self.error = None
+        if state != "ready":
+            self.ready = self.heartbeat = self.ready_since = None
+            self._samples.clear()
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+class Pool:
+    """The models of a store, loaded on first use."""
+
+    def __init__(self, settings: Settings, store: ModelStore) -> None:
+        self._settings = settings
+        self._store = store
+        self._hosts: dict[str, ModelHost] = {}
+        self._stopping = False
+
+    def hosts(self) -> list[ModelHost]:
+        """Models that were asked for since the start."""
+        return list(self._hosts.values())
+
+    async def host(self, ref: str) -> ModelHost:
+        """The host of a model, by the name people type.
+
+        Raises:
+            ModelNotFound: It is not in the store.
+        """
+        model = await asyncio.to_thread(self._store.get, ref)
+        name = str(model.ref)
+        host = self._hosts.get(name)
+        if host is None or (host.model.digest != model.digest and host.state in ("unloaded", "failed")):
+            host = self._hosts[name] = ModelHost(self._settings, model)
+        return host
+
+    async def ready(self, ref: str, *, timeout_s: float = READY_WAIT_S) -> ModelHost:
+        """A host that answers; where memory lacks, models that nobody uses give way, the longest unused first.
+
+        Raises:
+            ServerStopping: The appliance is shutting down.
+            EdgeError: The model cannot be loaded.
+        """
+        if self._stopping:
+            raise ServerStopping("The appliance is shutting down.")
+        host = await self.host(ref)
+        while True:
+            try:
+                await host.wait_ready(timeout_s)
+                return host
+            except DoesNotFit:
+                if not await self._evict(keep=host):
+                    raise
+
+    async def _evict(self, *, keep: ModelHost) -> bool:
+        idle = [h for h in self._hosts.values() if h is not keep and h.state == "ready" and not h.num_active]
+        if not idle:
+            return False
+        victim = min(idle, key=lambda h: h.last_used)
+        log.info("unloading %s to make room for %s", victim.ref, keep.ref)
+        await victim.unload()
+        return True
+
+    async def unload_idle(self) -> None:
+        """Unload what nobody used for `keep_alive_s`."""
+        limit = self._settings.keep_alive_s
+        for host in self.hosts():
+            if limit >= 0 and host.state == "ready" and not host.num_active:
+                if time.monotonic() - host.last_used > limit:
+                    log.info("unloading %s: unused for %.0f s", host.ref, limit)
+                    await host.unload()
+
+    async def forget(self, ref: str) -> None:
+        """Unload a model that leaves the store."""
+        if host := self._hosts.pop(ref, None):
+            await host.unload()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no more requests and wait for those under way, at most `timeout_s`."""
+        self._stopping = True
+        deadline = time.monotonic() + timeout_s
+        while any(h.num_active for h in self.hosts()) and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+
+    async def close(self) -> None:
+        """End every worker."""
+        self._stopping = True
+        await asyncio.gather(*(h.unload() for h in self.hosts()))

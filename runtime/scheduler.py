@@ -1,0 +1,328 @@
+"""Which tokens the next step computes. Pure: token ids and numbers, no backend and no clock.
+
+Continuous batching with chunked prefill (Yu et al. 2022, "Orca"; Agrawal et al. 2023, "Sarathi"): every decoding
+sequence gets its token in every step, and prompts share what is left of the step's token budget.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from edge.errors import ContextOverflow
+from runtime.batch import Batch, Chunk, CopyPrefix, Truncate
+from runtime.request import FinishReason, Request, RequestId, TokenId
+from runtime.sequence import Sequence, Status
+
+MIN_SHARED_TOKENS = 32
+"""A prefix shorter than this is not worth waiting for, nor worth a copy between slots."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the backend can hold and the scheduler may plan.
+
+    Attributes:
+        num_slots: Sequences computed at once.
+        num_cells: KV cells that all slots share.
+        step_tokens: Most tokens of a step.
+        max_prefills: Prompts that are read beside each other; the rest wait their turn.
+        partial_reuse: Whether a sequence's cells can be cut or shared at any length; recurrent models only go on
+            from where they stand.
+    """
+
+    num_slots: int
+    num_cells: int
+    step_tokens: int
+    max_prefills: int = 8
+    partial_reuse: bool = True
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """A place in the KV cache and the tokens whose cells it holds, of a running sequence or of one long gone."""
+
+    index: int
+    tokens: list[TokenId] = field(default_factory=list[TokenId])
+    sequence: Sequence | None = None
+    last_used: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    """A view of the queues. Cells that two slots share count twice."""
+
+    num_waiting: int
+    num_running: int
+    num_preemptions: int
+    cells_used: int
+    num_cells: int
+
+
+def common_prefix(a: list[TokenId], b: list[TokenId], *, limit: int) -> int:
+    """Length of the longest common prefix, at most `limit`: bisection over slice equality, at C speed."""
+    high = min(len(a), len(b), limit)
+    if a[:high] == b[:high]:
+        return high
+    low = 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+class Scheduler:
+    """Admits, batches, preempts and retires sequences.
+
+    A caller loops: `add` and `cancel` at any time between steps; `schedule`; compute the batch; `update` each chunk.
+    Not thread-safe: one thread owns it.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._slots = [Slot(i) for i in range(limits.num_slots)]
+        self._ops: list[CopyPrefix | Truncate] = []
+        self._arrivals = 0
+        self._clock = 0
+        self._preemptions = 0
+
+    def add(self, request: Request) -> Sequence:
+        """Queue a request behind those that wait.
+
+        Raises:
+            ContextOverflow: It could never fit the cells, however empty.
+        """
+        if len(request.prompt) + request.max_tokens > self.limits.num_cells:
+            raise ContextOverflow(
+                limit_tokens=self.limits.num_cells,
+                prompt_tokens=len(request.prompt),
+                completion_tokens=request.max_tokens,
+            )
+        self._arrivals += 1
+        sequence = Sequence(request, self._arrivals)
+        self.waiting.append(sequence)
+        return sequence
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def stats(self) -> SchedulerStats:
+        """Counts of the moment."""
+        return SchedulerStats(
+            len(self.waiting), len(self.running), self._preemptions, self._cells_used(), self.limits.num_cells
+        )
+
+    def sequences(self) -> Iterable[Sequence]:
+        """All that is not finished."""
+        return [*self.running, *self.waiting]
+
+    def cancel(self, request_id: RequestId) -> Sequence | None:
+        """Drop a sequence; its slot is free at once and keeps the cells as cache. None if it is unknown."""
+        for sequence in self.sequences():
+            if sequence.request.id == request_id:
+                self.retire(sequence, reason=None)
+                return sequence
+        return None
+
+    def retire(self, sequence: Sequence, *, reason: FinishReason | None) -> None:
+        """End a sequence, finished or cancelled."""
+        if sequence.slot is not None:
+            self._release(sequence)
+        if sequence.status is Status.WAITING:
+            self.waiting.remove(sequence)
+        sequence.status = Status.FINISHED
+        sequence.finish_reason = reason
+
+    def forget_cache(self) -> None:
+        """Drop every idle slot's cells from the books: the backend's cache was cleared."""
+        for slot in self._slots:
+            slot.tokens = []
+
+    # ------------------------------------------------------------------ one step
+
+    def schedule(self) -> Batch | None:
+        """Plan the next step, or None where nothing can be computed."""
+        self._clock += 1
+        self._admit()
+        chunks = self._decode_chunks()
+        chunks += self._prefill_chunks(self.limits.step_tokens - len(chunks))
+        if not chunks:
+            return None
+        chunks.sort(key=lambda c: c.slot)
+        ops, self._ops = tuple(self._ops), []
+        return Batch(ops, tuple(chunks))
+
+    def update(self, chunk: Chunk) -> None:
+        """Book a chunk as computed."""
+        sequence = chunk.sequence
+        slot = self._slots[chunk.slot]
+        if slot.sequence is not sequence:
+            return
+        slot.tokens.extend(chunk.tokens)
+        sequence.num_computed = chunk.start + len(chunk.tokens)
+
+    # ------------------------------------------------------------------ admission
+
+    def _admit(self) -> None:
+        held: list[Sequence] = []
+        while self.waiting and len(self.running) < self.limits.num_slots:
+            sequence = self.waiting.popleft()
+            if self._worth_waiting(sequence):
+                held.append(sequence)
+            elif not self._place(sequence):
+                held.append(sequence)
+                break
+        self.waiting.extendleft(reversed(held))
+
+    def _worth_waiting(self, sequence: Sequence) -> bool:
+        """Whether a running sequence is reading a prefix that this one would otherwise read again."""
+        if not self.limits.partial_reuse:
+            return False
+        limit = len(sequence.tokens) - 1
+        soon = max(
+            (common_prefix(r.tokens, sequence.tokens, limit=limit) for r in self.running if r.is_prefilling), default=0
+        )
+        return soon >= self._best_source(sequence)[1] + MIN_SHARED_TOKENS
+
+    def _best_source(self, sequence: Sequence) -> tuple[Slot | None, int]:
+        """The slot that holds the longest computed prefix of a sequence. One token is always left to compute."""
+        best, length = None, 0
+        limit = len(sequence.tokens) - 1
+        for slot in self._slots:
+            n = common_prefix(slot.tokens, sequence.tokens, limit=limit)
+            if not self.limits.partial_reuse and (n < len(slot.tokens) or slot.sequence is not None):
+                continue
+            if n > length or (n == length and n and slot.sequence is None):
+                best, length = slot, n
+        return best, length
+
+    def _place(self, sequence: Sequence) -> bool:
+        source, length = self._best_source(sequence)
+        targets = [self._choose_slot(source, length)]
+        if source is not None and source.sequence is None and targets[0] is not source:
+            targets.append(source)  # without room for a copy, take over what would be copied
+        for target in targets:
+            # What the target holds beyond the shared prefix goes when it is taken over.
+            freed = len(target.tokens)
+            if self._make_room(len(sequence.tokens) + 1 - freed, keep={target.index, source.index if source else -1}):
+                self._take(target, sequence, source, length)
+                return True
+        return False
+
+    def _choose_slot(self, source: Slot | None, length: int) -> Slot:
+        """Take over the source where little of it is lost, else the idle slot that was used longest ago."""
+        idle = [s for s in self._slots if s.sequence is None]
+        if source in idle and (length * 2 >= len(source.tokens) or len(idle) == 1):
+            return source
+        return min((s for s in idle if s is not source), key=lambda s: (bool(s.tokens), s.last_used, s.index))
+
+    def _take(self, target: Slot, sequence: Sequence, source: Slot | None, length: int) -> None:
+        if source is target:
+            self._ops.append(Truncate(target.index, length))
+            del target.tokens[length:]
+        else:
+            if target.tokens:
+                self._ops.append(Truncate(target.index, 0))
+            target.tokens = []
+            if source is not None and length >= MIN_SHARED_TOKENS and self.limits.partial_reuse:
+                self._ops.append(CopyPrefix(source.index, target.index, length))
+                target.tokens = source.tokens[:length]
+        target.sequence = sequence
+        target.last_used = self._clock
+        sequence.slot = target.index
+        sequence.num_computed = len(target.tokens)
+        if not sequence.num_preemptions:
+            sequence.num_cached = min(len(target.tokens), sequence.num_prompt)
+        sequence.status = Status.RUNNING
+        self.running.append(sequence)
+
+    # ------------------------------------------------------------------ cells
+
+    def _cells_used(self) -> int:
+        return sum(len(s.tokens) for s in self._slots)
+
+    def _reserved(self) -> int:
+        """Cells that running sequences still need for tokens they already have."""
+        return sum(s.num_pending for s in self.running)
+
+    def _make_room(self, cells: int, *, keep: set[int]) -> bool:
+        """Drop idle slots' cells, longest unused first, until `cells` more fit."""
+        free = self.limits.num_cells - self._cells_used() - self._reserved()
+        idle = sorted(
+            (s for s in self._slots if s.sequence is None and s.tokens and s.index not in keep),
+            key=lambda s: s.last_used,
+        )
+        for slot in idle:
+            if free >= cells:
+                break
+            free += len(slot.tokens)
+            self._ops.append(Truncate(slot.index, 0))
+            slot.tokens = []
+        return free >= cells
+
+    def _release(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        slot = self._slots[sequence.slot]
+        slot.sequence = None
+        slot.last_used = self._clock
+        sequence.slot = None
+        self.running.remove(sequence)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Give a running sequence's cells back; it is computed again later, what it generated included."""
+        assert sequence.slot is not None
+        slot = self._slots[sequence.slot]
+        self._release(sequence)
+        self._ops.append(Truncate(slot.index, 0))
+        slot.tokens = []
+        sequence.num_computed = 0
+        sequence.num_preemptions += 1
+        sequence.status = Status.WAITING
+        self._preemptions += 1
+        position = next((i for i, w in enumerate(self.waiting) if w.arrival > sequence.arrival), len(self.waiting))
+        self.waiting.insert(position, sequence)
+
+    # ------------------------------------------------------------------ chunks
+
+    def _decode_chunks(self) -> list[Chunk]:
+        """One token for every decoding sequence; the youngest gives way where the cells do not reach."""
+        while len(self.running) > 1 and not self._make_room(0, keep=set()):
+            self._preempt(max(self.running, key=lambda s: s.arrival))
+        return [
+            Chunk(s, s.slot, s.num_computed, s.tokens[-1:], wants_logits=True)
+            for s in self.running
+            if s.slot is not None and s.num_pending == 1
+        ]
+
+    def _prefill_chunks(self, room: int) -> list[Chunk]:
+        """Share the budget: a quarter to the prompt that waits longest, the rest to the shortest remainders.
+
+        Shortest first keeps a short question from waiting behind a long document; the quarter keeps the document
+        from starving.
+        """
+        prompts = [s for s in self.running if s.is_prefilling]
+        if not prompts or room <= 0:
+            return []
+        oldest = min(prompts, key=lambda s: s.arrival)
+        shares = {oldest.arrival: min(oldest.num_pending, max(1, room // 4))}
+        left = room - shares[oldest.arrival]
+        for s in sorted(prompts, key=lambda s: (s.num_pending, s.arrival))[: self.limits.max_prefills]:
+            more = min(s.num_pending - shares.get(s.arrival, 0), left)
+            if more > 0:
+                shares[s.arrival] = shares.get(s.arrival, 0) + more
+                left -= more
+        return [self._chunk(s, shares[s.arrival]) for s in prompts if s.arrival in shares]
+
+    @staticmethod
+    def _chunk(sequence: Sequence, length: int) -> Chunk:
+        assert sequence.slot is not None
+        start = sequence.num_computed
+        tokens = sequence.tokens[start : start + length]
+        return Chunk(sequence, sequence.slot, start, tokens, wants_logits=start + length == len(sequence.tokens))

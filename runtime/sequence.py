@@ -1,0 +1,59 @@
+"""The progress of one request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from runtime.request import FinishReason, Request, TokenId
+
+
+class Status(Enum):
+    """Where a sequence stands."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens of one request and how far they are computed.
+
+    Attributes:
+        tokens: The prompt, then what was generated.
+        num_computed: Tokens whose keys and values are in the cache; at most ``len(tokens)``.
+        num_cached: Prompt tokens that were reused instead of computed when it was first admitted.
+        slot: Its place in the KV cache while it runs.
+        arrival: Position in the order of arrival; kept over a preemption.
+    """
+
+    request: Request
+    arrival: int
+    tokens: list[TokenId] = field(default_factory=list[TokenId])
+    num_computed: int = 0
+    num_cached: int = 0
+    slot: int | None = None
+    status: Status = Status.WAITING
+    finish_reason: FinishReason | None = None
+    num_preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that are known and not yet computed: 1 while decoding, more while the prompt is read."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def is_prefilling(self) -> bool:
+        return self.num_pending > 1

@@ -1,0 +1,163 @@
+"""Messages between the front process and a worker: msgpack frames over a Unix socket, one struct each.
+
+A frame is its length in four bytes, little-endian, then one message. Both ends are of one version: the front starts
+its workers.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Literal
+
+import msgspec
+
+from runtime.request import SamplingParams
+
+MAX_FRAME_BYTES = 256 << 20
+_HEADER = struct.Struct("<I")
+
+
+class Message(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Base of all messages."""
+
+
+# ---------------------------------------------------------------- front to worker
+
+
+class ChatMessage(msgspec.Struct, array_like=True, frozen=True):
+    """One message of a conversation."""
+
+    role: str
+    content: str
+
+
+class Generate(Message, frozen=True):
+    """Answer a conversation, or continue a text or tokens. `max_tokens` 0 means as many as fit."""
+
+    id: int
+    messages: list[ChatMessage] | None
+    prompt: str | list[int] | None
+    params: SamplingParams
+    max_tokens: int
+    stop: list[str]
+    ignore_eos: bool = False
+
+
+class Cancel(Message, frozen=True):
+    """Drop a request; nothing more is sent for it."""
+
+    id: int
+
+
+class Stop(Message, frozen=True):
+    """End the process after the current step."""
+
+
+class Load(Message, frozen=True):
+    """The first message: what to open and how. Zeros let the worker choose."""
+
+    path: str
+    ref: str
+    threads: int
+    num_slots: int
+    step_tokens: int
+    context_tokens: int
+    max_queue: int
+
+
+# ---------------------------------------------------------------- worker to front
+
+
+class Loading(Message, frozen=True):
+    """Progress of a load, 0 to 1."""
+
+    fraction: float
+
+
+class Ready(Message, frozen=True):
+    """The model can answer."""
+
+    description: str
+    architecture: str
+    num_parameters: int
+    context_tokens: int
+    num_cells: int
+    num_slots: int
+    vocab_size: int
+    has_chat_template: bool
+    build: str
+    load_s: float
+
+
+class Piece(msgspec.Struct, array_like=True, frozen=True):
+    """What one step gave one request; the last one says why it ended and how long things took."""
+
+    id: int
+    text: str
+    num_output: int
+    num_prompt: int
+    num_cached: int
+    finish_reason: Literal["stop", "length"] | None = None
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    total_s: float = 0.0
+
+
+class Failed(msgspec.Struct, array_like=True, frozen=True):
+    """A request, or with id 0 the load, ended with an error. `facts` are the error's own attributes."""
+
+    id: int
+    code: str
+    message: str
+    hint: str | None = None
+    field: str | None = None
+    retry_after_s: float | None = None
+
+
+class Step(Message, frozen=True):
+    """All that one engine step gave."""
+
+    pieces: list[Piece]
+    failures: list[Failed]
+
+
+class Heartbeat(Message, frozen=True):
+    """Counters, each second."""
+
+    steps: int
+    waiting: int
+    running: int
+    preemptions: int
+    cells_used: int
+    prompt_tokens: int
+    output_tokens: int
+    memory_bytes: int
+
+
+ToWorker = Load | Generate | Cancel | Stop
+ToFront = Loading | Ready | Step | Heartbeat
+
+_encoder = msgspec.msgpack.Encoder()
+to_worker_decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+to_front_decoder: msgspec.msgpack.Decoder[ToFront] = msgspec.msgpack.Decoder(ToFront)
+
+
+def encode_frame(message: ToWorker | ToFront) -> bytes:
+    """A message with its length in front."""
+    body = _encoder.encode(message)
+    return _HEADER.pack(len(body)) + body
+
+
+def frame_length(header: bytes) -> int:
+    """Length of the frame that a header of `HEADER_BYTES` announces.
+
+    Raises:
+        ValueError: It is longer than any frame may be.
+    """
+    length: int = _HEADER.unpack(header)[0]
+    if length > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame of {length} bytes")
+    return length
+
+
+HEADER_BYTES = _HEADER.size

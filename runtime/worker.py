@@ -1,0 +1,273 @@
+"""The process around one engine. Started by exec with a socket to its parent, gone when the parent is.
+
+Three threads: the main one owns the backend and runs the engine; one reads messages and does the text work (chat
+template, tokens), so that a huge prompt delays no step; one sends counters each second.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+from edge.errors import BackendError, ContextOverflow, EdgeError, InvalidRequest, QueueFull
+from edge.hardware.memory import available_bytes, usable_cores
+from runtime import wire
+from runtime.backends.base import Backend
+from runtime.chat import CHATML, ChatTemplate, encode_prompt
+from runtime.engine import Delta, Engine, Failure, Sink
+from runtime.request import Request, RequestId
+
+log = logging.getLogger("edge.worker")
+
+HEARTBEAT_S = 1.0
+MAX_CHARS_PER_TOKEN = 32
+"""A prompt with more characters than this for each token of context is refused without being tokenized."""
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class Connection:
+    """Frames over the socket to the front. `send` may be called by any thread."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._reader = sock.makefile("rb")
+        self._lock = threading.Lock()
+
+    def send(self, message: wire.ToFront) -> None:
+        """Send one message. A front that is gone ends the process."""
+        frame = wire.encode_frame(message)
+        try:
+            with self._lock:
+                self._sock.sendall(frame)
+        except OSError:
+            os._exit(0)
+
+    def receive(self) -> wire.ToWorker | None:
+        """The next message; None when the front is gone."""
+        header = self._reader.read(wire.HEADER_BYTES)
+        if len(header) < wire.HEADER_BYTES:
+            return None
+        body = self._reader.read(wire.frame_length(header))
+        return wire.to_worker_decoder.decode(body)
+
+
+def failed(request_id: int, error: EdgeError) -> wire.Failed:
+    """An error as the front will see it."""
+    return wire.Failed(
+        request_id,
+        error.code,
+        error.message,
+        error.hint,
+        error.field if isinstance(error, InvalidRequest) else None,
+        error.retry_after_s if isinstance(error, QueueFull) else None,
+    )
+
+
+def _piece(d: Delta) -> wire.Piece:
+    if d.finish_reason is None or d.timings is None:
+        return wire.Piece(d.request_id, d.text, d.num_output, d.num_prompt, d.num_cached)
+    t = d.timings
+    reason = "stop" if d.finish_reason == "stop" else "length"
+    return wire.Piece(
+        d.request_id, d.text, d.num_output, d.num_prompt, d.num_cached, reason, t.queue_s, t.prefill_s, t.total_s
+    )
+
+
+class SocketSink(Sink):
+    """Sends each step's results as one frame."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def deliver(self, deltas: list[Delta], failures: list[Failure]) -> None:
+        """Take the results of a step."""
+        self._connection.send(wire.Step([_piece(d) for d in deltas], [failed(f.request_id, f.error) for f in failures]))
+
+
+class PromptMaker:
+    """Requests off the wire to requests of the engine."""
+
+    def __init__(self, backend: Backend) -> None:
+        facts = backend.facts
+        self._tokenizer = backend.tokenizer
+        self._context_tokens = backend.capabilities.context_tokens
+        self._vocab_size = facts.vocab_size
+        self._template = ChatTemplate(
+            facts.chat_template or CHATML, markers=facts.control_texts, bos=facts.bos, eos=facts.eos
+        )
+        self._bos = facts.bos
+
+    def request(self, message: wire.Generate) -> Request:
+        """The tokens and limits of one request.
+
+        Raises:
+            InvalidRequest: The prompt is empty, a token id is unknown, or the template refuses the messages.
+            ContextOverflow: The prompt, or the prompt and `max_tokens`, exceed the context.
+        """
+        tokens = self._tokens(message)
+        if not tokens:
+            raise InvalidRequest("The prompt is empty.", field="prompt", hint="Send at least one character.")
+        room = self._context_tokens - len(tokens)
+        max_tokens = message.max_tokens or max(room, 1)
+        if max_tokens > room:
+            raise ContextOverflow(
+                limit_tokens=self._context_tokens, prompt_tokens=len(tokens), completion_tokens=max_tokens
+            )
+        return Request(
+            RequestId(message.id), tuple(tokens), max_tokens, message.params, tuple(message.stop), message.ignore_eos
+        )
+
+    def _tokens(self, message: wire.Generate) -> list[int]:
+        if message.messages is not None:
+            self._check_length(sum(len(m.content) for m in message.messages))
+            messages = [{"role": m.role, "content": m.content} for m in message.messages]
+            text = self._template.render(messages)
+            if self._bos and text.startswith(self._bos):
+                text = text[len(self._bos) :] if self._adds_bos() else text
+            return encode_prompt(self._tokenizer, text)
+        if isinstance(message.prompt, list):
+            if bad := [t for t in message.prompt if not 0 <= t < self._vocab_size]:
+                raise InvalidRequest(f"There is no token {bad[0]}.", field="prompt")
+            return message.prompt
+        text = message.prompt or ""
+        self._check_length(len(text))
+        return self._tokenizer.encode(text, add_special=True, parse_special=False)
+
+    def _adds_bos(self) -> bool:
+        """Whether the tokenizer puts BOS in front itself, so that a template's own would stand there twice."""
+        return bool(self._tokenizer.encode("", add_special=True, parse_special=False))
+
+    def _check_length(self, num_chars: int) -> None:
+        """Refuse at once what cannot fit: tokenizing megabytes takes seconds."""
+        if num_chars > self._context_tokens * MAX_CHARS_PER_TOKEN:
+            raise ContextOverflow(
+                limit_tokens=self._context_tokens, prompt_tokens=num_chars // MAX_CHARS_PER_TOKEN, completion_tokens=0
+            )
+
+
+class Worker:
+    """One model, its engine and its connection."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def serve(self, load: wire.Load) -> None:
+        """Load the model, say so, and answer until told to stop. A load that fails is told and ends the process."""
+        started = time.monotonic()
+        try:
+            backend = self._open(load)
+            self._prompts = PromptMaker(backend)
+        except EdgeError as e:
+            self._connection.send(wire.Step([], [failed(0, e)]))
+            sys.exit(1)
+        self._engine = Engine(backend, SocketSink(self._connection), max_queue=load.max_queue)
+        can, facts = backend.capabilities, backend.facts
+        self._connection.send(
+            wire.Ready(
+                facts.description, facts.architecture, facts.num_parameters, can.context_tokens, can.num_cells,
+                can.num_slots, facts.vocab_size, facts.chat_template is not None, _build(), time.monotonic() - started,
+            )
+        )  # fmt: skip
+        threading.Thread(target=self._read, name="reader", daemon=True).start()
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        self._engine.run()
+        backend.close()
+
+    def _open(self, load: wire.Load) -> Backend:
+        from runtime.backends.llama_cpp import LlamaBackend, LlamaOptions
+
+        options = LlamaOptions(
+            threads=load.threads or usable_cores(),
+            num_slots=load.num_slots,
+            step_tokens=max(load.step_tokens, load.num_slots),
+            context_tokens=load.context_tokens,
+            available_bytes=available_bytes(),
+        )
+        last = 0.0
+
+        def report(fraction: float) -> None:
+            nonlocal last
+            if fraction - last >= 0.05:
+                last = fraction
+                self._connection.send(wire.Loading(fraction))
+
+        return LlamaBackend(Path(load.path), options, on_progress=report)
+
+    def _read(self) -> None:
+        while (message := self._connection.receive()) is not None:
+            match message:
+                case wire.Generate():
+                    self._submit(message)
+                case wire.Cancel():
+                    self._engine.cancel(RequestId(message.id))
+                case wire.Stop():
+                    self._engine.stop()
+                case wire.Load():
+                    raise BackendError("A worker loads one model only.")
+        os._exit(0)  # the front is gone, and with it everybody who could want an answer
+
+    def _submit(self, message: wire.Generate) -> None:
+        try:
+            self._engine.submit(self._prompts.request(message))
+        except EdgeError as e:
+            self._connection.send(wire.Step([], [failed(message.id, e)]))
+
+    def _beat(self) -> None:
+        page = resource.getpagesize()
+        while True:
+            stats = self._engine.stats()
+            resident = int(Path("/proc/self/statm").read_text("ascii").split()[1]) * page
+            q = stats.queues
+            self._connection.send(
+                wire.Heartbeat(
+                    stats.steps, q.num_waiting, q.num_running, q.num_preemptions, q.cells_used,
+                    stats.prompt_tokens, stats.output_tokens, resident,
+                )
+            )  # fmt: skip
+            time.sleep(HEARTBEAT_S)
+
+
+def _build() -> str:
+    from edge.native.llama import build_info
+
+    return build_info()
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel end this process when its parent ends, also by SIGKILL (prctl(2), PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        os._exit(0)
+
+
+def _die(args: threading.ExceptHookArgs) -> None:
+    """A thread that ends by surprise would leave the process deaf or silent: the front restarts it instead."""
+    log.critical("thread failed", exc_info=args.exc_value)
+    os._exit(70)
+
+
+def main() -> None:
+    """`python -m runtime.worker FD PARENT_PID`: serve on an inherited socket."""
+    fd, parent = int(sys.argv[1]), int(sys.argv[2])
+    die_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the front, which tells us
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    threading.excepthook = _die
+    sys.setswitchinterval(0.001)  # the engine's thread gets the interpreter back within a millisecond
+    connection = Connection(socket.socket(fileno=fd))
+    first = connection.receive()
+    if not isinstance(first, wire.Load):
+        sys.exit(2)
+    Worker(connection).serve(first)
+
+
+if __name__ == "__main__":
+    main()
