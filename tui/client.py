@@ -188,22 +188,21 @@ class RuntimeClient:
     Args:
         address: Where it answers. A wrong URL is a `ConfigError`.
         transport: Takes the place of the network, for tests.
+        read_only: Refuse, with `InvalidRequest` and before anything is sent, whatever is not a question.
 
     Every call raises `ServerUnavailable` when nobody answers, `InvalidReply` when the answer is not the API's, and the
     appliance's own error otherwise (`ModelNotFound`, `QueueFull`, `InvalidRequest`, …, else `ApplianceError`).
     """
 
-    def __init__(self, address: Address, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
+    def __init__(
+        self, address: Address, *, transport: httpx.AsyncBaseTransport | None = None, read_only: bool = False
+    ) -> None:
         self.address = address
-        if not address.url.startswith(("http://", "https://")):
-            raise ConfigError(f"The appliance's URL must begin with http:// or https://, got {address.url!r}.")
-        try:
-            # Without the environment: a proxy for the world must not see requests to this device.
-            self._http = httpx.AsyncClient(
-                base_url=address.url, transport=transport or _AddressTransport(address), trust_env=False
-            )
-        except (httpx.InvalidURL, ValueError) as e:
-            raise ConfigError(f"{address.url!r} is not a URL: {e}.") from e
+        self._read_only = read_only
+        # Without the environment: a proxy for the world must not see requests to this device.
+        self._http = httpx.AsyncClient(
+            base_url=_parse_url(address.url), transport=transport or _AddressTransport(address), trust_env=False
+        )
 
     async def __aenter__(self) -> Self:
         return self
@@ -324,13 +323,15 @@ class RuntimeClient:
             media_type = response.headers.get("content-type", "")
             if not media_type.startswith("text/event-stream"):
                 raise self._invalid(f"a stream of events was due, '{media_type}' came")
-            async for chunk in response.aiter_raw():
+            async for chunk in response.aiter_bytes():
                 for event in parser.feed(chunk):
                     yield event
 
     @contextlib.asynccontextmanager
     async def _open(self, method: Method, path: str, body: Body, timeout_s: float) -> AsyncGenerator[httpx.Response]:
         """Send, and hand out the response if it is a success. Errors of httpx end here."""
+        if self._read_only and method != "GET":
+            raise InvalidRequest("This terminal is read only.", hint="Start it without --readonly to change things.")
         content = None if body is None else msgspec.json.encode(body)
         # No compression: a bound on what arrives is then a bound on what it becomes.
         headers = {"accept-encoding": "identity", "content-type": "application/json"}
@@ -339,6 +340,8 @@ class RuntimeClient:
             async with self._http.stream(method, path, content=content, headers=headers, timeout=timeout) as response:
                 if not response.is_success:
                     await self._fail(response, body)
+                if response.headers.get("content-encoding", "identity") != "identity":
+                    raise self._invalid("the reply is compressed, which nobody asked for")
                 yield response
         except httpx.TransportError as e:
             raise self._unavailable(e) from e
@@ -348,7 +351,7 @@ class RuntimeClient:
     async def _read(self, response: httpx.Response, limit_bytes: int) -> bytes:
         parts: list[bytes] = []
         size = 0
-        async for chunk in response.aiter_raw():
+        async for chunk in response.aiter_bytes():
             size += len(chunk)
             if size > limit_bytes:
                 raise self._invalid(f"the reply is longer than {limit_bytes:,} bytes")
@@ -394,6 +397,18 @@ class RuntimeClient:
         return ServerUnavailable(
             f"The connection to {self.address} broke: {error or type(error).__name__}.", hint="Send the request again."
         )
+
+
+def _parse_url(url: str) -> httpx.URL:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as e:
+        raise ConfigError(f"{url!r} is not a URL: {e}.") from e
+    # httpx quotes what cannot stand in a host and then looks for a host of that name.
+    is_host = bool(parsed.host) and "%" not in parsed.host
+    if parsed.scheme not in ("http", "https") or not is_host or (parsed.port or 0) > 65535:
+        raise ConfigError(f"The appliance's URL must be like http://HOST:PORT, got {url!r}.")
+    return parsed
 
 
 def _sampling(params: ChatParams) -> dict[str, object]:
