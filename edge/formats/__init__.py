@@ -1,0 +1,1 @@
+"""Strict, bounded readers of foreign model files: nothing native sees a byte before them."""

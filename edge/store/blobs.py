@@ -1,0 +1,299 @@
+"""Bytes known by their digest, and the files that are on their way to becoming such.
+
+Layout: OCI image layout 1.0 (image-layout.md): ``blobs/sha256/<hex>``. Beside it, ``ingest/`` holds what is being
+fetched: ``<key>.partial`` with the bytes, ``<key>.json`` with what a resumed fetch has to know about them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from edge.errors import StoreError
+
+from .digest import CHUNK_BYTES, Digest, StreamingHash, digest_bytes, digest_file, hash_file
+from .files import FileOps, translated, try_lock, wait_for_lock, write_file
+
+SYNC_EVERY_BYTES = 32 << 20
+"""How much of a partial a power cut may cost."""
+_LOCK_TIMEOUT_S = 3600.0
+_MAX_NOTE_BYTES = 64 << 10
+
+
+def boot_id() -> str:
+    """Changes with each boot of the machine; empty where the system does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    except OSError:
+        return ""
+
+
+class PartialNote(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is known about a partial beyond its bytes."""
+
+    source: str = ""
+    """Where it comes from, for people."""
+    validator: str = ""
+    """The source's ETag or date; a resumed fetch makes sure that it still holds."""
+    total_bytes: int | None = None
+    digest: str = ""
+    """Set once the bytes are complete and synced."""
+    synced_bytes: int = 0
+    """Bytes that outlive a power cut."""
+    boot: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A complete, synced file that waits to be published under its digest."""
+
+    path: Path
+    digest: Digest
+    size_bytes: int
+
+
+class Partial:
+    """A file on its way to becoming a blob; one holder at a time, across processes. Closed by its holder.
+
+    What an earlier holder wrote is still there: `size_bytes` tells how much.
+    """
+
+    def __init__(self, path: Path, files: FileOps, *, before_poll: Callable[[], None] | None = None) -> None:
+        self.path = path
+        self._files = files
+        self._note_path = path.with_suffix(".json")
+        self._file = self._open_locked(before_poll)
+        self._hash = StreamingHash()
+        self._is_hashed = False
+        self.note = self._read_note()
+        self._drop_unsynced()
+
+    def _open_locked(self, before_poll: Callable[[], None] | None) -> FileIO:
+        busy = f"{self.path.name} is being fetched by another process."
+        while True:
+            file = self._files.open_append(self.path)
+            wait_for_lock(file, timeout_s=_LOCK_TIMEOUT_S, busy=busy, before_poll=before_poll)
+            if _is_same_file(file.fileno(), self.path):
+                return file
+            file.close()  # the previous holder published or discarded it while we waited
+
+    def _read_note(self) -> PartialNote:
+        try:
+            with self._note_path.open("rb") as file:
+                return msgspec.json.decode(file.read(_MAX_NOTE_BYTES), type=PartialNote)
+        except (FileNotFoundError, msgspec.MsgspecError):
+            return PartialNote()
+
+    def _drop_unsynced(self) -> None:
+        # After a power cut a file may be longer than what reached the disk, the rest reading as zeros.
+        if self.note.boot != boot_id() and self.size_bytes > self.note.synced_bytes:
+            self._files.truncate(self._file, self.note.synced_bytes)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes there are."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def remember(self, *, source: str, validator: str, total_bytes: int | None) -> None:
+        """Keep for a resumed fetch what the source said about the file."""
+        self._write_note(PartialNote(source=source, validator=validator, total_bytes=total_bytes))
+
+    def _write_note(self, note: PartialNote) -> None:
+        self.note = msgspec.structs.replace(note, boot=boot_id())
+        # Not synced: a lost note costs a new fetch, never a wrong one.
+        write_file(self._files, self._note_path, msgspec.json.encode(self.note), durable=False)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes; every 32 MiB they are synced.
+
+        Raises:
+            DiskFull: There is no room for them.
+        """
+        self._hash_what_is_there()
+        self._files.write(self._file, data)
+        self._hash.update(data)
+        if self._hash.num_bytes - self.note.synced_bytes >= SYNC_EVERY_BYTES:
+            self._sync()
+
+    def _sync(self) -> None:
+        self._files.sync(self._file)
+        self._write_note(msgspec.structs.replace(self.note, synced_bytes=self.size_bytes))
+
+    def _hash_what_is_there(self) -> None:
+        if not self._is_hashed:
+            self._hash = hash_file(self.path)
+            self._is_hashed = True
+
+    def restart(self) -> None:
+        """Forget every byte."""
+        self._files.truncate(self._file, 0)
+        self._hash = StreamingHash()
+        self._is_hashed = True
+        self.note = PartialNote()
+
+    def complete(self) -> Staged:
+        """All bytes are there: sync them and give their digest. The partial stays until it is published."""
+        self._hash_what_is_there()
+        self._files.sync(self._file)
+        digest = self._hash.digest()
+        note = msgspec.structs.replace(self.note, digest=str(digest), synced_bytes=self.size_bytes)
+        self._write_note(note)
+        return Staged(self.path, digest, self._hash.num_bytes)
+
+    def discard(self) -> None:
+        """Remove bytes and note: after publishing, or when the bytes turned out wrong."""
+        self._files.remove(self._note_path)
+        if _is_same_file(self._file.fileno(), self.path):
+            self._files.remove(self.path)
+
+    def close(self) -> None:
+        """Let go of it; the bytes stay for a resumed fetch. Closing twice is fine."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def _is_same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+class BlobStore:
+    """The blobs of one layout directory. Safe to use from any number of threads and processes."""
+
+    def __init__(self, root: Path, *, files: FileOps | None = None) -> None:
+        self.root = root
+        self.files = files or FileOps()
+        self.blobs_dir = root / "blobs" / "sha256"
+        self.ingest_dir = root / "ingest"
+
+    def create(self) -> None:
+        """Make the directories; existing ones are fine."""
+        for directory in (self.blobs_dir, self.ingest_dir):
+            self.files.make_dir(directory)
+        for directory in (self.root / "blobs", self.root, self.root.parent):
+            self.files.sync_dir(directory)
+
+    def path(self, digest: Digest) -> Path:
+        """Where the blob is, or would be."""
+        return self.blobs_dir / digest.hex
+
+    def has(self, digest: Digest) -> bool:
+        """Whether the blob is there. Its bytes were right when it came; `actual_digest` looks again."""
+        return self.path(digest).is_file()
+
+    def actual_digest(self, digest: Digest) -> Digest | None:
+        """The digest of the bytes that stand under `digest` now; None where the blob is absent.
+
+        Raises:
+            StoreError: The disk refuses to read it.
+        """
+        try:
+            return digest_file(self.path(digest))
+        except FileNotFoundError:
+            return None
+        except OSError as e:
+            raise StoreError(f"Reading {self.path(digest)} failed: {e.strerror or e}.") from e
+
+    def digests(self) -> Iterator[Digest]:
+        """Every blob there is, in no order; files of other names are passed over."""
+        if self.blobs_dir.is_dir():
+            for entry in self.blobs_dir.iterdir():
+                if len(entry.name) == 64 and set(entry.name) <= set("0123456789abcdef"):
+                    yield Digest(f"sha256:{entry.name}")
+
+    def ingest(self, key: str, *, before_poll: Callable[[], None] | None = None) -> Partial:
+        """Open the partial for `key` (any text that names the source and version), resuming what is there.
+
+        Waits while another process holds it; `before_poll` runs meanwhile and may raise to give up.
+
+        Raises:
+            StoreError: The directory cannot be written, or the other process kept it for an hour.
+        """
+        self.files.make_dir(self.ingest_dir)
+        name = hashlib.sha256(key.encode()).hexdigest()[:32]
+        return Partial(self.ingest_dir / f"{name}.partial", self.files, before_poll=before_poll)
+
+    def copy_in(self, source: Path, partial: Partial, *, before_chunk: Callable[[], None] | None = None) -> Staged:
+        """Copy a file's bytes into a partial, from the start.
+
+        Raises:
+            StoreError: The file cannot be read, or the disk is full.
+        """
+        partial.restart()
+        with translated(source, "Reading"), source.open("rb", buffering=0) as file:
+            while data := file.read(CHUNK_BYTES):
+                if before_chunk:
+                    before_chunk()
+                partial.write(data)
+        return partial.complete()
+
+    def publish(self, staged: Sequence[Staged]) -> None:
+        """Give complete, synced files of the same file system their digests' names. Hold the store's lock.
+
+        Raises:
+            StoreError: A file has gone, or the system refuses.
+        """
+        for item in staged:
+            self.files.rename(item.path, self.path(item.digest))
+        self.files.sync_dir(self.blobs_dir)
+
+    def put(self, data: bytes) -> Digest:
+        """Store a small document. Hold the store's lock."""
+        digest = digest_bytes(data)
+        target = self.path(digest)
+        if not (target.is_file() and target.stat().st_size == len(data) and target.read_bytes() == data):
+            temporary = self.ingest_dir / f"{digest.hex[:32]}.document"
+            with self.files.open_append(temporary) as file:
+                self.files.truncate(file, 0)
+                self.files.write(file, data)
+                self.files.sync(file)
+            self.publish([Staged(temporary, digest, len(data))])
+        return digest
+
+    def remove(self, digest: Digest) -> int:
+        """Remove a blob and give the bytes it had; an absent one is 0. Hold the store's lock."""
+        try:
+            size_bytes = self.path(digest).stat().st_size
+        except FileNotFoundError:
+            return 0
+        self.files.remove(self.path(digest))
+        return size_bytes
+
+    def remove_stale_partials(self, *, now: float, min_age_s: float) -> int:
+        """Remove what nobody is fetching and nobody touched for `min_age_s`; give the bytes freed.
+
+        The clock decides only how long a fetch can be resumed: a wrong one costs a new fetch.
+        """
+        stale = [path for path, age_s in self._ingest_ages(now) if age_s >= min_age_s]
+        return sum(self._remove_if_free(path) for path in stale)
+
+    def _ingest_ages(self, now: float) -> Iterator[tuple[Path, float]]:
+        for path in sorted(self.ingest_dir.glob("*")) if self.ingest_dir.is_dir() else ():
+            try:
+                yield path, now - path.stat().st_mtime
+            except FileNotFoundError:
+                continue  # published meanwhile
+
+    def _remove_if_free(self, path: Path) -> int:
+        partial = self.ingest_dir / f"{path.name.partition('.')[0]}.partial"
+        with self.files.open_append(partial if partial.exists() else path) as file:
+            if not try_lock(file) or not path.exists():
+                return 0
+            size_bytes = path.stat().st_size
+            self.files.remove(path)
+            return size_bytes

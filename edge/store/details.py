@@ -1,0 +1,123 @@
+"""What is known about a model, and how a manifest says it."""
+
+from __future__ import annotations
+
+import datetime
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from edge.formats.gguf import GgufFile
+
+from .digest import Digest
+from .manifest import OURS, Manifest, ModelConfig, ModelDescriptor, ModelFs, ModelProperties, ModelRef
+
+ARCHITECTURE = f"{OURS}architecture"
+PARAMETERS = f"{OURS}parameters"
+CONTEXT = f"{OURS}context-tokens"
+SOURCE = f"{OURS}source"
+TENSOR_TYPES = f"{OURS}tensor-types"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDetails:
+    """What a package says about its model. None where it is not known."""
+
+    architecture: str | None = None
+    """The GGUF's own word, as ``llama``."""
+    quantization: str | None = None
+    """As ``Q4_K_M``."""
+    num_parameters: int | None = None
+    context_tokens: int | None = None
+    license: str | None = None
+    """SPDX expression where possible."""
+    source: str | None = None
+    """Where it came from; `edge pull` accepts it."""
+    title: str | None = None
+    format: str = "gguf"
+    created: float | None = None
+    """Unix time at which the model was made; None keeps equal models' digests equal."""
+    annotations: Mapping[str, str] = field(default_factory=dict[str, str])
+    """More for the manifest; keys begin with ``dev.slm-edge.``."""
+
+
+def details_of(gguf: GgufFile, *, source: str | None = None, license: str | None = None) -> ModelDetails:
+    """Fill the details from a GGUF's metadata; `license` overrides the file's own word."""
+    types = Counter(tensor.type for tensor in gguf.tensors)
+    listed = ", ".join(f"{name} {count}" for name, count in sorted(types.items()))
+    return ModelDetails(
+        architecture=gguf.architecture,
+        quantization=gguf.quantization,
+        num_parameters=gguf.num_parameters,
+        context_tokens=gguf.context_tokens,
+        license=license or gguf.text("general.license"),
+        source=source,
+        title=gguf.text("general.name"),
+        annotations={TENSOR_TYPES: listed},
+    )
+
+
+def config_of(ref: ModelRef, details: ModelDetails, layers: list[Digest]) -> ModelConfig:
+    """The ModelPack config of a model."""
+    created = details.created
+    return ModelConfig(
+        descriptor=ModelDescriptor(
+            created_at=None if created is None else rfc3339(created),
+            family=details.architecture,
+            name=ref.name,
+            title=details.title,
+            licenses=[details.license] if details.license else [],
+            source_url=details.source,
+        ),
+        config=ModelProperties(
+            architecture="transformer",
+            format=details.format,
+            param_size=None if details.num_parameters is None else short_count(details.num_parameters),
+            quantization=details.quantization,
+        ),
+        modelfs=ModelFs(type="layers", diff_ids=layers),
+    )
+
+
+def annotations_of(details: ModelDetails) -> dict[str, str]:
+    """The manifest's annotations: exact numbers, which ModelPack's config has no place for."""
+    known = {
+        ARCHITECTURE: details.architecture,
+        PARAMETERS: details.num_parameters,
+        CONTEXT: details.context_tokens,
+        SOURCE: details.source,
+    }
+    return {key: str(value) for key, value in known.items() if value is not None} | dict(details.annotations)
+
+
+def details_from(manifest: Manifest, config: ModelConfig) -> ModelDetails:
+    """Read the details back; a package made by others has fewer."""
+    notes = manifest.annotations
+    return ModelDetails(
+        architecture=notes.get(ARCHITECTURE) or config.descriptor.family,
+        quantization=config.config.quantization,
+        num_parameters=_whole_number(notes.get(PARAMETERS)),
+        context_tokens=_whole_number(notes.get(CONTEXT)),
+        license=" AND ".join(config.descriptor.licenses) or None,
+        source=notes.get(SOURCE) or config.descriptor.source_url,
+        title=config.descriptor.title,
+        format=config.config.format or "gguf",
+    )
+
+
+def _whole_number(text: str | None) -> int | None:
+    return int(text) if text and len(text) <= 18 and text.isascii() and text.isdigit() else None
+
+
+def short_count(count: int) -> str:
+    """ModelPack's ``paramSize``: ``134515008`` is ``135m``."""
+    for unit, size in (("t", 10**12), ("b", 10**9), ("m", 10**6), ("k", 10**3)):
+        if count >= size:
+            value = count / size
+            return f"{value:.0f}{unit}" if value >= 10 else f"{value:.1f}".removesuffix(".0") + unit
+    return str(count)
+
+
+def rfc3339(unix_time: float) -> str:
+    """A time as OCI documents write it, in UTC."""
+    return datetime.datetime.fromtimestamp(unix_time, datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
