@@ -81,6 +81,12 @@ class ModelNotFound(EdgeError):
         self.known = tuple(known)
 
 
+class JobNotFound(EdgeError):
+    """No job of that id is known."""
+
+    code = "job_not_found"
+
+
 class InvalidModelFile(EdgeError):
     """A file that claims to be a model and breaks its format."""
 
@@ -139,6 +145,12 @@ class SourceUnavailable(EdgeError):
     """A place that models come from could not be reached or answered with an error."""
 
     code = "source_unavailable"
+
+
+class Cancelled(EdgeError):
+    """Long work that somebody stopped."""
+
+    code = "cancelled"
 
 
 class DoesNotFit(EdgeError):

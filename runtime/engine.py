@@ -41,7 +41,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one step gave one request.
+    """What one step gave one request. The first says that it was accepted: no text, no tokens.
 
     Attributes:
         text: Text that became certain; may be empty.
@@ -170,10 +170,13 @@ class Engine:
         batch = self._scheduler.schedule()
         if batch is not None:
             self._compute(batch)
+            self._flush()
+        return batch is not None
+
+    def _flush(self) -> None:
         if self._deltas or self._failures:
             deltas, failures, self._deltas, self._failures = self._deltas, self._failures, [], []
             self._sink.deliver(deltas, failures)
-        return batch is not None
 
     # ------------------------------------------------------------------ inbox
 
@@ -186,7 +189,8 @@ class Engine:
             try:
                 self._handle(self._inbox.get_nowait())
             except queue.Empty:
-                return
+                break
+        self._flush()  # who was accepted or refused hears it before the step, which may be long
 
     def _coalesce(self) -> None:
         deadline = self._clock() + 5 * COALESCE_S
@@ -222,6 +226,7 @@ class Engine:
             return
         rng = make_rng(request.params.seed)
         self._answers[request.id] = _Answer(sequence, rng, StopMatcher(request.stop), message.at)
+        self._deltas.append(self._delta(sequence, ""))
 
     # ------------------------------------------------------------------ one step
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from edge.store.models import ModelStore, StoredModel
 from typing_extensions import override
 
 from edge import errors
 from edge.config import Settings
 from edge.errors import BackendError, DoesNotFit, EdgeError, ModelLoading, ServerStopping, WorkerDied
+from edge.store.models import ModelStore, StoredModel
 from runtime import wire
 
 log = logging.getLogger("edge.pool")
@@ -171,7 +171,7 @@ class ModelHost:
         self._changed = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
         self._last_progress = 0.0
-        self._last_steps = -1
+        self._last_steps: int = -1
         self._wanted = False
 
     # ------------------------------------------------------------------ what others ask
@@ -225,6 +225,8 @@ class ModelHost:
             raise WorkerDied(self.ref, reason="it is not running")
         self._next_id += 1
         self.last_used = time.monotonic()
+        if not self._generations:
+            self._last_progress = self.last_used  # the clock of a hang starts with work
         generation = Generation(self._next_id, self._cancel)
         self._generations[self._next_id] = generation
         self._send(make(self._next_id))
@@ -458,10 +460,10 @@ class Pool:
         """Unload what nobody used for `keep_alive_s`."""
         limit = self._settings.keep_alive_s
         for host in self.hosts():
-            if limit >= 0 and host.state == "ready" and not host.num_active:
-                if time.monotonic() - host.last_used > limit:
-                    log.info("unloading %s: unused for %.0f s", host.ref, limit)
-                    await host.unload()
+            unused_s = time.monotonic() - host.last_used
+            if 0 <= limit < unused_s and host.state == "ready" and not host.num_active:
+                log.info("unloading %s: unused for %.0f s", host.ref, limit)
+                await host.unload()
 
     async def forget(self, ref: str) -> None:
         """Unload a model that leaves the store."""
@@ -472,7 +474,7 @@ class Pool:
         """Take no more requests and wait for those under way, at most `timeout_s`."""
         self._stopping = True
         deadline = time.monotonic() + timeout_s
-        while any(h.num_active for h in self.hosts()) and time.monotonic() < deadline:
+        while any(h.num_active for h in self.hosts()) and time.monotonic() < deadline:  # noqa: ASYNC110  # at shutdown only
             await asyncio.sleep(0.05)
 
     async def close(self) -> None:

@@ -21,6 +21,8 @@ from runtime.request import TokenId
 UBATCH_TOKENS = 512
 DEFAULT_CELLS = 32768
 """Most cells taken without being asked for; a request may use all of them."""
+MIN_CELLS = 4096
+"""Cells for many short sequences beside each other, where the model's own context is shorter."""
 PROCESS_BYTES = 96 << 20
 """Room for the interpreter, the library and its activations."""
 KV_SHARE = 0.5
@@ -43,15 +45,15 @@ class LlamaOptions:
     available_bytes: int
 
 
-def choose_cells(*, asked: int, trained: int, num_slots: int, bytes_per_cell: int, room_bytes: int) -> int:
-    """KV cells to allocate: what was asked for, else twice the trained context (one long request beside many short
-    ones), at most `DEFAULT_CELLS` and what fits; a multiple of 256.
+def choose_cells(*, asked: int, trained: int, bytes_per_cell: int, room_bytes: int) -> int:
+    """KV cells to allocate: what was asked for, else the trained context, which any request may then use whole, at
+    most `DEFAULT_CELLS` and what fits; a multiple of 256.
 
     Raises:
         DoesNotFit: Not even the cells asked for, or 1,024, fit.
     """
     fitting = max(0, room_bytes) // max(1, bytes_per_cell)
-    wanted = asked or min(max(2 * trained, 4096), DEFAULT_CELLS)
+    wanted = asked or min(max(trained, MIN_CELLS), DEFAULT_CELLS)
     least = asked or min(1024, trained)
     if fitting < least:
         fits = [f"context_tokens = {fitting // 256 * 256}"] if fitting >= 512 else []
@@ -223,7 +225,6 @@ class LlamaBackend:
         return choose_cells(
             asked=options.context_tokens,
             trained=lib.llama_model_n_ctx_train(model),
-            num_slots=options.num_slots,
             bytes_per_cell=2 * 2 * width * lib.llama_model_n_layer(model),
             room_bytes=room_bytes,
         )

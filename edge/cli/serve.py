@@ -1,0 +1,61 @@
+"""`edge serve`."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import click
+
+from edge.cli.main import settings_from
+
+
+@click.command("serve")
+@click.option("--host", help="Address to listen on (127.0.0.1).")
+@click.option("--port", type=int, help="Port to listen on (8080).")
+@click.option("--threads", type=int, help="Threads of one engine; 0 means every usable core.")
+@click.option("--context-tokens", type=int, help="KV cells of one model; 0 chooses from model and memory.")
+@click.option("--max-sequences", type=int, help="Sequences that one engine computes at once (16).")
+@click.option("--gateway-url", help="Where telemetry goes; without it nothing leaves the device.")
+@click.option("-v", "--verbose", is_flag=True, help="Log more than warnings to the terminal.")
+def serve(verbose: bool, **flags: object) -> None:
+    """Serve the store's models on a local API: OpenAI's under /v1, the operator's under /edge/v1.
+
+    A model is loaded when it is first asked for. The API answers on TCP and on the Unix socket
+    EDGE_HOME/run/edge.sock.
+
+    \b
+    Examples:
+      edge serve
+      edge serve --port 9000 --threads 4
+      EDGE_GATEWAY_URL=http://127.0.0.1:4318 edge serve
+    """
+    settings = settings_from(**flags)
+    from runtime.logs import set_up
+    from runtime.server import serve as run
+
+    logs = set_up(settings.logs_dir, verbose=verbose)
+    run(settings, logs, on_ready=lambda: _announce(settings.host, settings.port, settings.default_model))
+
+
+def _announce(host: str, port: int, model: str) -> None:
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Who are you?"}]})
+    lines = [
+        f"slm-edge serves on {click.style(url, bold=True)}   (API page: {url}/docs)",
+        "",
+        "Try, in another terminal:",
+        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\",
+        f"    -d '{body}'",
+        '  edge chat "What is the capital of France?"',
+        "  edge tui",
+        "",
+        "or from Python (pip install openai):",
+        "  from openai import OpenAI",
+        f'  client = OpenAI(base_url="{url}/v1", api_key="none")',
+        f'  client.chat.completions.create(model="{model}", messages=[{{"role": "user", "content": "Hi"}}])',
+        "",
+        "Ctrl-C stops.",
+    ]
+    click.echo("\n".join(lines), err=True)
+    sys.stderr.flush()

@@ -1,0 +1,67 @@
+"""The application: every route, and errors in one place."""
+
+from __future__ import annotations
+
+from litestar import Litestar, Response, get
+from litestar.datastructures import State
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.plugins import ScalarRenderPlugin
+
+from edge import __version__
+from runtime.api import admin, openai
+from runtime.api.appliance import Appliance, appliance_of
+from runtime.api.errors import to_response
+
+PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+@get("/livez", sync_to_thread=False)
+def livez() -> dict[str, str]:
+    """The front process answers."""
+    return {"status": "ok"}
+
+
+@get("/readyz")
+async def readyz(state: State) -> Response[dict[str, str]]:
+    """Whether requests can be served: the default model, or any other, is there and did not fail to load."""
+    infos = await appliance_of(state).model_infos()
+    if not infos:
+        return Response({"status": "no models"}, status_code=503)
+    if all(i.state == "failed" for i in infos):
+        return Response({"status": "no model can be loaded", "error": infos[0].error or ""}, status_code=503)
+    return Response({"status": "ok"}, status_code=200)
+
+
+@get("/health")
+async def health(state: State) -> Response[dict[str, str]]:
+    """As `/readyz`, under llama-server's name."""
+    appliance = appliance_of(state)
+    loading = [h.ref for h in appliance.pool.hosts() if h.state == "loading"]
+    infos = await appliance.model_infos()
+    if not infos or all(i.state == "failed" for i in infos):
+        return Response({"status": "error"}, status_code=503)
+    if loading and not any(i.state == "ready" for i in infos):
+        return Response({"status": "loading model"}, status_code=503)
+    return Response({"status": "ok"}, status_code=200)
+
+
+@get("/metrics", media_type=PROMETHEUS_TYPE)
+async def metrics(state: State) -> str:
+    """Prometheus text format."""
+    return appliance_of(state).telemetry.prometheus()
+
+
+def create_app(appliance: Appliance) -> Litestar:
+    """The ASGI application of an appliance, which it starts and closes."""
+    return Litestar(
+        [livez, readyz, health, metrics, *openai.HANDLERS, *admin.HANDLERS],
+        state=State({"appliance": appliance}),
+        exception_handlers={Exception: to_response},
+        request_max_body_size=appliance.settings.max_body_bytes,
+        openapi_config=OpenAPIConfig(
+            title="slm-edge", version=__version__, path="/docs", render_plugins=[ScalarRenderPlugin()]
+        ),
+        on_startup=[appliance.start],
+        on_shutdown=[appliance.close],
+        logging_config=None,
+    )

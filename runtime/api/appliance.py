@@ -1,0 +1,268 @@
+"""What the API acts on: store, workers, telemetry, jobs; and the one picture of them all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import socket
+import statistics
+import time
+from collections import deque
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import msgspec
+import psutil
+from litestar.datastructures import State
+
+from edge import __version__
+from edge.config import Settings
+from edge.errors import ModelNotFound
+from edge.hardware.memory import available_bytes, total_bytes, usable_cores
+from edge.store.models import ModelStore, StoredModel
+from edge.telemetry.host import temperature_c
+from edge.telemetry.identity import load_device_id
+from edge.telemetry.service import Telemetry
+from edge.telemetry.span import RequestRecord
+from runtime.api import sse
+from runtime.api.schema import Alert, DeviceStatus, Job, ModelInfo, OutboxStatus, PullRequest
+from runtime.jobs import JobControl, Jobs
+from runtime.logs import RecentLines
+from runtime.pool import ModelHost, Pool
+
+log = logging.getLogger("edge.appliance")
+
+STATUS_INTERVAL_S = 1.0
+MAX_WATCHERS = 64
+LOW_DISK_BYTES = 256 << 20
+LOW_MEMORY_SHARE = 0.05
+
+
+class Appliance:
+    """One running appliance. Owned by the event loop."""
+
+    def __init__(self, settings: Settings, store: ModelStore, telemetry: Telemetry, logs: RecentLines) -> None:
+        self.settings = settings
+        self.store = store
+        self.telemetry = telemetry
+        self.logs = logs
+        self.pool = Pool(settings, store)
+        self.jobs = Jobs(self._job_changed)
+        self._device_id = load_device_id(settings.home)
+        self._watchers: set[asyncio.Queue[bytes]] = set()
+        self._started = time.monotonic()
+        self._num_requests = self._num_failed = 0
+        self._ttft_s: deque[float] = deque(maxlen=100)
+        self._processes: dict[int, psutil.Process] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Begin to keep house. The API may be used before."""
+        psutil.cpu_percent()
+        self.telemetry.start()
+        self._tasks = [
+            asyncio.create_task(self._broadcast(), name="status"),
+            asyncio.create_task(self._keep_house(), name="housekeeping"),
+        ]
+
+    async def close(self) -> None:
+        """End workers and jobs, and commit the telemetry."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.jobs.close()
+        await self.pool.close()
+        await asyncio.to_thread(self.telemetry.close)
+
+    # ------------------------------------------------------------------ models
+
+    async def stored_models(self) -> list[StoredModel]:
+        """The models of the store."""
+        return await asyncio.to_thread(self.store.list)
+
+    async def stored_model(self, ref: str) -> StoredModel:
+        """One of them.
+
+        Raises:
+            ModelNotFound: There is none of that name.
+        """
+        return await asyncio.to_thread(self.store.get, ref)
+
+    async def model_infos(self) -> list[ModelInfo]:
+        """Every model of the store, with what the runtime does with it."""
+        hosts = {h.ref: h for h in self.pool.hosts()}
+        return [_model_info(m, hosts.get(str(m.ref))) for m in await self.stored_models()]
+
+    async def model_info(self, ref: str) -> ModelInfo:
+        """One of them."""
+        model = await self.stored_model(ref)
+        hosts = {h.ref: h for h in self.pool.hosts()}
+        return _model_info(model, hosts.get(str(model.ref)))
+
+    async def remove(self, ref: str) -> None:
+        """Unload a model and take it out of the store."""
+        model = await self.stored_model(ref)
+        await self.pool.forget(str(model.ref))
+        await asyncio.to_thread(self.store.remove, str(model.ref))
+        log.info("removed %s", model.ref)
+
+    def pull(self, request: PullRequest) -> Job:
+        """Begin to fetch a model."""
+        from edge.store.fetch import Progress, pull
+
+        def work(control: JobControl) -> str:
+            def report(p: Progress) -> None:
+                control.report(p.done_bytes, p.total_bytes, p.message)
+
+            model = pull(self.store, request.source, name=request.name, progress=report, cancelled=control.is_cancelled)
+            return f"{model.ref} is in the store"
+
+        return self.jobs.start("pull", request.source, work)
+
+    # ------------------------------------------------------------------ telemetry and status
+
+    def record(self, record: RequestRecord) -> None:
+        """Count a request and hand it to the telemetry."""
+        self._num_requests += 1
+        if record.error_type not in (None, "cancelled"):
+            self._num_failed += 1
+        if record.ttft_s is not None:
+            self._ttft_s.append(record.ttft_s)
+        self.telemetry.record(record)
+
+    def outbox(self) -> OutboxStatus:
+        """The telemetry spool."""
+        return msgspec.convert(self.telemetry.status(), OutboxStatus, from_attributes=True)
+
+    async def status(self) -> DeviceStatus:
+        """How the device is now."""
+        models = await self.model_infos()
+        hosts = self.pool.hosts()
+        rates = [h.rates() for h in hosts]
+        disk_free = shutil.disk_usage(_existing(self.settings.home)).free
+        available, total = available_bytes(), total_bytes()
+        return DeviceStatus(
+            version=__version__,
+            device_id=self._device_id,
+            hostname=socket.gethostname(),
+            time=time.time(),
+            uptime_s=time.monotonic() - self._started,
+            cpu_percent=psutil.cpu_percent(),
+            cpu_count=usable_cores(),
+            load_1m=psutil.getloadavg()[0],
+            memory_total_bytes=total,
+            memory_available_bytes=available,
+            memory_used_bytes=self._resident_bytes(),
+            disk_free_bytes=disk_free,
+            temperature_c=temperature_c(),
+            accelerator="CPU",
+            requests_active=sum(m.requests_active for m in models),
+            requests_waiting=sum(m.requests_waiting for m in models),
+            requests_total=self._num_requests,
+            requests_failed=self._num_failed,
+            decode_tok_s=sum(r[1] for r in rates),
+            prefill_tok_s=sum(r[0] for r in rates),
+            ttft_p50_s=statistics.median(self._ttft_s) if self._ttft_s else None,
+            models=models,
+            outbox=self.outbox(),
+            jobs=self.jobs.list()[:10],
+            alerts=self._alerts(models, disk_free=disk_free, memory_share=available / total),
+        )
+
+    def _resident_bytes(self) -> int:
+        own = psutil.Process().memory_info().rss
+        return own + sum(h.heartbeat.memory_bytes for h in self.pool.hosts() if h.heartbeat is not None)
+
+    def _alerts(self, models: list[ModelInfo], *, disk_free: int, memory_share: float) -> list[Alert]:
+        alerts = [
+            Alert(level="critical", what=f"{m.ref} cannot be loaded: {m.error}", fix=f"edge verify {m.ref}")
+            for m in models
+            if m.state == "failed"
+        ]
+        if disk_free < LOW_DISK_BYTES:
+            alerts.append(Alert(level="critical", what=f"{disk_free >> 20} MiB of disk are free", fix="edge rm MODEL"))
+        if memory_share < LOW_MEMORY_SHARE:
+            alerts.append(Alert(level="warning", what="memory is nearly used up", fix="edge unload MODEL"))
+        if (error := self.outbox().last_error) is not None:
+            alerts.append(Alert(level="warning", what=f"telemetry: {error}", fix="edge telemetry status"))
+        if not models:
+            alerts.append(Alert(level="info", what="no models yet", fix=f"edge pull {self.settings.default_model}"))
+        return alerts
+
+    # ------------------------------------------------------------------ events
+
+    async def events(self) -> AsyncGenerator[bytes]:
+        """A status each second and every job as it changes. A watcher who reads too slowly misses events."""
+        queue: asyncio.Queue[bytes] = asyncio.Queue(maxsize=64)
+        self._watchers.add(queue)
+        try:
+            yield sse.event("status", msgspec.json.encode(await self.status()))
+            while True:
+                yield await queue.get()
+        finally:
+            self._watchers.discard(queue)
+
+    def _publish(self, event: bytes) -> None:
+        for queue in self._watchers:
+            with contextlib.suppress(asyncio.QueueFull):  # the next status tells it all again
+                queue.put_nowait(event)
+
+    def _job_changed(self, job: Job) -> None:
+        if self._watchers:
+            self._publish(sse.event("job", msgspec.json.encode(job)))
+
+    async def _broadcast(self) -> None:
+        while True:
+            await asyncio.sleep(STATUS_INTERVAL_S)
+            if self._watchers:
+                self._publish(sse.event("status", msgspec.json.encode(await self.status())))
+
+    async def _keep_house(self) -> None:
+        while True:
+            await asyncio.sleep(5)
+            await self.pool.unload_idle()
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else _existing(path.parent)
+
+
+def _model_info(model: StoredModel, host: ModelHost | None) -> ModelInfo:
+    info = ModelInfo(
+        ref=str(model.ref),
+        digest=str(model.digest),
+        size_bytes=model.size_bytes,
+        state="unloaded",
+        architecture=model.architecture,
+        quantization=model.quantization,
+        num_parameters=model.num_parameters,
+        context_tokens=model.context_tokens,
+        license=model.license,
+        source=model.source,
+        created=model.created,
+    )
+    if host is not None:
+        _add_runtime(info, host)
+    return info
+
+
+def _add_runtime(info: ModelInfo, host: ModelHost) -> None:
+    info.state, info.num_restarts = host.state, host.num_restarts
+    info.error = str(host.error) if host.error is not None else None
+    info.requests_active = host.num_active
+    info.prefill_tok_s, info.decode_tok_s = host.rates()
+    info.loaded_s = time.monotonic() - host.ready_since if host.ready_since is not None else None
+    if host.ready is not None:
+        info.kv_cells = host.ready.num_cells
+    if (beat := host.heartbeat) is not None:
+        info.memory_bytes, info.kv_cells_used, info.requests_waiting = beat.memory_bytes, beat.cells_used, beat.waiting
+
+
+def appliance_of(state: State) -> Appliance:
+    """The appliance of an application."""
+    appliance = state.appliance
+    if not isinstance(appliance, Appliance):
+        raise ModelNotFound("?")
+    return appliance

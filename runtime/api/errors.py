@@ -1,0 +1,145 @@
+"""The one place where errors become responses: OpenAI's error object under /v1, RFC 9457 elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from litestar import Request, Response
+from litestar.exceptions import HTTPException
+from litestar.status_codes import HTTP_500_INTERNAL_SERVER_ERROR
+
+from edge import errors
+from edge.errors import EdgeError
+from runtime.api.schema import Problem
+
+log = logging.getLogger("edge.api")
+
+# The status of each class of error; a subclass without a row has its nearest ancestor's.
+STATUS: dict[type[EdgeError], int] = {
+    EdgeError: 500,
+    errors.InvalidRequest: 400,
+    errors.ContextOverflow: 400,
+    errors.InvalidReference: 400,
+    errors.ConfigError: 400,
+    errors.RecipeError: 400,
+    errors.UnsupportedFormat: 400,
+    errors.InvalidModelFile: 422,
+    errors.DigestMismatch: 422,
+    errors.ModelNotFound: 404,
+    errors.JobNotFound: 404,
+    errors.QueueFull: 429,
+    errors.BackendError: 500,
+    errors.WorkerDied: 500,
+    errors.MissingExtra: 501,
+    errors.ToolMissing: 501,
+    errors.SourceUnavailable: 502,
+    errors.GatewayUnavailable: 502,
+    errors.ModelLoading: 503,
+    errors.ServerStopping: 503,
+    errors.ServerUnavailable: 503,
+    errors.StoreError: 500,
+    errors.DiskFull: 507,
+    errors.DoesNotFit: 507,
+}
+_OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class OpenAIErrorDetail(msgspec.Struct, kw_only=True):
+    """What clients read of an error."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class OpenAIError(msgspec.Struct, kw_only=True):
+    """OpenAI's error body."""
+
+    error: OpenAIErrorDetail
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """An error as a response is made of it."""
+
+    status: int
+    code: str
+    message: str
+    hint: str | None = None
+    field: str | None = None
+    retry_after_s: float | None = None
+
+    def openai(self) -> OpenAIError:
+        """As OpenAI's error object; the hint is part of the message, since clients show nothing else."""
+        kind = _OPENAI_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        message = f"{self.message} {self.hint}" if self.hint else self.message
+        return OpenAIError(error=OpenAIErrorDetail(message=message, type=kind, param=self.field, code=self.code))
+
+    def problem(self) -> Problem:
+        """As RFC 9457 problem details."""
+        title = self.code.replace("_", " ").capitalize()
+        return Problem(
+            type="about:blank", title=title, status=self.status, detail=self.message, code=self.code, hint=self.hint
+        )
+
+
+def status_of(error: EdgeError) -> int:
+    """The HTTP status of an error."""
+    return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+
+
+def fault_of(error: Exception) -> Fault:
+    """Facts of any exception; what is not ours shows nothing of its inside."""
+    if isinstance(error, EdgeError):
+        return Fault(
+            status_of(error),
+            error.code,
+            error.message,
+            error.hint,
+            error.field if isinstance(error, errors.InvalidRequest) else None,
+            getattr(error, "retry_after_s", None),
+        )
+    if isinstance(error, HTTPException):
+        return _http_fault(error)
+    return Fault(
+        HTTP_500_INTERNAL_SERVER_ERROR, "internal_error", "The appliance failed at this request; its log says how."
+    )
+
+
+def _http_fault(error: HTTPException) -> Fault:
+    codes = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+    hints = {
+        404: "See /docs for what there is.",
+        405: "See /docs for the methods of this path.",
+        413: "Send less, or raise max_body_bytes.",
+    }
+    code = codes.get(error.status_code, "invalid_request")
+    return Fault(error.status_code, code, f"{error.detail.rstrip('.')}.", hints.get(error.status_code))
+
+
+def _headers(fault: Fault) -> dict[str, str]:
+    if fault.retry_after_s is None:
+        return {}
+    return {"Retry-After": str(max(1, round(fault.retry_after_s)))}
+
+
+def is_openai_path(path: str) -> bool:
+    """Whether errors of this path are OpenAI's."""
+    return path == "/v1" or path.startswith("/v1/")
+
+
+def to_response(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    """The response to an error, in the shape that the path's clients read."""
+    fault = fault_of(error)
+    if fault.status >= 500:
+        unexpected = not isinstance(error, EdgeError | HTTPException)
+        log.error("%s %s: %s", request.method, request.url.path, error, exc_info=error if unexpected else None)
+    if is_openai_path(request.url.path):
+        body, media_type = msgspec.json.encode(fault.openai()), "application/json"
+    else:
+        body, media_type = msgspec.json.encode(fault.problem()), "application/problem+json"
+    return Response(body, status_code=fault.status, media_type=media_type, headers=_headers(fault))
