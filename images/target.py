@@ -51,13 +51,23 @@ def parse_targets(text: str, *, what: str = "targets.toml") -> Mapping[str, Targ
         ConfigError: Not TOML, an unknown or missing key, or a value that breaks its rule.
     """
     try:
-        targets = msgspec.convert(tomllib.loads(text), type=dict[str, Target])
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as e:
-        raise ConfigError(f"{what} cannot be used: {e}.") from e
-    for name in targets:
-        if not _NAME.fullmatch(name):
-            raise ConfigError(f"{what}: '{name}' is no name of a target.", hint="Use a-z, 0-9, '-', '_' and '.'.")
-    return targets
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        raise ConfigError(f"{what} is not TOML: {e}.") from e
+    return {_check_name(name, what): _read_row(name, row, what) for name, row in table.items()}
+
+
+def _check_name(name: str, what: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"{what}: '{name}' is no name of a target.", hint="Use a-z, 0-9, '-', '_' and '.'.")
+    return name
+
+
+def _read_row(name: str, row: object, what: str) -> Target:
+    try:
+        return msgspec.convert(row, type=Target)
+    except msgspec.ValidationError as e:
+        raise ConfigError(f"{what}: the target '{name}' cannot be used: {e}.") from e
 
 
 @cache

@@ -12,7 +12,6 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from edge import __version__
 from edge.store.models import ModelStore
 from images.build import Builder, BuildResult, BuiltImage, Storage, check_image_name, project_root
 from images.seed import write_seed
@@ -40,7 +39,7 @@ def image() -> None:
 @image.command()
 @click.argument("target")
 @click.option("--model", metavar="REF", help="Bake this model of the store in, as the seed of an empty one.")
-@click.option("--tag", metavar="NAME", help="Name of the image. Default: localhost/slm-edge:VERSION-TARGET[-MODEL].")
+@click.option("--tag", metavar="NAME", help="Name of the image. Default: localhost/slm-edge:TARGET[-MODEL].")
 @click.option(
     "--base",
     metavar="IMAGE|debian",
@@ -79,7 +78,7 @@ def build(
     """
     row = get_target(target)
     root = project_root(context)
-    plain = check_image_name(tag if tag and not model else f"localhost/slm-edge:{__version__}-{target}", what="--tag")
+    plain = check_image_name(tag if tag and not model else f"localhost/slm-edge:{target}", what="--tag")
     baked = check_image_name(tag or f"{plain}-{_as_tag(model)}", what="--tag") if model else None
     builder = Builder(Storage(storage_root), say=_say, verbose=verbose)
     if dry_run:
