@@ -1,15 +1,29 @@
-"""The front's side of telemetry: record what happened, forget about it."""
+"""The front's side of telemetry: record what happened, and forget about it."""
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
+from edge import __version__
 from edge.config import Settings
+from edge.errors import ConfigError, StoreError
 
+from . import semconv
+from .encoder import RowEncoder
+from .exporter import OtlpHttpExporter
+from .forwarder import ForwarderThread
 from .host import watch_host
+from .identity import OutboxLock, load_device_id
 from .instruments import RequestInstruments, RequestTotals
 from .metrics import Reading, Registry, labels_of, render_prometheus
+from .outbox import Outbox
 from .span import RequestRecord
+from .writer import OutboxWriter
+
+LOCK_NAME = "telemetry.lock"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,42 +45,193 @@ class OutboxState:
 
 
 class Telemetry:
-    """Numbers in memory, records to the outbox, the outbox to the gateway."""
+    """Numbers in memory, records to the outbox, the outbox to the gateway.
+
+    With no gateway configured there are the numbers only: no thread, no file but the device's id, no connection.
+    Otherwise two threads: one owns the outbox, the other the connections. Every method may be called from any thread;
+    `start`, `flush` and `close` block and do not belong on an event loop.
+    """
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+        """Make the instruments. Nothing runs before `start`.
+
+        Raises:
+            ConfigError: The gateway's address is none.
+            StoreError: EDGE_HOME cannot be written, or holds a device id that is none.
+        """
+        self.device_id = load_device_id(settings.home)
         self.registry = Registry()
+        self._limit_bytes = settings.outbox_bytes
         self._requests = RequestInstruments(self.registry)
         watch_host(self.registry)
+        self._gateway_url = settings.gateway_url
+        self._pipeline: _Pipeline | None = None
+        if settings.gateway_url:
+            check_gateway_url(settings.gateway_url)
+            self._pipeline = _Pipeline(settings, self.registry, device_id=self.device_id)
+            self._watch_outbox(self._pipeline.writer)
 
     def start(self) -> None:
-        """Open the outbox and begin to forward."""
+        """Open the outbox and begin to forward. A disk that is full or read-only is tried again later, and serving
+        goes on.
+
+        Raises:
+            StoreError: Another process has this EDGE_HOME, or a newer version wrote the outbox.
+        """
+        if self._pipeline is not None:
+            self._pipeline.start()
 
     def record(self, record: RequestRecord) -> None:
-        """Count a request and hand it to the outbox. Never blocks, never raises."""
+        """Count a request and hand it to the outbox, where it is at most a second later. Never blocks, never raises."""
         self._requests.observe(record)
+        if self._pipeline is not None:
+            self._pipeline.writer.offer(record)
 
     def add_gauge(
-        self, name: str, reading: Reading, *, unit: str = "1", text: str = "", labels: dict[str, str] | None = None
+        self,
+        name: str,
+        reading: Reading,
+        *,
+        unit: str = "1",
+        text: str = "",
+        labels: Mapping[str, str] | None = None,
     ) -> None:
-        """Read a gauge with `reading` whenever metrics are asked for; from any thread, so it has to be quick."""
+        """Read a gauge with `reading` whenever metrics are asked for.
+
+        Args:
+            name: OpenTelemetry style, ``edge.models.loaded``; Prometheus gets it with underscores and the unit.
+            reading: Called from any thread, so it has to be quick and safe; None leaves the gauge out.
+            unit: UCUM code: ``s``, ``By``, ``1`` (a share), or what is counted in braces, ``{model}``.
+            labels: Several readings may share a name under different labels.
+        """
         self.registry.gauge(name, unit=unit, text=text or name).watch(reading, labels_of(labels or {}))
 
     def totals(self) -> RequestTotals:
         """What was counted since the start."""
         return self._requests.totals()
 
-    def status(self) -> OutboxState:
-        """How the spool is; reads memory only."""
-        return OutboxState(enabled=bool(self._settings.gateway_url), gateway_url=self._settings.gateway_url)
-
     def prometheus(self) -> str:
         """Every metric in Prometheus text format 0.0.4."""
         return render_prometheus(self.registry.collect())
 
-    def flush(self, timeout_s: float = 10.0) -> OutboxState:
-        """Commit what is buffered and try to send everything now; blocks."""
+    def status(self) -> OutboxState:
+        """How the spool is after the last commit; reads memory only."""
+        if self._pipeline is None:
+            return OutboxState(enabled=False, limit_bytes=self._limit_bytes)
+        stats, forwarding = self._pipeline.writer.stats, self._pipeline.forwarder.state()
+        return OutboxState(
+            enabled=True,
+            gateway_url=without_password(self._gateway_url),
+            rows=stats.rows,
+            size_bytes=stats.size_bytes,
+            limit_bytes=self._limit_bytes,
+            oldest_age_s=stats.oldest_age_s,
+            sent_batches=stats.sent_rows,
+            dropped_rows=stats.dropped_rows,
+            quarantined_rows=stats.quarantined_rows,
+            last_success_age_s=forwarding.last_success_age_s,
+            last_error=self._pipeline.writer.error or forwarding.last_error,
+            next_attempt_s=forwarding.next_attempt_s,
+        )
+
+    def sync(self) -> None:
+        """Return when everything recorded so far is on the disk.
+
+        Raises:
+            StoreError: The disk takes nothing; what was recorded is kept in memory and tried again.
+        """
+        if self._pipeline is not None:
+            self._pipeline.writer.sync()
+
+    def flush(self, timeout_s: float = 30.0) -> OutboxState:
+        """Commit what is buffered, with the metrics as they are, and try to send all of it now. How the spool is then.
+
+        Raises:
+            StoreError: The disk takes nothing.
+        """
+        if self._pipeline is not None:
+            self._pipeline.writer.sync(with_metrics=True)
+            self._pipeline.forwarder.drain(timeout_s)
         return self.status()
 
     def close(self) -> None:
-        """Commit what is buffered and end the threads."""
+        """Commit what is buffered and end the threads; what is not sent waits on the disk. Twice is as good as once."""
+        if self._pipeline is not None:
+            self._pipeline.close()
+
+    def _watch_outbox(self, writer: OutboxWriter) -> None:
+        for name, unit, text, reading in (
+            (semconv.OUTBOX_ROWS, "{batch}", "Batches that wait.", lambda: writer.stats.rows),
+            (semconv.OUTBOX_SIZE, "By", "Bytes of the batches on the disk.", lambda: writer.stats.size_bytes),
+            (semconv.OUTBOX_DROPPED, "{batch}", "Batches dropped so far.", lambda: writer.stats.dropped_rows),
+            (semconv.OUTBOX_QUARANTINED, "{batch}", "Batches set aside.", lambda: writer.stats.quarantined_rows),
+            (semconv.OUTBOX_SENT, "{batch}", "Batches delivered so far.", lambda: writer.stats.sent_rows),
+        ):
+            self.add_gauge(name, reading, unit=unit, text=text)
+
+
+class _Pipeline:
+    """The two threads, and the lock that makes them the only ones."""
+
+    def __init__(self, settings: Settings, registry: Registry, *, device_id: str) -> None:
+        self._lock = OutboxLock(settings.home / LOCK_NAME)
+        self._is_started = False
+        encoder = RowEncoder(registry.collect, device_id=device_id, host_name=platform.node(), version=__version__)
+
+        def open_outbox() -> Outbox:
+            return Outbox(
+                settings.telemetry_db, device_id, limit_bytes=settings.outbox_bytes, encode_gaps=encoder.encode_gaps
+            )
+
+        self.writer = OutboxWriter(
+            open_outbox,
+            encoder,
+            metrics_interval_s=settings.metrics_interval_s,
+            on_commit=lambda: self.forwarder.notify(),
+        )
+        self.forwarder = ForwarderThread(self.writer, lambda: OtlpHttpExporter(settings.gateway_url))
+
+    def start(self) -> None:
+        self._lock.acquire()
+        try:
+            self.writer.start()
+        except StoreError:
+            self.writer.close()
+            self._lock.release()
+            raise
+        self.forwarder.start()
+        self._is_started = True
+
+    def close(self) -> None:
+        if self._is_started:
+            self._is_started = False
+            self.forwarder.stop()
+            self.writer.close()
+            self._lock.release()
+
+
+def check_gateway_url(url: str) -> None:
+    """Raise if records cannot be sent there.
+
+    Raises:
+        ConfigError: It has no host, an impossible port, or a part that has no meaning here.
+    """
+    try:
+        parts = urlsplit(url)
+        is_usable = (
+            bool(parts.hostname) and (parts.port is None or parts.port > 0) and not (parts.query or parts.fragment)
+        )
+    except ValueError:
+        is_usable = False
+    if not is_usable:
+        raise ConfigError(
+            f"gateway_url is no address that telemetry can be sent to: {without_password(url)!r}.",
+            hint="Give the base, as in http://gateway.example:4318; /v1/traces and the like are added.",
+        )
+
+
+def without_password(url: str) -> str:
+    """The address with the user's part masked, fit to be shown."""
+    scheme, found, rest = url.partition("://")
+    user, at, host = rest.rpartition("@")
+    return f"{scheme}{found}***@{host}" if found and at and user else url

@@ -120,8 +120,8 @@ def _attributes(record: RequestRecord) -> dict[str, AttributeValue | None]:
         semconv.REQUEST_STREAM: record.stream,
         semconv.REQUEST_TEMPERATURE: record.temperature,
         semconv.REQUEST_TOP_P: record.top_p,
-        semconv.REQUEST_MAX_TOKENS: record.max_tokens,
-        semconv.REQUEST_SEED: record.seed,
+        semconv.REQUEST_MAX_TOKENS: _int64(record.max_tokens),
+        semconv.REQUEST_SEED: _int64(record.seed),
         semconv.USAGE_INPUT_TOKENS: record.input_tokens,
         semconv.USAGE_OUTPUT_TOKENS: record.output_tokens,
         semconv.USAGE_CACHE_READ_INPUT_TOKENS: record.cached_tokens,
@@ -131,3 +131,8 @@ def _attributes(record: RequestRecord) -> dict[str, AttributeValue | None]:
         semconv.KEY_ID: bounded(record.key_id) if record.key_id else None,
         semconv.ERROR_TYPE: bounded(record.error_type) if record.error_type else None,
     }
+
+
+def _int64(value: int | None) -> int | None:
+    """The number if the wire can carry it: a client may send any."""
+    return value if value is not None and -(2**63) <= value < 2**63 else None
