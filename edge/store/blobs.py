@@ -148,8 +148,19 @@ class Partial:
         self._write_note(note)
         return Staged(self.path, digest, self._hash.num_bytes)
 
+    @property
+    def folder(self) -> Path:
+        """Where its holder may keep scratch files; it need not exist, and goes when the partial is discarded."""
+        return self.path.with_suffix(".d")
+
+    @property
+    def published(self) -> Digest | None:
+        """What its bytes were published as, when the holder died right after that; else None."""
+        return Digest(self.note.digest) if self.note.digest and not self.size_bytes else None
+
     def discard(self) -> None:
-        """Remove bytes and note: after publishing, or when the bytes turned out wrong."""
+        """Remove bytes, note and folder: after publishing, or when the bytes turned out wrong."""
+        self._files.remove_tree(self.folder)
         self._files.remove(self._note_path)
         if _is_same_file(self._file.fileno(), self.path):
             self._files.remove(self.path)
@@ -208,6 +219,10 @@ class BlobStore:
             return None
         except OSError as e:
             raise StoreError(f"Reading {self.path(digest)} failed: {e.strerror or e}.") from e
+
+    def has_sound(self, digest: Digest) -> bool:
+        """Whether the blob is there and its bytes are right now."""
+        return self.actual_digest(digest) == digest
 
     def digests(self) -> Iterator[Digest]:
         """Every blob there is, in no order; files of other names are passed over."""
@@ -279,21 +294,42 @@ class BlobStore:
 
         The clock decides only how long a fetch can be resumed: a wrong one costs a new fetch.
         """
-        stale = [path for path, age_s in self._ingest_ages(now) if age_s >= min_age_s]
-        return sum(self._remove_if_free(path) for path in stale)
+        freed = 0
+        for name, paths in self._ingesting().items():
+            if now - max(_mtime(path) for path in paths) >= min_age_s:
+                freed += self._remove_if_free(self.ingest_dir / f"{name}.partial", paths)
+        return freed
 
-    def _ingest_ages(self, now: float) -> Iterator[tuple[Path, float]]:
+    def _ingesting(self) -> dict[str, list[Path]]:
+        found: dict[str, list[Path]] = {}
         for path in sorted(self.ingest_dir.glob("*")) if self.ingest_dir.is_dir() else ():
-            try:
-                yield path, now - path.stat().st_mtime
-            except FileNotFoundError:
-                continue  # published meanwhile
+            found.setdefault(path.name.partition(".")[0], []).append(path)
+        return found
 
-    def _remove_if_free(self, path: Path) -> int:
-        partial = self.ingest_dir / f"{path.name.partition('.')[0]}.partial"
-        with self.files.open_append(partial if partial.exists() else path) as file:
-            if not try_lock(file) or not path.exists():
+    def _remove_if_free(self, partial: Path, paths: Sequence[Path]) -> int:
+        with self.files.open_append(partial) as file:
+            if not try_lock(file):
                 return 0
-            size_bytes = path.stat().st_size
-            self.files.remove(path)
-            return size_bytes
+            freed = sum(_size(path) for path in paths)
+            for path in (*paths, partial):
+                if path.is_dir():
+                    self.files.remove_tree(path)
+                else:
+                    self.files.remove(path)
+            return freed
+
+
+def _mtime(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0  # published meanwhile
+
+
+def _size(path: Path) -> int:
+    if path.is_dir():
+        return sum(_size(inner) for inner in path.iterdir())
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

@@ -104,6 +104,12 @@ class FileOps:
         with translated(path, "Removing"):
             path.unlink(missing_ok=True)
 
+    def remove_tree(self, path: Path) -> None:
+        """Remove a directory and all in it; an absent one is fine."""
+        with translated(path, "Removing"):
+            if path.is_dir():
+                shutil.rmtree(path)
+
     def free_bytes(self, path: Path) -> int:
         """Bytes this user may still write to the file system of an existing path."""
         with translated(path, "Looking at"):

@@ -246,6 +246,19 @@ class ModelStore:
         found = self._resolve(ref, entries)
         return self._open(found, entries[found])
 
+    def refs(self) -> Sequence[ModelRef]:
+        """Every name there is, of whole models and damaged ones."""
+        return sorted(self._entries())
+
+    def resolve(self, ref: str | ModelRef) -> ModelRef:
+        """The full name that is meant.
+
+        Raises:
+            ModelNotFound: There is none of that name.
+            InvalidReference: It is not a model's name.
+        """
+        return self._resolve(ref, self._entries())
+
     def _resolve(self, ref: str | ModelRef, entries: dict[ModelRef, Descriptor]) -> ModelRef:
         wanted = ModelRef.parse(ref) if isinstance(ref, str) else ref
         if wanted in entries:

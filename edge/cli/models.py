@@ -1,0 +1,249 @@
+"""`edge list`, `show`, `rm`, `verify`: the store's models."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from edge.cli.options import complete_models, human_size, json_option, open_store, store_option
+from edge.errors import ConfigError, EdgeError
+from edge.store.details import short_count
+from edge.store.models import Collected, FileCheck, ModelStore, StoredModel
+
+
+def print_json(value: object) -> None:
+    """Print data for programs."""
+    click.echo(msgspec.json.format(msgspec.json.encode(value, enc_hook=str), indent=2).decode())
+
+
+def model_json(model: StoredModel) -> dict[str, object]:
+    """What `edge show --json` prints of a model."""
+    return {
+        "ref": str(model.ref),
+        "digest": str(model.digest),
+        "size_bytes": model.size_bytes,
+        "architecture": model.architecture,
+        "quantization": model.quantization,
+        "num_parameters": model.num_parameters,
+        "context_tokens": model.context_tokens,
+        "license": model.license,
+        "source": model.source,
+        "created": model.created,
+        "annotations": model.manifest.annotations,
+        "files": [
+            {
+                "name": file.name,
+                "path": str(file.path),
+                "digest": str(file.digest),
+                "size_bytes": file.size_bytes,
+                "media_type": file.media_type,
+            }
+            for file in model.files
+        ],
+        "report": model.report,
+    }
+
+
+@click.command("list")
+@store_option
+@json_option
+def list_models(*, store_dir: Path | None, as_json: bool) -> None:
+    """List the models in the store.
+
+    \b
+    Examples:
+      edge list
+      edge list --json | jq -r '.models[].ref'
+    """
+    store = open_store(store_dir)
+    models, damaged = store.list(), store.damaged()
+    if as_json:
+        print_json(
+            {
+                "models": [model_json(model) for model in models],
+                "damaged": [{"ref": str(bad.ref), "reason": bad.reason} for bad in damaged],
+            }
+        )
+        return
+    if models:
+        _print_table(models)
+    else:
+        click.echo("No models yet. Get one with: edge pull smollm2:135m-instruct", err=True)
+    for bad in damaged:
+        click.echo(f"damaged: {bad.ref}: {bad.reason} Pull it again, or: edge rm {bad.ref}", err=True)
+
+
+def _print_table(models: Sequence[StoredModel]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("NAME", "SIZE", "TYPE", "PARAMETERS", "CONTEXT", "LICENCE", "ADDED"):
+        table.add_column(title, justify="right" if title in ("SIZE", "PARAMETERS", "CONTEXT") else "left", no_wrap=True)
+    for model in models:
+        table.add_row(
+            str(model.ref),
+            human_size(model.size_bytes),
+            model.quantization or "-",
+            "-" if model.num_parameters is None else short_count(model.num_parameters),
+            "-" if model.context_tokens is None else f"{model.context_tokens:,}",
+            model.license or "-",
+            _date(model.created),
+        )
+    # A pipe has no width; nothing may be cut off there.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _date(unix_time: float) -> str:
+    return datetime.datetime.fromtimestamp(unix_time, datetime.UTC).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+@click.command()
+@click.argument("ref", shell_complete=complete_models)
+@store_option
+@json_option
+def show(ref: str, *, store_dir: Path | None, as_json: bool) -> None:
+    """Show one model: its files and where they lie, digests, origin, quality report.
+
+    \b
+    Examples:
+      edge show smollm2:135m-instruct
+      llama-cli -m "$(edge show smollm2:135m-instruct --json | jq -r '.files[0].path')"
+    """
+    model = open_store(store_dir).get(ref)
+    if as_json:
+        print_json(model_json(model))
+        return
+    facts = {
+        "name": str(model.ref),
+        "digest": str(model.digest),
+        "architecture": model.architecture,
+        "type": model.quantization,
+        "parameters": None if model.num_parameters is None else f"{model.num_parameters:,}",
+        "context": None if model.context_tokens is None else f"{model.context_tokens:,} tokens",
+        "licence": model.license,
+        "source": model.source,
+        "added": _date(model.created),
+        "size": human_size(model.size_bytes),
+    }
+    for name, value in facts.items():
+        click.echo(f"{name:<13}{value or 'unknown'}")
+    for file in model.files:
+        click.echo(f"\n{file.name} ({human_size(file.size_bytes)}, {file.media_type})\n  {file.digest}\n  {file.path}")
+    if model.report is not None:
+        click.echo(f"\nreport\n{msgspec.json.format(msgspec.json.encode(model.report), indent=2).decode()}")
+
+
+@click.command()
+@click.argument("refs", nargs=-1, required=True, metavar="REF...", shell_complete=complete_models)
+@click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@store_option
+def rm(refs: Sequence[str], *, dry_run: bool, yes: bool, store_dir: Path | None) -> None:
+    """Remove models from the store. Files that another model shares stay.
+
+    \b
+    Examples:
+      edge rm smollm2:135m-instruct --dry-run
+      edge rm smollm2:135m-instruct --yes
+    """
+    store = open_store(store_dir)
+    found = [store.resolve(ref) for ref in refs]
+    if dry_run:
+        for ref in found:
+            click.echo(f"would remove {ref}")
+        return
+    if not yes and sys.stdin.isatty():
+        click.confirm(f"Remove {', '.join(map(str, found))}?", abort=True, err=True)
+    for ref in found:
+        store.remove(ref)
+        click.echo(f"removed {ref}")
+    _report_collected(store.collect())
+
+
+def _report_collected(collected: Collected) -> None:
+    click.echo(f"freed {human_size(collected.freed_bytes)}", err=True)
+    for name in collected.blocked_by:
+        click.echo(f"No file was removed, for '{name}' is damaged: pull it again or remove it.", err=True)
+
+
+@click.command()
+@click.argument("refs", nargs=-1, metavar="[REF...]", shell_complete=complete_models)
+@store_option
+@json_option
+def verify(refs: Sequence[str], *, store_dir: Path | None, as_json: bool) -> int:
+    """Read every byte of the models again and check it against its digest. Exits 1 when one is bad.
+
+    \b
+    Examples:
+      edge verify
+      edge verify smollm2:135m-instruct --json
+    """
+    store = open_store(store_dir)
+    found = [str(store.resolve(ref)) for ref in refs] if refs else [str(ref) for ref in store.refs()]
+    results = {ref: _verified(store, ref) for ref in found}
+    if as_json:
+        print_json([_result_json(ref, result) for ref, result in results.items()])
+    else:
+        for ref, result in results.items():
+            _print_result(store, ref, result)
+    return int(any(not _is_good(result) for result in results.values()))
+
+
+_Result = Sequence[FileCheck] | EdgeError
+
+
+def _verified(store: ModelStore, ref: str) -> _Result:
+    try:
+        return store.verify(ref)
+    except ConfigError:
+        raise
+    except EdgeError as e:
+        return e
+
+
+def _is_good(result: _Result) -> bool:
+    return not isinstance(result, EdgeError) and all(check.is_good for check in result)
+
+
+def _result_json(ref: str, result: _Result) -> dict[str, object]:
+    if isinstance(result, EdgeError):
+        return {"ref": ref, "is_good": False, "error": result.message, "files": []}
+    files = [
+        {
+            "name": check.name,
+            "path": str(check.path),
+            "size_bytes": check.size_bytes,
+            "is_good": check.is_good,
+            "expected": str(check.expected),
+            "actual": None if check.actual is None else str(check.actual),
+        }
+        for check in result
+    ]
+    return {"ref": ref, "is_good": _is_good(result), "error": None, "files": files}
+
+
+def _print_result(store: ModelStore, ref: str, result: _Result) -> None:
+    if isinstance(result, EdgeError):
+        click.echo(f"BAD   {ref}: {result.message}")
+        return
+    for check in result:
+        if not check.is_good:
+            click.echo(f"BAD   {ref}: {check.name} ({check.path})")
+            click.echo(f"        expected {check.expected}\n        actual   {check.actual or 'the file is missing'}")
+    if _is_good(result):
+        click.echo(f"good  {ref}  {human_size(sum(check.size_bytes for check in result))}")
+    else:
+        click.echo(f"        fix: {_fix(store, ref)}")
+
+
+def _fix(store: ModelStore, ref: str) -> str:
+    try:
+        source = store.get(ref).source
+    except EdgeError:
+        source = None
+    return f"edge pull '{source}' --name {ref}" if source else f"edge rm {ref}, then pull or quantize it again"

