@@ -160,8 +160,9 @@ def problem_of(request: AnyRequest, error: Exception) -> Response[Problem]:
 
 def _detail(error: HTTPException) -> str:
     if isinstance(error, ValidationException) and isinstance(error.extra, list):
-        wrong = [f"{found.get('key')}: {found.get('message')}" for found in error.extra if isinstance(found, dict)]
-        return f"The query is invalid: {'; '.join(wrong)}."
+        wrong = cast("list[dict[str, str]]", error.extra)
+        reasons = "; ".join(f"{one.get('key')}: {one.get('message')}" for one in wrong)
+        return f"The query is invalid: {reasons}."
     return error.detail
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -14,12 +15,12 @@ from edge.errors import ConfigError, StoreError
 from . import semconv
 from .encoder import RowEncoder
 from .exporter import OtlpHttpExporter
-from .forwarder import ForwarderThread
+from .forwarder import Forwarder, ForwarderState, ForwarderThread
 from .host import watch_host
 from .identity import OutboxLock, load_device_id
 from .instruments import RequestInstruments, RequestTotals
 from .metrics import Reading, Registry, labels_of, render_prometheus
-from .outbox import Outbox
+from .outbox import Outbox, OutboxStats, read_stats
 from .span import RequestRecord
 from .writer import OutboxWriter
 
@@ -61,10 +62,9 @@ class Telemetry:
         """
         self.device_id = load_device_id(settings.home)
         self.registry = Registry()
-        self._limit_bytes = settings.outbox_bytes
+        self._settings = settings
         self._requests = RequestInstruments(self.registry)
         watch_host(self.registry)
-        self._gateway_url = settings.gateway_url
         self._pipeline: _Pipeline | None = None
         if settings.gateway_url:
             check_gateway_url(settings.gateway_url)
@@ -117,21 +117,10 @@ class Telemetry:
     def status(self) -> OutboxState:
         """How the spool is after the last commit; reads memory only."""
         if self._pipeline is None:
-            return OutboxState(enabled=False, limit_bytes=self._limit_bytes)
-        stats, forwarding = self._pipeline.writer.stats, self._pipeline.forwarder.state()
-        return OutboxState(
-            enabled=True,
-            gateway_url=without_password(self._gateway_url),
-            rows=stats.rows,
-            size_bytes=stats.size_bytes,
-            limit_bytes=self._limit_bytes,
-            oldest_age_s=stats.oldest_age_s,
-            sent_batches=stats.sent_rows,
-            dropped_rows=stats.dropped_rows,
-            quarantined_rows=stats.quarantined_rows,
-            last_success_age_s=forwarding.last_success_age_s,
-            last_error=self._pipeline.writer.error or forwarding.last_error,
-            next_attempt_s=forwarding.next_attempt_s,
+            return _state(self._settings, OutboxStats(), last_error=None)
+        writer, forwarding = self._pipeline.writer, self._pipeline.forwarder.state()
+        return _state(
+            self._settings, writer.stats, last_error=writer.error or forwarding.last_error, forwarding=forwarding
         )
 
     def sync(self) -> None:
@@ -143,7 +132,7 @@ class Telemetry:
         if self._pipeline is not None:
             self._pipeline.writer.sync()
 
-    def flush(self, timeout_s: float = 30.0) -> OutboxState:
+    def flush(self, timeout_s: float = 10.0) -> OutboxState:
         """Commit what is buffered, with the metrics as they are, and try to send all of it now. How the spool is then.
 
         Raises:
@@ -208,6 +197,67 @@ class _Pipeline:
             self.forwarder.stop()
             self.writer.close()
             self._lock.release()
+
+
+def flush_without_server(settings: Settings) -> OutboxState:
+    """Send what waits on the disk, from this process, while no appliance runs. How the spool is then.
+
+    Raises:
+        ConfigError: No gateway is configured, or its address is none.
+        StoreError: Another process works on the outbox, or it cannot be used.
+    """
+    if not settings.gateway_url:
+        raise ConfigError("No gateway is configured, so there is nowhere to send to.", hint="Set EDGE_GATEWAY_URL.")
+    check_gateway_url(settings.gateway_url)
+    if not settings.telemetry_db.exists():
+        return OutboxState(enabled=True, gateway_url=without_password(settings.gateway_url))
+    device_id = load_device_id(settings.home)
+    encoder = RowEncoder(lambda: (), device_id=device_id, host_name=platform.node(), version=__version__)
+    with OutboxLock(settings.home / LOCK_NAME), OtlpHttpExporter(settings.gateway_url) as exporter:
+        outbox = Outbox(
+            settings.telemetry_db, device_id, limit_bytes=settings.outbox_bytes, encode_gaps=encoder.encode_gaps
+        )
+        with closing(outbox):
+            error = _drain(Forwarder(outbox, exporter))
+            return _state(settings, outbox.stats(), last_error=error)
+
+
+def read_state(settings: Settings) -> OutboxState:
+    """How the spool on the disk is, by looking only; an appliance may run or not.
+
+    Raises:
+        StoreError: It cannot be read.
+    """
+    stats = OutboxStats(limit_bytes=settings.outbox_bytes)
+    if settings.telemetry_db.exists():
+        stats = read_stats(settings.telemetry_db, limit_bytes=settings.outbox_bytes)
+    return _state(settings, stats, last_error=None)
+
+
+def _drain(forwarder: Forwarder) -> str | None:
+    progress = forwarder.step()
+    while progress.wait_s is not None and progress.error is None:
+        progress = forwarder.step()
+    return progress.error
+
+
+def _state(
+    settings: Settings, stats: OutboxStats, *, last_error: str | None, forwarding: ForwarderState | None = None
+) -> OutboxState:
+    return OutboxState(
+        enabled=bool(settings.gateway_url),
+        gateway_url=without_password(settings.gateway_url),
+        rows=stats.rows,
+        size_bytes=stats.size_bytes,
+        limit_bytes=settings.outbox_bytes,
+        oldest_age_s=stats.oldest_age_s,
+        sent_batches=stats.sent_rows,
+        dropped_rows=stats.dropped_rows,
+        quarantined_rows=stats.quarantined_rows,
+        last_success_age_s=forwarding.last_success_age_s if forwarding else None,
+        last_error=last_error,
+        next_attempt_s=forwarding.next_attempt_s if forwarding else None,
+    )
 
 
 def check_gateway_url(url: str) -> None:
