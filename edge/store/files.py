@@ -25,7 +25,7 @@ _POLL_S = 0.05
 
 
 @contextmanager
-def translated(path: Path, doing: str) -> Generator[None]:
+def translated(path: Path, doing: str, *, needed_bytes: int = 1) -> Generator[None]:
     """Turn an `OSError` into the store's own errors.
 
     Raises:
@@ -36,7 +36,7 @@ def translated(path: Path, doing: str) -> Generator[None]:
         yield
     except OSError as e:
         if e.errno in _FULL:
-            raise DiskFull(required_bytes=1, available_bytes=0) from e
+            raise DiskFull(required_bytes=needed_bytes, available_bytes=0) from e
         hint = "Check that the directory belongs to this user and is writable."
         raise StoreError(f"{doing} {path} failed: {e.strerror or e}.", hint=hint) from e
 
@@ -61,7 +61,7 @@ class FileOps:
     def write(self, file: FileIO, data: bytes | memoryview) -> None:
         """Write all of `data` at the end of the file."""
         view = memoryview(data)
-        with translated(Path(str(file.name)), "Writing"):
+        with translated(Path(str(file.name)), "Writing", needed_bytes=len(view)):
             while view:
                 view = view[file.write(view) :]
 

@@ -106,6 +106,7 @@ class DamagedModel:
 
     ref: ModelRef
     reason: str
+    error: InvalidModelFile | StoreError
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,11 +228,21 @@ class ModelStore:
         return [found for found in self._scan() if isinstance(found, DamagedModel)]
 
     def _scan(self) -> Iterator[StoredModel | DamagedModel]:
-        for ref, entry in sorted(self._entries().items()):
+        entries = self._entries()
+        for ref in sorted(entries):
+            if found := self._look(ref, entries[ref]):
+                yield found
+
+    def _look(self, ref: ModelRef, entry: Descriptor) -> StoredModel | DamagedModel | None:
+        """Open a model. One that was replaced or removed while we looked is looked at as it is now, or None."""
+        while True:
             try:
-                yield self._open(ref, entry)
+                return self._open(ref, entry)
             except (InvalidModelFile, StoreError) as e:
-                yield DamagedModel(ref, e.message)
+                now = self._entries().get(ref)
+                if now is None or now == entry:
+                    return now and DamagedModel(ref, e.message, e)
+                entry = now
 
     def get(self, ref: str | ModelRef) -> StoredModel:
         """One model. A name without a tag also finds the only model of that name.
@@ -243,8 +254,14 @@ class ModelStore:
             StoreError: One of its files is missing or of the wrong size.
         """
         entries = self._entries()
-        found = self._resolve(ref, entries)
-        return self._open(found, entries[found])
+        resolved = self._resolve(ref, entries)
+        match self._look(resolved, entries[resolved]):
+            case StoredModel() as found:
+                return found
+            case DamagedModel(error=error):
+                raise error
+            case None:
+                raise ModelNotFound(str(ref), known=[str(known) for known in self.refs()])
 
     def refs(self) -> Sequence[ModelRef]:
         """Every name there is, of whole models and damaged ones."""
@@ -371,7 +388,7 @@ class ModelStore:
         """
         self._prepare()
         with self._lock():
-            found = self._resolve(ref, self._entries())
+            found = self._resolve(ref, models_of(self._read_index()))
             self._set_entry(found, None)
         return found
 
@@ -410,8 +427,14 @@ class ModelStore:
             ModelNotFound: There is none of that name.
             StoreError: The disk refuses to read.
         """
-        entries = self._entries()
-        entry = entries[self._resolve(ref, entries)]
+        while True:
+            entries = self._entries()
+            resolved = self._resolve(ref, entries)
+            checks = self._check_all(resolved, entries[resolved])
+            if all(check.is_good for check in checks) or self._entries().get(resolved) == entries[resolved]:
+                return checks  # else it was replaced or removed while we looked
+
+    def _check_all(self, ref: ModelRef, entry: Descriptor) -> _Checks:
         checks = [self._check("manifest", entry)]
         if not checks[0].is_good:
             return checks
