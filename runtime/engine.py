@@ -161,12 +161,14 @@ class Engine:
             BackendError: The backend failed `MAX_CONSECUTIVE_FAILURES` times in a row.
         """
         while not self._stopping:
-            self._receive()
-            if not self._stopping:
-                self.step()
+            if not self._scheduler.has_work:
+                self._handle(self._inbox.get())
+                self._coalesce()
+            self.advance()
 
-    def step(self) -> bool:
-        """Plan, compute and deliver one step. False if there was nothing to compute."""
+    def advance(self) -> bool:
+        """Take what has arrived, then plan, compute and deliver one step. False if there was nothing to compute."""
+        self._receive()
         batch = self._scheduler.schedule()
         if batch is not None:
             self._compute(batch)
@@ -181,10 +183,7 @@ class Engine:
     # ------------------------------------------------------------------ inbox
 
     def _receive(self) -> None:
-        """Take what has arrived; block only while there is nothing to compute."""
-        if not self._scheduler.has_work:
-            self._handle(self._inbox.get())
-            self._coalesce()
+        """Take what has arrived."""
         while True:
             try:
                 self._handle(self._inbox.get_nowait())

@@ -293,7 +293,7 @@ class Scheduler:
 
     def _decode_chunks(self) -> list[Chunk]:
         """One token for every decoding sequence; the youngest gives way where the cells do not reach."""
-        while len(self.running) > 1 and not self._make_room(0, keep=set()):
+        while not self._make_room(0, keep=set()) and len(self.running) > 1:
             self._preempt(max(self.running, key=lambda s: s.arrival))
         return [
             Chunk(s, s.slot, s.num_computed, s.tokens[-1:], wants_logits=True)

@@ -258,7 +258,8 @@ def main() -> None:
     """`python -m runtime.worker FD PARENT_PID`: serve on an inherited socket."""
     fd, parent = int(sys.argv[1]), int(sys.argv[2])
     die_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the front, which tells us
+    for asked in (signal.SIGINT, signal.SIGTERM):  # a terminal or a service manager signals us too; the front drains
+        signal.signal(asked, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     threading.excepthook = _die
     sys.setswitchinterval(0.001)  # the engine's thread gets the interpreter back within a millisecond

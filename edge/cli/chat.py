@@ -22,13 +22,13 @@ from tui.client import ChatMessage, ChatParams, RuntimeClient, Usage
 @click.option("-s", "--system", help="System prompt.")
 @click.option("--temperature", type=click.FloatRange(0, 2), help="0 always takes the likeliest token (1).")
 @click.option("--top-p", type=click.FloatRange(0, 1), help="Nucleus sampling (1).")
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer in tokens (what fits).")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=1024, help="Longest answer in tokens (1024).")
 @click.option("--seed", type=int, help="Makes a sampled answer repeatable.")
 @click.option("--stats", is_flag=True, help="Print tokens and speed to stderr.")
 @connection_options
 def chat(
     words: Sequence[str], model: str | None, system: str | None, temperature: float | None, top_p: float | None,
-    max_tokens: int | None, seed: int | None, stats: bool, url: str | None, socket: Path | None,
+    max_tokens: int, seed: int | None, stats: bool, url: str | None, socket: Path | None,
 ) -> None:  # fmt: skip
     """Ask a model of the running appliance, or talk with it where no PROMPT is given.
 

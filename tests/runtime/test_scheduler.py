@@ -1,0 +1,214 @@
+"""Laws of the scheduler and the engine, on a backend whose next token is a hash of the cells it may read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge.errors import BackendError, ContextOverflow, QueueFull
+from runtime.backends.base import Capabilities
+from runtime.batch import Batch
+from runtime.engine import Engine
+from runtime.request import FinishReason, Request, RequestId, SamplingParams
+from runtime.scheduler import MIN_SHARED_TOKENS, Limits, Scheduler, common_prefix
+from tests.support import CollectingSink, ScriptedBackend
+
+GREEDY = SamplingParams(temperature=0)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request, the step before which it comes, and the step before which its client leaves, if it does."""
+
+    at: int
+    prompt: tuple[int, ...]
+    max_tokens: int
+    leaves_at: int | None
+
+
+FAMILIES = [tuple(range(1 + i, 90 + i)) for i in range(3)]
+
+
+@st.composite
+def arrivals(draw: st.DrawFn) -> Arrival:
+    family = draw(st.sampled_from(FAMILIES))
+    shared = draw(st.integers(1, len(family)))
+    own = draw(st.lists(st.integers(1, 96), max_size=20))
+    at = draw(st.integers(0, 40))
+    leaves = draw(st.one_of(st.none(), st.integers(at, at + 30)))
+    return Arrival(at, (*family[:shared], *own), draw(st.integers(1, 30)), leaves)
+
+
+def capabilities(*, slots: int, cells: int, step: int, partial: bool = True) -> Capabilities:
+    return Capabilities(slots, cells, cells, step, partial_reuse=partial)
+
+
+@given(
+    plan=st.lists(arrivals(), min_size=1, max_size=14),
+    slots=st.integers(1, 5),
+    cells=st.sampled_from([150, 200, 400, 2000]),
+    step=st.sampled_from([8, 16, 64]),
+    partial=st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+def test_any_schedule_gives_the_answers_of_requests_alone(
+    plan: list[Arrival], slots: int, cells: int, step: int, partial: bool
+) -> None:
+    backend = ScriptedBackend(capabilities(slots=slots, cells=cells, step=max(step, slots), partial=partial))
+    sink = CollectingSink()
+    engine = Engine(backend, sink, max_queue=100)
+    for now in range(4000):
+        for i, a in enumerate(plan):
+            if a.at == now:
+                engine.submit(Request(RequestId(i), a.prompt, a.max_tokens, GREEDY))
+            if a.leaves_at == now:
+                engine.cancel(RequestId(i))
+        if not engine.advance() and now > 80:
+            break
+    else:
+        raise AssertionError("a request starved")
+    stats = engine.stats().queues
+    assert (stats.num_running, stats.num_waiting) == (0, 0)
+    assert stats.cells_used == sum(map(len, backend.cells.values())), "the books and the cache differ"
+    for i, a in enumerate(plan):
+        check_answer(backend, sink, RequestId(i), a)
+
+
+def check_answer(backend: ScriptedBackend, sink: CollectingSink, request_id: RequestId, a: Arrival) -> None:
+    expected = backend.expected(list(a.prompt), max_tokens=a.max_tokens)
+    text = backend.tokenizer
+    full = b"".join(text.piece(t) for t in expected).decode()
+    got = sink.texts.get(request_id, "")
+    assert full.startswith(got)
+    last = sink.last.get(request_id)
+    if last is not None and last.finish_reason is not None:
+        assert got == full
+    else:
+        assert a.leaves_at is not None, "only who leaves gets no whole answer"
+
+
+def test_a_short_prompt_overtakes_a_long_one() -> None:
+    backend = ScriptedBackend(capabilities(slots=4, cells=10_000, step=64))
+    sink = CollectingSink()
+    engine = Engine(backend, sink, max_queue=10)
+    engine.submit(Request(RequestId(1), tuple([7] * 4000), 5, GREEDY))
+    for _ in range(3):
+        engine.advance()
+    engine.submit(Request(RequestId(2), (8, 9, 10), 5, GREEDY))
+    engine.advance()
+    assert sink.last[RequestId(2)].num_output == 1
+    assert sink.last[RequestId(1)].num_output == 0
+
+
+def test_a_long_prompt_is_not_starved_by_short_ones() -> None:
+    backend = ScriptedBackend(capabilities(slots=4, cells=10_000, step=64))
+    sink = CollectingSink()
+    engine = Engine(backend, sink, max_queue=10_000)
+    engine.submit(Request(RequestId(0), tuple([7] * 640), 1, GREEDY))
+    for step in range(1, 60):
+        for k in range(3):
+            engine.submit(Request(RequestId(1000 * step + k), (8 + k, step % 90, *range(1, 60)), 1, GREEDY))
+        engine.advance()
+        if RequestId(0) in sink.last and sink.last[RequestId(0)].finish_reason:
+            assert step <= 45, "a quarter of each step was its own"
+            return
+    raise AssertionError("the long prompt starved")
+
+
+def test_a_shared_prefix_is_computed_once() -> None:
+    backend = ScriptedBackend(capabilities(slots=8, cells=10_000, step=64))
+    sink = CollectingSink()
+    engine = Engine(backend, sink, max_queue=10)
+    prefix = tuple(range(1, 90)) * 3
+    for i in range(8):
+        engine.submit(Request(RequestId(i), (*prefix, i + 1), 1, GREEDY))
+    while engine.advance():
+        pass
+    assert sink.num_finished == 8
+    assert backend.num_computed < len(prefix) + 8 * 40
+    assert sorted(d.num_cached >= len(prefix) - MIN_SHARED_TOKENS for d in sink.last.values()) == [False] + [True] * 7
+
+
+def test_cells_run_out_and_the_youngest_gives_way() -> None:
+    backend = ScriptedBackend(capabilities(slots=3, cells=200, step=64))
+    sink = CollectingSink()
+    engine = Engine(backend, sink, max_queue=10)
+    for i in range(3):
+        engine.submit(Request(RequestId(i), tuple(range(1 + i, 41 + i)), 100, GREEDY, ignore_eos=True))
+    preempted = 0
+    while engine.advance():
+        preempted = engine.stats().queues.num_preemptions
+    assert preempted > 0
+    assert all(d.num_output == 100 for d in sink.last.values())
+    assert not sink.failures
+
+
+def test_a_request_that_can_never_fit_fails_alone() -> None:
+    engine = Engine(ScriptedBackend(capabilities(slots=2, cells=100, step=16)), sink := CollectingSink(), max_queue=5)
+    engine.submit(Request(RequestId(1), tuple([1] * 90), 20, GREEDY))
+    engine.submit(Request(RequestId(2), (1, 2, 3), 4, GREEDY))
+    while engine.advance():
+        pass
+    assert isinstance(sink.failures[RequestId(1)].error, ContextOverflow)
+    assert sink.last[RequestId(2)].finish_reason is not None
+
+
+def test_a_full_queue_refuses() -> None:
+    engine = Engine(ScriptedBackend(capabilities(slots=1, cells=500, step=16)), sink := CollectingSink(), max_queue=2)
+    for i in range(5):
+        engine.submit(Request(RequestId(i), (1, 2, i + 3), 4, GREEDY))
+    while engine.advance():
+        pass
+    refused = [f.error for f in sink.failures.values()]
+    assert len(refused) == 3
+    assert all(isinstance(e, QueueFull) for e in refused)
+
+
+class FailingBackend(ScriptedBackend):
+    """Fails its third step."""
+
+    def decode(self, batch: Batch) -> object:  # pyright: ignore[reportIncompatibleMethodOverride]  # the type is the base's
+        if self.num_steps == 2:
+            self.num_steps += 1
+            raise BackendError("out of luck")
+        return super().decode(batch)
+
+
+def test_a_failed_step_fails_what_it_held_and_the_next_request_is_answered() -> None:
+    backend = FailingBackend(capabilities(slots=2, cells=500, step=16))
+    engine = Engine(backend, sink := CollectingSink(), max_queue=5)
+    engine.submit(Request(RequestId(1), (1, 2, 3), 10, GREEDY, ignore_eos=True))
+    for _ in range(4):
+        engine.advance()
+    assert sink.failures[RequestId(1)].error.code == "backend_error"
+    engine.submit(Request(RequestId(2), (1, 2, 3), 3, GREEDY, ignore_eos=True))
+    while engine.advance():
+        pass
+    assert sink.last[RequestId(2)].finish_reason == FinishReason.LENGTH
+
+
+def test_a_stop_string_ends_the_answer_and_is_kept_out() -> None:
+    backend = ScriptedBackend(capabilities(slots=1, cells=500, step=16))
+    prompt = (5, 6, 7)
+    whole = b"".join(backend.tokenizer.piece(t) for t in backend.expected(list(prompt), max_tokens=40)).decode()
+    stop = whole[4:6]
+    engine = Engine(backend, sink := CollectingSink(), max_queue=5)
+    engine.submit(Request(RequestId(1), prompt, 40, GREEDY, stop=(stop,)))
+    while engine.advance():
+        pass
+    assert sink.texts[RequestId(1)] == whole[: whole.index(stop)]
+    assert sink.last[RequestId(1)].finish_reason == FinishReason.STOP
+
+
+@given(st.lists(st.integers(0, 3)), st.lists(st.integers(0, 3)), st.integers(0, 50))
+def test_common_prefix_is_what_a_loop_finds(a: list[int], b: list[int], limit: int) -> None:
+    n = 0
+    while n < min(len(a), len(b), limit) and a[n] == b[n]:
+        n += 1
+    assert common_prefix(a, b, limit=limit) == n
+
+
+def test_nothing_to_do_is_no_batch() -> None:
+    assert Scheduler(Limits(2, 100, 16)).schedule() is None

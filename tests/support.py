@@ -1,0 +1,278 @@
+"""Fakes that are real subclasses, and the real appliance as a process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.backends.base import Backend, Capabilities, ModelFacts
+from runtime.batch import Batch, CopyPrefix
+from runtime.engine import Delta, Failure, Sink
+from runtime.request import RequestId, TokenId
+from runtime.tokenizer import Tokenizer
+
+SEED = Path(sys.prefix) / "share" / "slm-edge" / "seed"
+DEFAULT_MODEL = "smollm2:135m-instruct"
+
+
+def wait_until(condition: Callable[[], bool], *, timeout_s: float = 30.0, what: str = "the condition") -> None:
+    """Return as soon as `condition` holds; fail after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what} did not come to hold in {timeout_s} s")
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    """A loopback port that was free a moment ago."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+# ---------------------------------------------------------------- a backend whose answer shows what it could read
+
+
+class LetterTokenizer(Tokenizer):
+    """A token is one Chinese character, three bytes; token 0 ends an answer."""
+
+    @property
+    def eog_tokens(self) -> frozenset[TokenId]:
+        return frozenset({0})
+
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[TokenId]:
+        return [ord(c) - 0x4E00 for c in text]
+
+    def piece(self, token: TokenId) -> bytes:
+        return chr(0x4E00 + token).encode() if token else b""
+
+
+class ScriptedBackend(Backend):
+    """The next token is a hash of the cells that the sequence may read.
+
+    It keeps cells as llama.cpp does, one list per slot, and checks what the real one would punish: positions that do
+    not go on where the slot ends, more tokens than a step may have, more cells than there are.
+    """
+
+    def __init__(self, capabilities: Capabilities, *, vocab_size: int = 97) -> None:
+        self._capabilities = capabilities
+        self._vocab_size = vocab_size
+        self.cells: dict[int, list[TokenId]] = {i: [] for i in range(capabilities.num_slots)}
+        self._tokenizer = LetterTokenizer()
+        self.num_steps = 0
+        self.num_computed = 0
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._capabilities
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    @property
+    def facts(self) -> ModelFacts:
+        size = self._vocab_size
+        return ModelFacts("scripted", "scripted", 0, 0, size, self._capabilities.context_tokens, None, "", "", ())
+
+    def next_token(self, cells: list[TokenId]) -> TokenId:
+        """The token after these cells."""
+        digest = hashlib.blake2b(repr(cells).encode(), digest_size=4).digest()
+        return int.from_bytes(digest, "little") % self._vocab_size
+
+    def expected(self, prompt: list[TokenId], *, max_tokens: int) -> list[TokenId]:
+        """What a request gets when nothing else happens, the final token 0 left out."""
+        cells, out = list(prompt), list[TokenId]()
+        while len(out) < max_tokens and (token := self.next_token(cells)) != 0:
+            out.append(token)
+            cells.append(token)
+        return out
+
+    def decode(self, batch: Batch) -> NDArray[np.float32]:
+        self.num_steps += 1
+        for op in batch.cache_ops:
+            if isinstance(op, CopyPrefix):
+                assert not self.cells[op.target], "a copy goes to an empty slot"
+                assert op.length <= len(self.cells[op.source]), "a copy takes what was computed"
+                self.cells[op.target] = self.cells[op.source][: op.length]
+            else:
+                del self.cells[op.slot][op.length :]
+        return self._compute(batch)
+
+    def _compute(self, batch: Batch) -> NDArray[np.float32]:
+        assert 0 < batch.num_tokens <= self._capabilities.max_step_tokens
+        slots = [c.slot for c in batch.chunks]
+        assert slots == sorted(set(slots)), "slots are ordered, each at most once"
+        rows: list[NDArray[np.float32]] = []
+        for chunk in batch.chunks:
+            cells = self.cells[chunk.slot]
+            assert chunk.start == len(cells), "a chunk goes on where its slot ends"
+            cells.extend(chunk.tokens)
+            self.num_computed += len(chunk.tokens)
+            if chunk.wants_logits:
+                row = np.zeros(self._vocab_size, np.float32)
+                row[self.next_token(cells)] = 1.0
+                rows.append(row)
+        assert sum(map(len, self.cells.values())) <= self._capabilities.num_cells, "more cells than there are"
+        return np.stack(rows) if rows else np.empty((0, self._vocab_size), np.float32)
+
+    def clear(self) -> None:
+        for cells in self.cells.values():
+            cells.clear()
+
+    def close(self) -> None:
+        self.clear()
+
+
+class CollectingSink(Sink):
+    """Keeps every answer."""
+
+    def __init__(self) -> None:
+        self.texts: dict[RequestId, str] = {}
+        self.last: dict[RequestId, Delta] = {}
+        self.failures: dict[RequestId, Failure] = {}
+
+    def deliver(self, deltas: list[Delta], failures: list[Failure]) -> None:
+        for d in deltas:
+            self.texts[d.request_id] = self.texts.get(d.request_id, "") + d.text
+            self.last[d.request_id] = d
+        for f in failures:
+            self.failures[f.request_id] = f
+
+    @property
+    def num_finished(self) -> int:
+        """Requests that ended, well or badly."""
+        return len(self.failures) + sum(d.finish_reason is not None for d in self.last.values())
+
+
+# ---------------------------------------------------------------- the real appliance
+
+
+@dataclass(slots=True)
+class RunningAppliance:
+    """`edge serve` in a process of its own."""
+
+    process: subprocess.Popen[bytes]
+    home: Path
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def socket(self) -> Path:
+        return self.home / "run" / "edge.sock"
+
+    def client(self, **kwargs: Any) -> httpx.Client:
+        """A plain HTTP client of it."""
+        return httpx.Client(base_url=self.url, timeout=60, trust_env=False, **kwargs)
+
+    def worker_pids(self) -> list[int]:
+        """Process ids of the engines."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text("ascii")
+        return [int(pid) for pid in children.split()]
+
+    def log(self) -> str:
+        """What it wrote to its log file."""
+        return (self.home / "logs" / "edge.log").read_text("utf-8")
+
+
+def edge_env(home: Path, **more: str) -> dict[str, str]:
+    """The environment of an `edge` process with that home and nothing of the caller's settings."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("EDGE_", "OTEL_")) and "proxy" not in k.lower()}
+    return {**kept, "EDGE_HOME": str(home), "PYTHONUNBUFFERED": "1", **more}
+
+
+def run_edge(*args: str, home: Path, timeout_s: float = 120, **more: str) -> subprocess.CompletedProcess[str]:
+    """`edge` with these arguments, to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "edge.cli", *args],
+        env=edge_env(home, **more), capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL,
+        check=False,
+    )  # fmt: skip
+
+
+def start_appliance(
+    home: Path, *args: str, port: int | None = None, env: Mapping[str, str] | None = None
+) -> RunningAppliance:
+    """Start `edge serve` and wait until it answers."""
+    port = port or free_port()
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "serve.out").open("ab") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "edge.cli", "serve", "--port", str(port), "--verbose", *args],
+            env=edge_env(home, **(env or {})), stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+        )  # fmt: skip
+    appliance = RunningAppliance(process, home, port)
+
+    def answers() -> bool:
+        if process.poll() is not None:
+            raise AssertionError(f"edge serve ended: {(home / 'serve.out').read_text()}")
+        try:
+            return httpx.get(f"{appliance.url}/livez", trust_env=False).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    try:
+        wait_until(answers, what="edge serve to answer")
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    return appliance
+
+
+def stop(process: subprocess.Popen[bytes], *, timeout_s: float = 30) -> int:
+    """Ask a process to end, and make it."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            return process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return process.wait()
+
+
+@contextmanager
+def running_appliance(home: Path, *args: str, **env: str) -> Generator[RunningAppliance]:
+    """`edge serve` for the length of a block."""
+    appliance = start_appliance(home, *args, env=env)
+    try:
+        yield appliance
+    finally:
+        stop(appliance.process)
+
+
+def chat_body(prompt: str, **more: Any) -> dict[str, Any]:
+    """A chat completion request for the default model, greedy unless told otherwise."""
+    return {
+        "model": DEFAULT_MODEL,
+        "messages": [{"role": "user", "content": prompt}],
+        "temperature": 0,
+        "max_tokens": 24,
+        **more,
+    }
+
+
+def sse_events(lines: Iterator[str]) -> Iterator[Mapping[str, Any]]:
+    """The JSON events of a stream, up to ``[DONE]``."""
+    for line in lines:
+        if line.startswith("data: ") and line != "data: [DONE]":
+            yield json.loads(line[6:])
