@@ -6,10 +6,13 @@ set -eu
 cd "$1"
 find . -type d \( -name tests -o -name include -o -name cmake -o -name pkgconfig -o -name f2py \) -prune -exec rm -rf {} +
 find . \( -name '*.a' -o -name '*.pyi' -o -name '*.pxd' -o -name '*.h' \) -type f -delete
+# Of the programs only ours, and Python, which is a link; of llama.cpp's libraries not the one of its own programs.
+find bin -type f ! -name edge -delete
+find . -path '*/llama_cpp/lib/libllama-common.so*' -delete
 # A wheel is a zip and holds no links: llama-cpp-python's has libX.so, libX.so.0 and libX.so.0.25.3 as three copies.
 find . -path '*/llama_cpp/lib/*.so' -type f | while read -r library; do
     for name in "$library".*; do
-        [ -e "$name" ] && cmp -s "$name" "$library" && ln -sf "${library##*/}" "$name"
+        if [ -e "$name" ] && cmp -s "$name" "$library"; then ln -sf "${library##*/}" "$name"; fi
     done
 done
 # Unchecked: the sources never change under it, which saves a stat per module and makes the layer repeatable.
