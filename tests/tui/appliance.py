@@ -119,6 +119,8 @@ class ScriptedAppliance:
     """Path -> what it answers instead."""
     calls: list[tuple[str, object]] = field(default_factory=list[tuple[str, object]])
     """Every changing call: path and body."""
+    asked: list[str] = field(default_factory=list[str])
+    """The path of every request."""
     num_streams_cut: int = 0
     """Answers whose reader went away."""
 
@@ -327,11 +329,14 @@ def _application(appliance: ScriptedAppliance) -> Litestar:
         status, models, load, unload, remove, pull, jobs, one_job, cancel, telemetry, flush, logs, events, chat,
     ]  # fmt: skip
 
+    def count(request: Request[Any, Any, Any]) -> None:
+        appliance.asked.append(request.url.path)
+
     def install(config: AppConfig) -> AppConfig:
         config.route_handlers.extend(handlers)
         return config
 
     return Litestar(
-        [], on_app_init=[install], exception_handlers={Refusal: _answer_refusal}, openapi_config=None,
-        logging_config=None,
+        [], before_request=count, on_app_init=[install], exception_handlers={Refusal: _answer_refusal},
+        openapi_config=None, logging_config=None,
     )  # fmt: skip

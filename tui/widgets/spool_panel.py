@@ -7,11 +7,11 @@ from typing_extensions import override
 
 from runtime.api.schema import DeviceStatus, OutboxStatus
 
-from ..format import age_text, bar, count_text, size_text
+from ..format import age_text, bar, count_text, fit, size_text
 from .panel import Panel
-from .pieces import MUTED, label, line, lines
+from .pieces import MUTED, Piece, label, line, lines
 
-_LABEL = 9
+_LABEL = 7
 
 
 class SpoolPanel(Panel):
@@ -41,8 +41,8 @@ def _active(outbox: OutboxStatus, width: int) -> Content:
         _state(outbox),
         line(label("Size", _LABEL), (bar(fraction, width_bar), "$primary"), " ", size),
         line(label("Oldest", _LABEL), age_text(outbox.oldest_age_s), _last_sent(outbox)),
-        line(label("Sent", _LABEL), f"{count_text(outbox.sent_batches)} batches", _lost(outbox)),
-        line((outbox.last_error, "$text-error")) if outbox.last_error else line(""),
+        line(label("Sent", _LABEL), *_sent(outbox, width - _LABEL)),
+        line((fit(outbox.last_error or "", width), "$text-error")),
     )
 
 
@@ -59,7 +59,10 @@ def _last_sent(outbox: OutboxStatus) -> str:
     return "" if outbox.last_success_age_s is None else f", last sent {age_text(outbox.last_success_age_s)} ago"
 
 
-def _lost(outbox: OutboxStatus) -> tuple[str, str]:
-    dropped = f" · ▲ {count_text(outbox.dropped_rows)} dropped" if outbox.dropped_rows else ""
-    held = f" · {count_text(outbox.quarantined_rows)} refused" if outbox.quarantined_rows else ""
-    return dropped + held, "$text-warning"
+def _sent(outbox: OutboxStatus, width: int) -> tuple[Piece, Piece]:
+    lost = ((outbox.dropped_rows, "dropped"), (outbox.quarantined_rows, "refused"))
+    told = ", ".join(f"{count_text(count)} {what}" for count, what in lost if count)
+    sent = count_text(outbox.sent_batches)
+    if not told:
+        return f"{sent} batches", ""
+    return sent, (fit(f" ▲ {told}", width - len(sent)), "$text-warning")
