@@ -51,7 +51,6 @@ _MIGRATIONS = (
         size_bytes INTEGER NOT NULL,
         rejections INTEGER NOT NULL DEFAULT 0,
         quarantined INTEGER NOT NULL DEFAULT 0,
-        is_gap INTEGER NOT NULL DEFAULT 0,
         body BLOB NOT NULL,
         UNIQUE (boot, seq)
     );
@@ -74,10 +73,12 @@ _MIGRATIONS = (
 class Priority(enum.IntEnum):
     """What a row is worth when room runs out, and what is sent first: the lowest number."""
 
-    FAULT = 0
-    USAGE = 1
-    METRIC = 2
-    TRACE = 3
+    GAP = 0
+    """The report of what was dropped. Never dropped itself, since that would have to be reported."""
+    FAULT = 1
+    USAGE = 2
+    METRIC = 3
+    TRACE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +153,6 @@ class _Victim:
     records: int
     size_bytes: int
     is_quarantined: bool
-    is_gap: bool
     created_clock_s: float
 
     def gap(self, reason: DropReason) -> Gap:
@@ -167,7 +167,9 @@ _SELECT = (
     "SELECT id, device, boot, seq, class, signal, records, created_clock_s, rejections, quarantined, body FROM rows"
 )
 # Rows set aside are already counted as lost; then what is worth least.
-_DROP_ORDER = [(quarantined, priority) for quarantined in (1, 0) for priority in reversed(Priority)]
+_DROP_ORDER = [(1, priority) for priority in reversed(Priority)] + [
+    (0, priority) for priority in reversed(Priority) if priority is not Priority.GAP
+]
 
 
 class Outbox:
@@ -216,7 +218,7 @@ class Outbox:
         """
         with self._commit() as db:
             for offset, row in enumerate(rows, start=1):
-                self._insert(db, row, seq=self._seq + offset, is_gap=False)
+                self._insert(db, row, seq=self._seq + offset)
             for gap in lost:
                 _add_gap(db, gap)
             for victim in self._expired(db):
@@ -226,7 +228,7 @@ class Outbox:
         self._seq += len(rows)
 
     def lease(self, max_rows: int) -> list[Row]:
-        """Rows to send now, faults first, then oldest first; nobody else's until acknowledged, rejected or released.
+        """Rows to send now, by class and then by age. They are the caller's until acknowledged, rejected or released.
 
         A lease lives in memory: after a crash the row is simply due again. Unreported gaps become a row here, one at
         a time, so that an outage of weeks is one report and not thousands.
@@ -306,13 +308,12 @@ class Outbox:
             yield db
             db.execute("UPDATE totals SET value = ? WHERE name = 'clock_s'", (self.clock_s(),))
 
-    def _insert(self, db: sqlite3.Connection, row: NewRow, *, seq: int, is_gap: bool) -> None:
+    def _insert(self, db: sqlite3.Connection, row: NewRow, *, seq: int) -> None:
         size_bytes = _size_of(row.body)
         db.execute(
-            "INSERT INTO rows (device, boot, seq, class, signal, records, created_clock_s, size_bytes, is_gap, body)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (self.device, self.boot, seq, row.priority, row.signal, row.records, self.clock_s(), size_bytes, is_gap,
-             row.body),
+            "INSERT INTO rows (device, boot, seq, class, signal, records, created_clock_s, size_bytes, body)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (self.device, self.boot, seq, row.priority, row.signal, row.records, self.clock_s(), size_bytes, row.body),
         )  # fmt: skip
         _add(db, "size_bytes", size_bytes)
 
@@ -325,13 +326,12 @@ class Outbox:
         """Rows that are too old. Ids rise with the clock, so the first one that is young enough ends the search."""
         oldest_s = self.clock_s() - self._max_age_s
         rows = takewhile(lambda victim: victim.created_clock_s < oldest_s, _victims(db, "TRUE"))
-        return [victim for victim in rows if victim.row_id not in self._leased]
+        return [v for v in rows if v.row_id not in self._leased and v.priority is not Priority.GAP]
 
     def _in_excess(self, db: sqlite3.Connection) -> list[_Victim]:
         """What has to go for the rest to fit: rows set aside, then the lowest class, the oldest first.
 
-        Rows under way are spared, since they may be delivered already, and the report of a gap, since dropping it
-        would have to be reported.
+        Rows under way are spared, since they may be delivered already, and so is the report of a gap.
         """
         excess_bytes = _total(db, "size_bytes") - self._limit_bytes
         victims: list[_Victim] = []
@@ -339,7 +339,7 @@ class Outbox:
             for victim in _victims(db, "quarantined = ? AND class = ?", quarantined, priority):
                 if excess_bytes <= 0:
                     return victims
-                if victim.row_id not in self._leased and (victim.is_quarantined or not victim.is_gap):
+                if victim.row_id not in self._leased:
                     victims.append(victim)
                     excess_bytes -= victim.size_bytes
         return victims
@@ -352,12 +352,12 @@ class Outbox:
     def _report_gaps(self) -> None:
         with errors_of(self.path):
             gaps = _gaps(self._db)
-            if not gaps or self._db.execute("SELECT 1 FROM rows WHERE is_gap = 1 AND quarantined = 0").fetchone():
+            if not gaps or next(_victims(self._db, "quarantined = 0 AND class = ?", Priority.GAP), None):
                 return
         body = self._encode_gaps(gaps)
         with self._commit() as db:
             db.execute("DELETE FROM gaps")
-            self._insert(db, NewRow(Priority.FAULT, "logs", len(gaps), body), seq=self._seq + 1, is_gap=True)
+            self._insert(db, NewRow(Priority.GAP, "logs", len(gaps), body), seq=self._seq + 1)
         self._seq += 1
 
 
@@ -411,10 +411,10 @@ def _row(fields: tuple[int, str, str, int, int, Signal, int, float, int, int, by
 
 
 def _victims(db: sqlite3.Connection, condition: str, *values: int) -> Iterator[_Victim]:
-    query = "SELECT id, class, records, size_bytes, quarantined, is_gap, created_clock_s FROM rows"
+    query = "SELECT id, class, records, size_bytes, quarantined, created_clock_s FROM rows"
     for fields in db.execute(f"{query} WHERE {condition} ORDER BY id", values):
-        row_id, priority, records, size_bytes, quarantined, is_gap, created_s = fields
-        yield _Victim(row_id, Priority(priority), records, size_bytes, bool(quarantined), bool(is_gap), created_s)
+        row_id, priority, records, size_bytes, quarantined, created_s = fields
+        yield _Victim(row_id, Priority(priority), records, size_bytes, bool(quarantined), created_s)
 
 
 def _add(db: sqlite3.Connection, total: str, amount: float) -> None:
