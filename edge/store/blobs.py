@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -79,11 +80,13 @@ class Partial:
     def _open_locked(self, before_poll: Callable[[], None] | None) -> FileIO:
         busy = f"{self.path.name} is being fetched by another process."
         while True:
-            file = self._files.open_append(self.path)
-            wait_for_lock(file, timeout_s=_LOCK_TIMEOUT_S, busy=busy, before_poll=before_poll)
-            if _is_same_file(file.fileno(), self.path):
-                return file
-            file.close()  # the previous holder published or discarded it while we waited
+            with ExitStack() as on_failure:
+                file = on_failure.enter_context(self._files.open_append(self.path))
+                wait_for_lock(file, timeout_s=_LOCK_TIMEOUT_S, busy=busy, before_poll=before_poll)
+                # Else its holder published or discarded it while we waited, and we have a file without a name.
+                if _is_same_file(file.fileno(), self.path):
+                    on_failure.pop_all()
+                    return file
 
     def _read_note(self) -> PartialNote:
         try:

@@ -84,7 +84,7 @@ def pull(
     wanted = _resolve(source, name, sha256)
     control = Control(progress, cancelled)
     offer, is_present = _locate(store, wanted, control)
-    with _in_store(store, offer) if is_present else _fetched(store, wanted.fetcher, offer, control) as file:
+    with _in_store(store, offer) if is_present else _fetched(store, wanted, offer, control) as file:
         control.report(0, None, "checking the file")
         gguf = _checked(file.path, offer.file_name)
         ref = wanted.ref or derived_ref(offer.file_name, gguf.quantization)
@@ -167,12 +167,12 @@ def _in_store(store: ModelStore, offer: Offer) -> Generator[PackageFile]:
 
 
 @contextmanager
-def _fetched(store: ModelStore, fetcher: Fetcher, offer: Offer, control: Control) -> Generator[PackageFile]:
+def _fetched(store: ModelStore, wanted: _Wanted, offer: Offer, control: Control) -> Generator[PackageFile]:
     """The fetched file, for as long as the block runs. Bytes that proved wrong are thrown away; those of a fetch that
     was interrupted stay, and the next one goes on from there."""
-    with store.blobs.ingest(f"{offer.source} {offer.digest}", before_poll=control.check) as partial:
+    with store.blobs.ingest(f"{wanted.source} {offer.source} {offer.digest}", before_poll=control.check) as partial:
         try:
-            staged = fetcher.fetch(offer, store.blobs, partial, control)
+            staged = wanted.fetcher.fetch(offer, store.blobs, partial, control)
             yield PackageFile(staged.path, offer.file_name, WEIGHT_TYPE, move=True, digest=staged.digest)
         except (InvalidModelFile, DigestMismatch):
             partial.discard()

@@ -49,11 +49,13 @@ class HttpFetcher:
         Raises:
             SourceUnavailable: The host cannot be reached, or has no such file.
         """
+        # A query often holds a signature; it has no place in a manifest that others get to see.
+        source = self.url.partition("#")[0].partition("?")[0]
         response = _retried(control, self._head)
         if response.status_code in (403, 405, 501):
-            return Offer(self.url, self.file_name)
+            return Offer(source, self.file_name)
         _check_status(response, self.url)
-        return Offer(self.url, self.file_name, _length_of(response))
+        return Offer(source, self.file_name, _length_of(response))
 
     def _head(self) -> httpx.Response:
         with self._client() as client:

@@ -20,7 +20,7 @@ from edge.errors import DigestMismatch, InvalidModelFile, ModelNotFound, StoreEr
 
 from .blobs import BlobStore, Staged
 from .details import ModelDetails, annotations_of, config_of, details_from
-from .digest import Digest, hash_file
+from .digest import Digest, digest_bytes, hash_file
 from .files import FileOps, translated, wait_for_lock, write_file
 from .manifest import (
     ARTIFACT_TYPE,
@@ -296,11 +296,14 @@ class ModelStore:
         return StoredModel(ref, entry.digest, manifest, config, files, created)
 
     def _document(self, descriptor: Descriptor) -> bytes:
-        path = self.blobs.path(descriptor.digest)
         self._check_size(descriptor)
-        if descriptor.size > MAX_DOCUMENT_BYTES:
-            raise InvalidModelFile(path.name, f"a document of {descriptor.size:,} bytes is too long")
-        return _read_document(path)
+        return self._checked_document(descriptor.digest)
+
+    def _checked_document(self, digest: Digest) -> bytes:
+        data = _read_document(self.blobs.path(digest))
+        if digest_bytes(data) != digest:
+            raise InvalidModelFile(str(self.blobs.path(digest)), "its bytes are not those of its digest")
+        return data
 
     def _check_size(self, descriptor: Descriptor) -> None:
         path = self.blobs.path(descriptor.digest)
@@ -337,11 +340,13 @@ class ModelStore:
         return self.get(ref)
 
     def _stage(self, file: PackageFile, stack: ExitStack) -> Staged:
+        with translated(file.path, "Reading"):
+            status = file.path.stat()
         if file.digest and file.path == self.blobs.path(file.digest):
-            return Staged(file.path, file.digest, file.path.stat().st_size)
-        if file.move and file.path.stat().st_dev == self.blobs.ingest_dir.stat().st_dev:
+            return Staged(file.path, file.digest, status.st_size)
+        if file.move and status.st_dev == self.blobs.ingest_dir.stat().st_dev:
             return self._stage_in_place(file)
-        partial = stack.enter_context(self.blobs.ingest(f"copy {file.path.absolute()}"))
+        partial = stack.enter_context(self.blobs.ingest(f"copy {file.path.absolute()} as {file.name}"))
         stack.callback(partial.discard)
         staged = self.blobs.copy_in(file.path, partial)
         if file.move:
@@ -412,7 +417,7 @@ class ModelStore:
                 digest = pending.pop()
                 alive.add(digest)
                 try:
-                    found = references_of(_read_document(self.blobs.path(digest)), what=name)
+                    found = references_of(self._checked_document(digest), what=name)
                 except (InvalidModelFile, StoreError):
                     blocked_by.append(name)
                     continue

@@ -135,7 +135,7 @@ def _parse_url(text: str) -> HttpSource:
     if not has_host:
         raise _refused(text, "it names no host")
     if parts.username or parts.password:
-        raise _refused(text, "a password in a URL ends up in logs")
+        raise _refused(f"{parts.scheme}://…@{parts.hostname}", "a password in a URL ends up in logs")
     return HttpSource(text)
 
 
