@@ -79,7 +79,7 @@ async def running(
     """The terminal, running and with its first figures."""
     clock = Clock()
     app = terminal_of(appliance, clock=clock, read_only=read_only)
-    async with app.run_test(size=size) as pilot:
+    async with app.run_test(size=size, notifications=True) as pilot:
         terminal = Terminal(app, pilot, clock, appliance)
         await terminal.until(lambda: app.view.link == "live")
         yield terminal

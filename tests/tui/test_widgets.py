@@ -214,7 +214,7 @@ async def test_a_question_is_shown_as_it_was_written() -> None:
 
 async def test_a_failed_answer_says_why() -> None:
     turn = Turn("assistant", model="m:1", error="The engine ended.")
-    assert "m:1  ✖ The engine ended." in await shown(TurnView(turn), size=(60, 6))
+    assert "✖ The engine ended." in await shown(TurnView(turn), size=(60, 6))
     turn = Turn("assistant", model="m:1", is_stopped=True)
     assert "m:1  ○ stopped" in await shown(TurnView(turn), size=(60, 6))
 

@@ -68,7 +68,7 @@ def _figures(turn: Turn) -> str:
 
 def _end(turn: Turn) -> str:
     if turn.error:
-        return f"  ✖ {turn.error}"
+        return f"\n✖ {turn.error}"
     if turn.is_stopped:
         return "  ○ stopped"
     return f"  {_ENDS[turn.finish_reason]}" if turn.finish_reason in _ENDS else ""
