@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.errors import InvalidModelFile, RecipeError, UnsupportedFormat
-from edge.formats.safetensors import StoredTensor, read_safetensors
+from edge.formats.safetensors import SafeTensor, read_safetensors
 
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 """The model types that can be converted, with the class their checkpoints name."""
@@ -140,7 +140,7 @@ class CheckpointTensor:
     """A tensor and the file it lies in."""
 
     path: Path
-    stored: StoredTensor
+    stored: SafeTensor
 
 
 _DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
@@ -262,15 +262,14 @@ def _tensors(directory: Path) -> dict[str, CheckpointTensor]:
     parts, promised = _parts(directory)
     tensors: dict[str, CheckpointTensor] = {}
     for path in parts:
-        stored = read_safetensors(path).tensors
-        for name in sorted(stored):
-            if name in tensors:
-                raise InvalidModelFile(path.name, f"tensor '{name}' is also in {tensors[name].path.name}")
-            if stored[name].dtype not in _DTYPES:
+        for stored in sorted(read_safetensors(path).tensors, key=lambda t: t.name):
+            if stored.name in tensors:
+                raise InvalidModelFile(path.name, f"tensor '{stored.name}' is also in {tensors[stored.name].path.name}")
+            if stored.dtype not in _DTYPES:
                 raise UnsupportedFormat(
-                    f"Tensor '{name}' is stored as {stored[name].dtype}.", hint="Supported: F32, F16 and BF16."
+                    f"Tensor '{stored.name}' is stored as {stored.dtype}.", hint="Supported: F32, F16 and BF16."
                 )
-            tensors[name] = CheckpointTensor(path, stored[name])
+            tensors[stored.name] = CheckpointTensor(path, stored)
     if promised is not None and (lost := sorted(promised - set(tensors))):
         raise InvalidModelFile("model.safetensors.index.json", f"no part has the tensor '{lost[0]}' it lists")
     return tensors

@@ -12,8 +12,8 @@ from edge.errors import RecipeError
 Precision = Literal["auto", "f16", "f32"]
 """Of the GGUF made from a checkpoint; `auto` is the smaller one that holds every stored value exactly."""
 
-DEFAULT_TOKENS = 8192
-"""Tokens read for the judgement, half of them scored; more than this moves no conclusion on models this small."""
+DEFAULT_TOKENS = 4096
+"""Tokens read for the judgement, half of them scored: enough for errors of 3 % of the KL divergence (SmolLM2-135M)."""
 
 _NEEDS_IMATRIX = "it needs an importance matrix, which this version does not compute yet"
 _NOT_A_TARGET = "llama.cpp reads it but cannot quantize to it"

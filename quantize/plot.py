@@ -1,0 +1,59 @@
+"""Quality against size, one point a variant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from edge.errors import MissingExtra
+
+from .report import Report
+
+_FLOOR = 1e-6
+"""Where an exact copy is drawn: nothing has no place on a logarithmic axis."""
+
+
+def _figure() -> Any:
+    """A figure that draws without a display and without pyplot's global state.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise MissingExtra("quantize", needed_for="Drawing the plot of a report") from e
+    figure = Figure(figsize=(7, 4.5), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _draw(axes: Any, report: Report) -> None:
+    for variant in report.variants:
+        size, kld = variant.size_bytes / 1e6, max(variant.quality.kld_mean.value, _FLOOR)
+        axes.errorbar(size, kld, yerr=variant.quality.kld_mean.error, fmt="o", capsize=3, color="tab:blue")
+        axes.annotate(variant.type, (size, kld), xytext=(6, 4), textcoords="offset points", fontsize=9)
+    axes.axvline(report.source.size_bytes / 1e6, color="gray", linestyle=":", linewidth=1)
+    axes.set_yscale("log")
+    axes.margins(0.12, 0.2)
+    axes.grid(visible=True, which="both", alpha=0.25)
+    axes.set_xlabel(f"file size, MB (dotted: the source, {report.source.precision})")
+    axes.set_ylabel("mean KL divergence to the source, nats a token")
+    axes.set_title(f"{report.name}: quality against size (lower left is better)", fontsize=11)
+
+
+def draw_plot(report: Report, svg: Path, png: Path) -> None:
+    """Write the plot as SVG and PNG; the same report gives the same SVG.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+        OSError: A file cannot be written.
+    """
+    figure = _figure()
+    _draw(figure.subplots(), report)
+    from matplotlib import rcParams
+
+    rcParams["svg.hashsalt"] = report.name
+    figure.savefig(svg, format="svg", metadata={"Date": None})
+    figure.savefig(png, format="png", metadata={"Software": None})
