@@ -202,26 +202,31 @@ class OutboxWriter:
             raise StoreError(self._error)
 
     def _commit(self, *, with_metrics: bool) -> None:
-        """Encode what is buffered unless an earlier attempt still waits, and append it."""
+        """Append what an earlier attempt left, then what is buffered."""
         if with_metrics:
             self._metrics_due_s = time.monotonic() + self._metrics_interval_s
-        if not self._rows:
-            self._rows = self._take_rows()
-            if with_metrics:
-                self._rows.append(self._encoder.encode_metrics())
+        if self._rows and not self._append():
+            return
+        self._rows = self._take_rows()
+        if with_metrics:
+            self._rows.append(self._encoder.encode_metrics())
+        if self._rows or self._lost or self._error is not None:
+            self._append()
+
+    def _append(self) -> bool:
+        """Put the rows on the disk, with what was lost since the last time. False if it takes nothing."""
         with self._changed:
             lost, self._lost = list(self._lost.values()), {}
-        if not self._rows and not lost and self._error is None:
-            return
         try:
             self._use(lambda outbox: outbox.append(self._rows, lost=lost))
         except StoreError as e:
             for gap in lost:
                 self._lose(gap)
             self._retry_later(str(e))
-            return
+            return False
         self._rows, self._error, self._retry_wait_s = [], None, 0.0
         self._on_commit()
+        return True
 
     def _lose(self, gap: Gap) -> None:
         with self._changed:
