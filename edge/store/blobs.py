@@ -195,6 +195,10 @@ class BlobStore:
         self.blobs_dir = root / "blobs" / "sha256"
         self.ingest_dir = root / "ingest"
 
+    def has_directories(self) -> bool:
+        """Whether `create` has nothing to do."""
+        return self.blobs_dir.is_dir() and self.ingest_dir.is_dir()
+
     def create(self) -> None:
         """Make the directories; existing ones are fine."""
         for directory in (self.blobs_dir, self.ingest_dir):

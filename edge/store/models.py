@@ -453,7 +453,8 @@ class ModelStore:
 
     def _prepare(self) -> None:
         """Make the directories of a new store, and fill it from the seed."""
-        if not (self.root / "oci-layout").exists():
+        # The directories by themselves, too: copies of a layout often lack the empty ones.
+        if not (self.root / "oci-layout").exists() or not self.blobs.has_directories():
             self.blobs.create()
             with self._lock():
                 write_file(self._files, self.root / "oci-layout", _LAYOUT)
