@@ -135,13 +135,14 @@ class Ledger:
         Raises:
             StoreError: It cannot be opened, or a newer version wrote it.
         """
-        connect(path, _MIGRATIONS).close()
         self._path = path
         self._keep_bytes = keep_bytes
         self._waiting: queue.Queue[_Waiting | None] = queue.Queue(MAX_WAITING)
         self._error: str | None = None
-        self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
+        opened: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(opened,), name="ledger", daemon=True)
         self._thread.start()
+        opened.result()
 
     @property
     def error(self) -> str | None:
@@ -199,8 +200,14 @@ class Ledger:
             db.row_factory = sqlite3.Row
             return db.execute(query, values).fetchall()
 
-    def _run(self) -> None:
-        with closing(connect(self._path, _MIGRATIONS)) as db:
+    def _run(self, opened: Future[None]) -> None:
+        try:
+            connection = connect(self._path, _MIGRATIONS)
+        except StoreError as e:
+            opened.set_exception(e)
+            return
+        with closing(connection) as db:
+            opened.set_result(None)
             is_open = True
             while is_open:
                 group, is_open = self._next_group()
