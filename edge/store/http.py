@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeVar
 
 import httpx
@@ -13,7 +15,6 @@ from edge import __version__
 from edge.errors import DigestMismatch, SourceUnavailable
 
 from .blobs import BlobStore, Partial, Staged
-from .digest import CHUNK_BYTES
 from .sources import HttpSource, file_name_of
 from .transfer import Control, Offer, require_room
 
@@ -22,8 +23,16 @@ _MAX_TRIES = 5
 """In a row without a byte gained; a link that gives a little each time goes on for ever."""
 _BACKOFF_S = 0.5
 _RETRY_STATUS = (408, 425, 429, 500, 502, 503, 504)
+_NO_HEAD = (403, 405, 501)
+"""What servers answer to HEAD when they, or a signature in the URL, know only GET."""
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 _T = TypeVar("_T")
+
+
+@cache
+def _tls_context() -> ssl.SSLContext:
+    # Reading the certificates takes 40 ms; a client is made for each request.
+    return httpx.create_ssl_context()
 
 
 class _Again(Exception):
@@ -51,23 +60,26 @@ class HttpFetcher:
         """
         # A query often holds a signature; it has no place in a manifest that others get to see.
         source = self.url.partition("#")[0].partition("?")[0]
-        response = _retried(control, self._head)
-        if response.status_code in (403, 405, 501):
-            return Offer(source, self.file_name)
-        _check_status(response, self.url)
-        return Offer(source, self.file_name, _length_of(response))
+        return Offer(source, self.file_name, _retried(control, self._size))
 
-    def _head(self) -> httpx.Response:
+    def _size(self) -> int | None:
         with self._client() as client:
-            return client.head(self.url)
+            response = client.head(self.url)
+        if response.status_code in _NO_HEAD:
+            return None
+        _check_status(response, self.url)
+        return _length_of(response)
 
     def _client(self) -> httpx.Client:
         # identity: a compressed transfer has no stable byte positions to resume at.
         headers = {"User-Agent": f"slm-edge/{__version__}", "Accept-Encoding": "identity", **self.headers}
-        return httpx.Client(headers=headers, timeout=_TIMEOUT, follow_redirects=True, max_redirects=10)
+        return httpx.Client(
+            headers=headers, timeout=_TIMEOUT, follow_redirects=True, max_redirects=10, verify=_tls_context()
+        )
 
     def fetch(self, offer: Offer, blobs: BlobStore, partial: Partial, control: Control) -> Staged:
         """Fetch what is missing; if what was there before proves wrong in the end, fetch all of it once more."""
+        require_room(blobs, (offer.size_bytes or 0) - partial.size_bytes)
         had_bytes = partial.size_bytes > 0
         staged = self._fetch(offer, blobs, partial, control)
         if offer.digest and staged.digest != offer.digest and had_bytes:
@@ -164,7 +176,7 @@ class _Transfer:
     def _receive(self, response: httpx.Response, total: int | None) -> None:
         message = f"fetching {self.offer.file_name}"
         self.control.report(self.partial.size_bytes, total, message)
-        for chunk in response.iter_raw(CHUNK_BYTES):
+        for chunk in response.iter_raw():
             if total is not None and self.partial.size_bytes + len(chunk) > total:
                 self.partial.restart()
                 raise _Again("the server sent more than it announced")

@@ -108,7 +108,7 @@ def require_room(blobs: BlobStore, needed_bytes: int) -> None:
         DiskFull: It will not.
     """
     available_bytes = free_bytes(blobs)
-    if needed_bytes and needed_bytes + RESERVE_BYTES > available_bytes:
+    if needed_bytes > 0 and needed_bytes + RESERVE_BYTES > available_bytes:
         raise DiskFull(required_bytes=needed_bytes + RESERVE_BYTES, available_bytes=available_bytes)
 
 
