@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from textual.app import App, ComposeResult
+from textual.events import Paste
 from textual.pilot import Pilot
 from textual.widget import Widget
 from typing_extensions import override
@@ -51,8 +52,10 @@ class Terminal:
         await self.pilot.press(*keys)
 
     async def type(self, text: str) -> None:
-        """Write text into what has the focus."""
-        await self.pilot.press(*({" ": "space"}.get(character, character) for character in text))
+        """Paste text into what has the focus."""
+        assert self.app.focused
+        self.app.focused.post_message(Paste(text))
+        await self.pilot.pause()
 
     async def until(self, condition: Callable[[], bool], *, timeout_s: float = 10.0) -> None:
         """Wait until something is so."""
