@@ -50,6 +50,26 @@ class FileServer:
     sent_bytes: int = 0
     url: str = ""
 
+    active: int = 0
+    idle: threading.Condition = field(default_factory=threading.Condition)
+
+    @contextmanager
+    def answering(self) -> Generator[None]:
+        with self.idle:
+            self.active += 1
+        try:
+            yield
+        finally:
+            with self.idle:
+                self.active -= 1
+                self.idle.notify_all()
+
+    def total_sent(self) -> int:
+        """Bytes sent, once nothing is on its way any more."""
+        with self.idle:
+            assert self.idle.wait_for(lambda: self.active == 0, timeout=30)
+            return self.sent_bytes
+
     def requests(self, method: str) -> list[Asked]:
         return [request for request in self.asked if request.method == method]
 
@@ -59,10 +79,12 @@ class _Handler(BaseHTTPRequestHandler):
     served: FileServer
 
     def do_HEAD(self) -> None:
-        self._answer(has_body=False)
+        with self.served.answering():
+            self._answer(has_body=False)
 
     def do_GET(self) -> None:
-        self._answer(has_body=True)
+        with self.served.answering():
+            self._answer(has_body=True)
 
     def _answer(self, *, has_body: bool) -> None:
         path = self.path.partition("?")[0]
