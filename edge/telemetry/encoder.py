@@ -40,7 +40,7 @@ class RowEncoder:
 
         rows: list[NewRow] = []
         for priority, failed in ((Priority.FAULT, True), (Priority.USAGE, False)):
-            spans = [span_of(r, entropy=self._entropy) for r in records if (r.error_type is not None) == failed]
+            spans = [span_of(r, entropy=self._entropy) for r in records if r.is_failure == failed]
             if spans:
                 rows.append(NewRow(priority, "traces", len(spans), otlp.encode_spans(self._resource(), spans)))
         return rows

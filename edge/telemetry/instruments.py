@@ -71,7 +71,7 @@ class RequestInstruments:
 
     def _count(self, record: RequestRecord, labels: Labels) -> None:
         self._requests.add(1, labels)
-        if record.error_type:
+        if record.is_failure:
             self._failures.add(1, labels)
         self._input.add(record.input_tokens, labels)
         self._output.add(record.output_tokens, labels)

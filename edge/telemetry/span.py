@@ -14,6 +14,8 @@ AttributeValue = str | bool | int | float | tuple[str, ...]
 Entropy = Callable[[int], bytes]
 """Gives that many random bytes, as `os.urandom` does."""
 
+CANCELLED = "cancelled"
+"""The `error_type` of a request whose caller went away: an end like any other, and nobody's failure."""
 MAX_TEXT = 256
 """Characters kept of any text that came from outside."""
 MAX_FINISH_REASONS = 16
@@ -56,6 +58,11 @@ class RequestRecord:
     key_id: str | None = None
 
     @property
+    def is_failure(self) -> bool:
+        """Whether it ended with an error that is not the caller's own leaving."""
+        return self.error_type not in (None, CANCELLED)
+
+    @property
     def time_per_output_token_s(self) -> float | None:
         """Mean time of a token after the first; None where fewer than two were generated."""
         if self.ttft_s is None or self.output_tokens < 2:
@@ -65,7 +72,10 @@ class RequestRecord:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One timed fact under OpenTelemetry's names. Ids are raw bytes: 16 of the trace, 8 of the span."""
+    """One timed fact under OpenTelemetry's names. Ids are raw bytes: 16 of the trace, 8 of the span.
+
+    `error_type` sets the span's status; None leaves it unset.
+    """
 
     trace_id: bytes
     span_id: bytes
@@ -105,7 +115,7 @@ def span_of(record: RequestRecord, *, entropy: Entropy) -> Span:
         start_unix_ns=max(0, record.started_unix_ns),
         end_unix_ns=max(0, record.started_unix_ns) + round(max(0.0, record.duration_s) * 1e9),
         attributes={name: value for name, value in _attributes(record).items() if value is not None},
-        error_type=bounded(record.error_type) if record.error_type else None,
+        error_type=bounded(record.error_type) if record.error_type and record.is_failure else None,
     )
 
 

@@ -89,6 +89,14 @@ def test_a_failure_is_an_error_span() -> None:
     assert {a.value.string_value for a in span.attributes if a.key == "error.type"} == {"worker_died"}
 
 
+def test_a_caller_that_leaves_is_no_failure(tmp_path: Path) -> None:
+    record = request_record(error_type="cancelled")
+    assert encoded(record).status.code == Status.STATUS_CODE_UNSET
+    telemetry = Telemetry(settings(tmp_path))
+    telemetry.record(record)
+    assert (telemetry.totals().requests, telemetry.totals().failures) == (1, 0)
+
+
 @given(st.text(max_size=80))
 def test_a_trace_parent_is_valid_or_none(text: str) -> None:
     assert parse_trace_parent(text) is None
