@@ -49,7 +49,7 @@ class HubFetcher:
 
     def _find(self) -> _File:
         hub = _library()
-        with _hub_errors(hub, self.source):
+        with _hub_errors(self.source):
             path = self.source.file or _only_gguf(self.source, self._ggufs(hub))
             return _describe(hub, self.source, path)
 
@@ -63,16 +63,16 @@ class HubFetcher:
         hub = _library()
         commit = offer.source.rpartition("@")[2]
         path = offer.source.removeprefix(f"hf://{self.source.repo}/").removesuffix(f"@{commit}")
-        with _hub_errors(hub, self.source):
+        with _hub_errors(self.source):
             url = hub.hf_hub_url(self.source.repo, path, revision=commit)
-            headers = hub.utils.build_hf_headers(library_name="slm-edge")
+            headers = _library(".utils").build_hf_headers(library_name="slm-edge")
         return HttpFetcher(url, offer.file_name, headers).fetch(offer, blobs, partial, control)
 
 
-def _library() -> Any:
+def _library(submodule: str = "") -> Any:
     # Read when the library is imported: it would tell its maker about each download.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    return importlib.import_module("huggingface_hub")
+    return importlib.import_module(f"huggingface_hub{submodule}")
 
 
 def _only_gguf(source: HubSource, ggufs: Sequence[str]) -> str:
@@ -101,8 +101,8 @@ def _describe(hub: Any, source: HubSource, path: str) -> _File:
 class _hub_errors:  # noqa: N801  # reads as the statement it is
     """Translates the hub library's errors."""
 
-    def __init__(self, hub: Any, source: HubSource) -> None:
-        self._errors: Any = hub.errors
+    def __init__(self, source: HubSource) -> None:
+        self._errors: Any = _library(".errors")
         self._source = source
 
     def __enter__(self) -> None:

@@ -23,6 +23,8 @@ class ServedFile:
     has_length: bool = True
     drop_after: list[int] = field(default_factory=list[int])
     """Ends the connection after so many bytes: the first entry for the first answer, and so on."""
+    status: int = 0
+    """Answers every request with this, where it is not 0."""
     failures: list[int] = field(default_factory=list[int])
     """Statuses that the next requests get."""
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -88,10 +90,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, has_body: bool) -> None:
         path = self.path.partition("?")[0]
-        self.served.asked.append(Asked(self.command, self.path, dict(self.headers.items())))
+        self.served.asked.append(
+            Asked(self.command, self.path, {name.title(): text for name, text in self.headers.items()})
+        )
         file = self.served.files.get(path)
         if file is None:
             return self._status(404)
+        if file.status:
+            return self._status(file.status, file.headers)
         if file.failures:
             return self._status(file.failures.pop(0))
         if file.redirect:
