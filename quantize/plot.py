@@ -34,11 +34,12 @@ def _draw(axes: Any, report: Report) -> None:
         size, kld = variant.size_bytes / 1e6, max(variant.quality.kld_mean.value, _FLOOR)
         axes.errorbar(size, kld, yerr=variant.quality.kld_mean.error, fmt="o", capsize=3, color="tab:blue")
         axes.annotate(variant.type, (size, kld), xytext=(6, 4), textcoords="offset points", fontsize=9)
-    axes.axvline(report.source.size_bytes / 1e6, color="gray", linestyle=":", linewidth=1)
+    klds = [max(variant.quality.kld_mean.value, _FLOOR) for variant in report.variants]
     axes.set_yscale("log")
-    axes.margins(0.12, 0.2)
+    axes.set_ylim(min(klds) / 3, max(klds) * 3)
+    axes.margins(x=0.15)
     axes.grid(visible=True, which="both", alpha=0.25)
-    axes.set_xlabel(f"file size, MB (dotted: the source, {report.source.precision})")
+    axes.set_xlabel(f"file size, MB (the source, {report.source.precision}: {report.source.size_bytes / 1e6:,.1f} MB)")
     axes.set_ylabel("mean KL divergence to the source, nats a token")
     axes.set_title(f"{report.name}: quality against size (lower left is better)", fontsize=11)
 
