@@ -152,7 +152,7 @@ def rm(refs: Sequence[str], *, dry_run: bool, yes: bool, store_dir: Path | None)
       edge rm smollm2:135m-instruct --yes
     """
     store = open_store(store_dir)
-    found = [store.resolve(ref) for ref in refs]
+    found = list(dict.fromkeys(store.resolve(ref) for ref in refs))
     if dry_run:
         for ref in found:
             click.echo(f"would remove {ref}")
