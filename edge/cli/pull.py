@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as RichProgress
 
-from edge.cli.models import print_json
+from edge.cli.models import model_json, print_json
 from edge.cli.options import human_size, json_option, open_store, store_option
 from edge.store.catalog import catalog
 from edge.store.fetch import Progress, PullPlan, plan
@@ -59,8 +59,6 @@ def pull(
     with progress_on_stderr() as report:
         model = pull_model(store, source, name=name, sha256=sha256, progress=report)
     if as_json:
-        from edge.cli.models import model_json
-
         print_json(model_json(model))
     else:
         click.echo(f"{model.ref}  {human_size(model.size_bytes)}  {model.digest}")

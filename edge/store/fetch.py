@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import assert_never
 
-from edge.errors import DigestMismatch, InvalidModelFile, InvalidReference, StoreError
+from edge.errors import DigestMismatch, InvalidModelFile, InvalidReference
 from edge.formats.gguf import FILE_TYPES, GgufFile, read_gguf
 
 from .catalog import CatalogEntry, catalog
@@ -83,8 +83,8 @@ def pull(
     """
     wanted = _resolve(source, name, sha256)
     control = Control(progress, cancelled)
-    offer, is_present = _locate(store, wanted, control)
-    with _in_store(store, offer) if is_present else _fetched(store, wanted, offer, control) as file:
+    offer, present = _locate(store, wanted, control)
+    with _in_store(store, offer, present) if present else _fetched(store, wanted, offer, control) as file:
         control.report(0, None, "checking the file")
         gguf = _checked(file.path, offer.file_name)
         ref = wanted.ref or derived_ref(offer.file_name, gguf.quantization)
@@ -98,11 +98,16 @@ def plan(store: ModelStore, source: str, *, name: str | None = None, sha256: str
         InvalidReference, SourceUnavailable, DigestMismatch: As `pull`.
     """
     wanted = _resolve(source, name, sha256)
-    offer, is_present = _locate(store, wanted, Control(lambda _: None, lambda: False))
-    size_bytes = store.blobs.path(offer.digest).stat().st_size if is_present and offer.digest else offer.size_bytes
-    room = free_bytes(store.blobs)
+    offer, present = _locate(store, wanted, Control(lambda _: None, lambda: False))
     return PullPlan(
-        offer.source, wanted.ref, offer.file_name, size_bytes, offer.digest, is_present, room, wanted.license
+        source=offer.source,
+        ref=wanted.ref,
+        file_name=offer.file_name,
+        size_bytes=store.blobs.path(present).stat().st_size if present else offer.size_bytes,
+        digest=offer.digest,
+        is_present=present is not None,
+        free_bytes=free_bytes(store.blobs),
+        license=wanted.license,
     )
 
 
@@ -146,31 +151,31 @@ def _fetcher_of(source: Source, entry: CatalogEntry | None) -> Fetcher:
             assert_never(source)
 
 
-def _locate(store: ModelStore, wanted: _Wanted, control: Control) -> tuple[Offer, bool]:
-    if _has_sound(store, wanted.digest):
-        return Offer(str(wanted.source), _file_name(file_name_of(wanted.source)), None, wanted.digest), True
+def _locate(store: ModelStore, wanted: _Wanted, control: Control) -> tuple[Offer, Digest | None]:
+    """What the source offers, and its digest if the store has those bytes already."""
+    # Hashed again, not believed: pulling is how people mend a damaged model.
+    if wanted.digest and store.blobs.has_sound(wanted.digest):
+        return Offer(str(wanted.source), _file_name(file_name_of(wanted.source)), None, wanted.digest), wanted.digest
     offer = expect(wanted.fetcher.look(control), wanted.digest)
     offer = replace(offer, file_name=_file_name(offer.file_name))
-    return offer, offer.digest != wanted.digest and _has_sound(store, offer.digest)
-
-
-def _has_sound(store: ModelStore, digest: Digest | None) -> bool:
-    # Looked at again, not believed: pulling is how people mend a damaged model.
-    return digest is not None and store.blobs.has_sound(digest)
+    is_present = offer.digest and offer.digest != wanted.digest and store.blobs.has_sound(offer.digest)
+    return offer, offer.digest if is_present else None
 
 
 @contextmanager
-def _in_store(store: ModelStore, offer: Offer) -> Generator[PackageFile]:
-    if offer.digest is None:
-        raise StoreError(f"{offer.source} has no digest.")
-    yield PackageFile(store.blobs.path(offer.digest), offer.file_name, WEIGHT_TYPE, digest=offer.digest)
+def _in_store(store: ModelStore, offer: Offer, present: Digest) -> Generator[PackageFile]:
+    yield PackageFile(store.blobs.path(present), offer.file_name, WEIGHT_TYPE, digest=present)
 
 
 @contextmanager
 def _fetched(store: ModelStore, wanted: _Wanted, offer: Offer, control: Control) -> Generator[PackageFile]:
     """The fetched file, for as long as the block runs. Bytes that proved wrong are thrown away; those of a fetch that
     was interrupted stay, and the next one goes on from there."""
-    with store.blobs.ingest(f"{wanted.source} {offer.source} {offer.digest}", before_poll=control.check) as partial:
+
+    def waiting() -> None:
+        control.report(0, None, "waiting for another pull of the same file")
+
+    with store.blobs.ingest(f"{wanted.source} {offer.source} {offer.digest}", before_poll=waiting) as partial:
         try:
             staged = wanted.fetcher.fetch(offer, store.blobs, partial, control)
             yield PackageFile(staged.path, offer.file_name, WEIGHT_TYPE, move=True, digest=staged.digest)

@@ -139,17 +139,15 @@ def try_lock(file: FileIO) -> bool:
 
 
 def wait_for_lock(file: FileIO, *, timeout_s: float, busy: str, before_poll: Callable[[], None] | None = None) -> None:
-    """Take the exclusive lock of an open file. `before_poll` runs before each try and may raise.
+    """Take the exclusive lock of an open file. `before_poll` runs before each further try and may raise.
 
     Raises:
         StoreError: Another process kept it for `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
-    while True:
-        if before_poll:
-            before_poll()
-        if try_lock(file):
-            return
+    while not try_lock(file):
         if time.monotonic() > deadline:
             raise StoreError(busy, hint="Wait for the other process to end, then try again.")
+        if before_poll:
+            before_poll()
         time.sleep(_POLL_S)

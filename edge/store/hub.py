@@ -6,9 +6,11 @@ Its downloader would fill a cache of its own beside the store; ours resumes, can
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +19,13 @@ from edge.errors import InvalidReference, SourceUnavailable
 from .blobs import BlobStore, Partial, Staged
 from .digest import Digest
 from .http import HttpFetcher
-from .sources import HubSource
+from .sources import HubSource, is_safe_path, parse_source
 from .transfer import Control, Offer
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TIMEOUT_S = 15.0
+_MAX_FILES = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +59,16 @@ class HubFetcher:
     def _ggufs(self, hub: Any) -> list[str]:
         api = hub.HfApi(library_name="slm-edge")
         entries = api.list_repo_tree(self.source.repo, recursive=True, revision=self.source.revision)
-        return sorted(entry.path for entry in entries if entry.path.lower().endswith(".gguf"))
+        paths = [str(entry.path) for entry in itertools.islice(entries, _MAX_FILES)]
+        return sorted(path for path in paths if path.lower().endswith(".gguf") and is_safe_path(path))
 
     def fetch(self, offer: Offer, blobs: BlobStore, partial: Partial, control: Control) -> Staged:
         """Fetch the file at the commit that was offered."""
-        hub = _library()
-        commit = offer.source.rpartition("@")[2]
-        path = offer.source.removeprefix(f"hf://{self.source.repo}/").removesuffix(f"@{commit}")
+        offered = parse_source(offer.source)
+        if not isinstance(offered, HubSource):
+            raise InvalidReference(f"{offer.source} is not of a hub.")
         with _hub_errors(self.source):
-            url = hub.hf_hub_url(self.source.repo, path, revision=commit)
+            url = _library().hf_hub_url(offered.repo, offered.file, revision=offered.revision)
             headers = _library(".utils").build_hf_headers(library_name="slm-edge")
         return HttpFetcher(url, offer.file_name, headers).fetch(offer, blobs, partial, control)
 
@@ -98,35 +102,27 @@ def _describe(hub: Any, source: HubSource, path: str) -> _File:
     return _File(path, url, commit, size_bytes, digest)
 
 
-class _hub_errors:  # noqa: N801  # reads as the statement it is
-    """Translates the hub library's errors."""
+@contextmanager
+def _hub_errors(source: HubSource) -> Generator[None]:
+    try:
+        yield
+    # The library's own errors are these (requests' are OSErrors); a hub that answers nonsense gives the others.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise _translated(e, source) from e
 
-    def __init__(self, source: HubSource) -> None:
-        self._errors: Any = _library(".errors")
-        self._source = source
 
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _at: object) -> None:
-        if error is not None and (translated := self._translate(error)):
-            raise translated from error
-
-    def _translate(self, error: BaseException) -> SourceUnavailable | None:
-        errors, source = self._errors, self._source
-        if isinstance(error, errors.GatedRepoError):
-            return SourceUnavailable(f"{source} is gated.", hint="Accept its licence on the hub and set HF_TOKEN.")
-        if isinstance(error, errors.RepositoryNotFoundError):
-            return SourceUnavailable(f"The hub has no {source.repo}.", hint="A private one needs HF_TOKEN.")
-        if isinstance(error, errors.RevisionNotFoundError):
-            return SourceUnavailable(f"{source.repo} has no revision '{source.revision}'.")
-        if isinstance(error, errors.EntryNotFoundError):
-            return SourceUnavailable(f"{source.repo} has no file '{source.file}'.")
-        if isinstance(error, errors.HFValidationError):
-            return SourceUnavailable(f"The hub refuses {source}: {error}.")
-        # requests' errors are OSErrors; so is the library's own HfHubHTTPError and OfflineModeIsEnabled.
-        if isinstance(error, OSError):
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            hint = "Without a hub in reach: edge pull smollm2:135m-instruct, or a file's path."
-            return SourceUnavailable(f"The model hub cannot be reached for {source}: {reason}.", hint=hint)
-        return None
+def _translated(error: Exception, source: HubSource) -> SourceUnavailable:
+    errors = _library(".errors")
+    if isinstance(error, errors.GatedRepoError):
+        return SourceUnavailable(f"{source} is gated.", hint="Accept its licence on the hub and set HF_TOKEN.")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return SourceUnavailable(f"The hub has no {source.repo}.", hint="A private one needs HF_TOKEN.")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return SourceUnavailable(f"{source.repo} has no revision '{source.revision}'.")
+    if isinstance(error, errors.EntryNotFoundError):
+        return SourceUnavailable(f"{source.repo} has no file '{source.file}'.")
+    reason = str(error).splitlines()[0][:200].rstrip(".") if str(error) else type(error).__name__
+    if isinstance(error, OSError):
+        hint = "Without a hub in reach: edge pull smollm2:135m-instruct, or a file's path."
+        return SourceUnavailable(f"The model hub cannot be reached for {source}: {reason}.", hint=hint)
+    return SourceUnavailable(f"The hub's answer about {source} makes no sense: {reason}.")

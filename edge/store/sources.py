@@ -111,7 +111,7 @@ def _parse_hub(text: str, rest: str) -> HubSource:
         raise _refused(text, "it does not name OWNER/REPO")
     if at and (not _REVISION.fullmatch(revision) or ".." in revision):
         raise _refused(text, "the revision after @ is not a branch, tag or commit")
-    if file and not _is_safe_path(file):
+    if file and not is_safe_path(file):
         raise _refused(text, "the file's path is not allowed")
     return HubSource(f"{owner}/{repo}", file, revision or "main")
 
@@ -121,7 +121,7 @@ def _parse_package(text: str, rest: str) -> PackageSource:
     version, _, member = tail.partition("/")
     if not _PACKAGE.fullmatch(package) or not equals or not _VERSION.fullmatch(version):
         raise _refused(text, "it does not name PACKAGE==VERSION")
-    if member and not _is_safe_path(member):
+    if member and not is_safe_path(member):
         raise _refused(text, "the path inside the package is not allowed")
     return PackageSource(package, version, member)
 
@@ -139,9 +139,10 @@ def _parse_url(text: str) -> HttpSource:
     return HttpSource(text)
 
 
-def _is_safe_path(path: str) -> bool:
+def is_safe_path(path: str) -> bool:
+    """Whether a path inside a repository or package stays there, and survives being written into a source."""
     parts = path.split("/")
-    return not any(part in ("", ".", "..") for part in parts) and "\\" not in path and "@" not in path
+    return not any(part in ("", ".", "..") for part in parts) and path.isprintable() and not set(path) & set("\\@")
 
 
 def file_name_of(source: Source) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import threading
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -310,3 +312,24 @@ def test_a_plan_fetches_nothing(store: ModelStore, server: FileServer, tmp_path:
 )
 def test_names_are_made_of_files(file_name: str, quantization: str | None, ref: str) -> None:
     assert str(derived_ref(file_name, quantization)) == ref
+
+
+def test_two_pulls_of_one_file_wait_for_each_other(store: ModelStore, server: FileServer) -> None:
+    waiting, go_on = threading.Event(), threading.Event()
+
+    def report(at: Progress) -> None:
+        if at.message.startswith("waiting"):
+            waiting.set()
+
+    def first(at: Progress) -> None:
+        if at.message.startswith("fetching"):
+            go_on.set()
+            assert waiting.wait(30)
+
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(pull, store, server.url + PATH, name="one", progress=first)
+        assert go_on.wait(30)
+        other = pool.submit(pull, store, server.url + PATH, name="other", progress=report)
+        assert one.result(60).digest != other.result(60).digest, "the config holds the name"
+    assert len(assert_sound(store.root)) == 2
+    assert left_over(store) == []

@@ -107,12 +107,16 @@ def test_bytes_other_than_the_hub_stated_are_refused(hub: Hub, edge: Edge) -> No
 
 def test_a_hub_that_refuses_is_explained(hub: Hub, edge: Edge) -> None:
     hub.add("org/empty", {"README.md": b""})
+    hub.api.files["/api/models/org/odd/tree/main"] = ServedFile(b'[{"type": "file"}]', etag="")
+    hub.api.files["/api/models/org/html/tree/main"] = ServedFile(b"<html>", etag="")
     hub.refuse("org/gated", 403, X_Error_Code="GatedRepo")
     hub.refuse("org/gone", 404, X_Error_Code="RepoNotFound")
     hub.refuse("org/file", 404, X_Error_Code="EntryNotFound")
     for source, code, message in (
         ("hf://org/empty", 1, "holds no GGUF file"),
         ("hf://org/gated/m.gguf", 4, "is gated"),
+        ("hf://org/odd", 4, "makes no sense"),
+        ("hf://org/html", 4, "hub"),
         ("hf://org/gone", 4, "The hub has no org/gone"),
         ("hf://org/file/m.gguf", 4, "has no file 'm.gguf'"),
     ):
