@@ -337,6 +337,9 @@ class ModelStore:
                 self._publish(staged)
                 layers = [_layer(file, item) for file, item in zip(files, staged, strict=True)]
                 self._set_entry(ref, self._put_manifest(ref, layers, details))
+        for file in files:
+            if file.move and file.path.parent != self.blobs.blobs_dir:
+                self._files.remove(file.path)  # one that had to be copied; the others were renamed away
         return self.get(ref)
 
     def _stage(self, file: PackageFile, stack: ExitStack) -> Staged:
@@ -348,10 +351,7 @@ class ModelStore:
             return self._stage_in_place(file)
         partial = stack.enter_context(self.blobs.ingest(f"copy {file.path.absolute()} as {file.name}"))
         stack.callback(partial.discard)
-        staged = self.blobs.copy_in(file.path, partial)
-        if file.move:
-            stack.callback(self._files.remove, file.path)
-        return staged
+        return self.blobs.copy_in(file.path, partial)
 
     def _stage_in_place(self, file: PackageFile) -> Staged:
         with self._files.open_append(file.path) as opened:

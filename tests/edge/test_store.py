@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from typing_extensions import override
@@ -107,6 +108,21 @@ def test_a_moved_file_is_gone_and_a_copied_one_stays(store: ModelStore, gguf: Pa
     assert not gguf.exists()
     assert model.weights.stat().st_ino == inode
     assert list((store.root / "ingest").iterdir()) == []
+
+
+def test_a_file_of_another_disk_is_moved_only_when_it_is_stored(store: ModelStore) -> None:
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shared.stat().st_dev == store.root.parent.stat().st_dev:
+        pytest.skip("there is no second file system")
+    with TemporaryDirectory(dir=shared) as folder:
+        path = write_gguf(Path(folder) / "a.gguf")
+        moved = PackageFile(path, "a.gguf", move=True)
+        with pytest.raises(StoreError):
+            store.add("a", [moved, PackageFile(path.with_name("missing"), "b.gguf")], ModelDetails())
+        assert path.exists()
+        store.add("a", [moved], ModelDetails())
+        assert not path.exists()
+    assert_sound(store.root)
 
 
 def test_a_name_is_given_anew(store: ModelStore, gguf: Path, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def survives_cuts(ops: RecordingFileOps, work: Work, tmp_path: Path, *, per_step
     return True
 
 
-@pytest.mark.parametrize("per_step", [1, pytest.param(50, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("per_step", [1, pytest.param(20, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("name", ["add", "pull", "replace", "remove"])
 def test_no_power_cut_breaks_the_store(name: str, per_step: int, works: dict[str, Work], tmp_path: Path) -> None:
     assert survives_cuts(RecordingFileOps(tmp_path / "store"), works[name], tmp_path, per_step=per_step)
