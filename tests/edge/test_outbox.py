@@ -232,7 +232,7 @@ class OutboxMachine(RuleBasedStateMachine):
         shutil.rmtree(self.directory)
 
 
-OutboxMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+OutboxMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestOutboxAgainstAModel = OutboxMachine.TestCase
 
 
