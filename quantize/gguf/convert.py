@@ -256,9 +256,13 @@ def _all_planned(checkpoint: Checkpoint, *, use_f16: bool) -> list[tuple[_Planne
 
 
 def _write_tensors(writer: Any, plan: list[tuple[_Planned, NDArray[np.float32] | None]]) -> Iterator[float]:
-    total, done = sum(math.prod(p.shape) for p, _ in plan), 0
+    # Not by `write_tensor_data`: it goes through ndarray.tofile, whose error on a full disk has no errno.
+    total, done, file = sum(math.prod(p.shape) for p, _ in plan), 0, writer.fout[0]
+    writer.write_padding(file, file.tell())
     for planned, given in plan:
-        writer.write_tensor_data(_values_of(planned) if given is None else given)
+        values = _values_of(planned) if given is None else given
+        file.write(values.data.cast("B"))
+        writer.write_padding(file, values.nbytes)
         done += math.prod(planned.shape)
         yield done / total
 
