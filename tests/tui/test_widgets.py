@@ -51,6 +51,8 @@ async def test_device() -> None:
     for part in ("edge 0.1.0", "42 % of 4 cores", "3.1 of 7.7 GB", "431 MB", "52.1 °C", "12 GB free", "up 3 d 4 h"):
         assert part in text
     assert "cannot be read here" in await shown(DevicePanel(), view=IDLE)
+    full = await shown(DevicePanel(), view=a_view(cpu_percent=100.0, cpu_count=16), size=(40, 8))
+    assert "CPU ▲    █████████ 100 % of 16 cores │" in full
     assert "83.0 °C ▲ hot" in await shown(DevicePanel(), view=a_view(temperature_c=83.0))
 
 

@@ -7,12 +7,12 @@ from typing_extensions import override
 
 from runtime.api.schema import DeviceStatus
 
-from ..format import bar, size_text, span_text
+from ..format import bar, pad, size_text, span_text
 from ..state import View
 from .panel import Panel
 from .pieces import label, line, lines
 
-_LABEL = 8
+_LABEL = 9
 _HOT_C = 80.0
 """Raspberry Pi and Jetson boards begin to throttle between 80 and 85 °C."""
 _FULL = 0.9
@@ -34,7 +34,7 @@ class DevicePanel(Panel):
         used = status.memory_total_bytes - status.memory_available_bytes
         total = max(status.memory_total_bytes, 1)
         of_total = f"{size_text(used).removesuffix(' GB')} of {size_text(status.memory_total_bytes)}"
-        width_bar = max(4, width - _LABEL - 16)
+        width_bar = max(4, width - _LABEL - 18)
         load = "" if status.load_1m is None else f", load {status.load_1m:.1f}"
         return lines(
             _gauge(
@@ -49,9 +49,9 @@ class DevicePanel(Panel):
 
 
 def _gauge(name: str, fraction: float, text: str, width: int) -> Content:
-    style = "$warning" if fraction >= _FULL else "$primary"
-    mark = (" ▲", "$text-warning") if fraction >= _FULL else ""
-    return line(label(name, _LABEL), (bar(fraction, width), style), " ", text, mark)
+    is_full = fraction >= _FULL
+    title = (pad(f"{name} ▲", _LABEL), "$text-warning") if is_full else label(name, _LABEL)
+    return line(title, (bar(fraction, width), "$warning" if is_full else "$primary"), " ", text)
 
 
 def _temperature(celsius: float | None) -> Content:

@@ -27,7 +27,7 @@ class LogView(RichLog):
     DEFAULT_CSS = beside(__file__)
 
     def __init__(self) -> None:
-        super().__init__(max_lines=MAX_LINES, wrap=False, markup=False, highlight=False, min_width=0)
+        super().__init__(max_lines=MAX_LINES, wrap=True, markup=False, highlight=False, min_width=0)
         self._lines: list[str] = []
 
     @property

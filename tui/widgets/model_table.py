@@ -15,6 +15,7 @@ from ..state import MODEL_MARKS, View
 
 _COLUMNS = (("state", "State", 10), ("ref", "Model", 0), ("size", "Size", 7), ("quant", "Quant", 6),
             ("params", "Params", 6), ("memory", "Memory", 7), ("rate", "Tok/s", 6))  # fmt: skip
+_FIGURES = ("size", "params", "memory", "rate")
 _PADDING = 2 * len(_COLUMNS)
 _FIXED = sum(width for _, _, width in _COLUMNS)
 _MIN_REF = 16
@@ -42,7 +43,8 @@ class ModelTable(DataTable[Text]):
         selected = self.selected
         self.clear(columns=True)
         for key, name, width in _COLUMNS:
-            self.add_column(name, key=key, width=width or self._width_ref)
+            label = Text(name, justify="right" if key in _FIGURES else "left")
+            self.add_column(label, key=key, width=width or self._width_ref)
         self._shown = {}
         self._follow(self.view)
         if selected in self._shown:

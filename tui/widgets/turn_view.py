@@ -63,7 +63,8 @@ def _figures(turn: Turn) -> str:
     if turn.first_at is None:
         return "" if turn.error or turn.is_stopped else "  … reading the question"
     rate = UNKNOWN if turn.rate_tok_s is None else rate_text(turn.rate_tok_s)
-    return f"  {turn.num_tokens} tokens · {rate} tok/s · first after {span_text(turn.ttft_s)}"
+    going_on = "" if turn.finish_reason or turn.error or turn.is_stopped else " …"
+    return f"  {turn.num_tokens} tokens · {rate} tok/s · first after {span_text(turn.ttft_s)}{going_on}"
 
 
 def _end(turn: Turn) -> str:
