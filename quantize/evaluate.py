@@ -66,6 +66,10 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens per second of one sequence on this machine's CPU.
 
     Prefill is the best of three, decode the median step: another process's work on the same cores disturbs them least.
+
+    Attributes:
+        cpu_share: CPU time the threads had, of what they could have had. Well below 1, others were at work on the
+            cores, and the speeds are lower than this machine's.
     """
 
     prefill_tok_s: float
@@ -73,6 +77,7 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
     prefill_tokens: int
     decode_tokens: int
     num_threads: int
+    cpu_share: float
 
 
 class WindowScores(msgspec.Struct, frozen=True):
@@ -218,12 +223,15 @@ def measure_speed(path: Path, *, text: str, num_threads: int) -> Speed:
         tokens = model.tokenize(text)[: model.window_tokens]
         cut = len(tokens) - min(_DECODE_TOKENS, len(tokens) // 2)
         prompt, rest = tokens[:cut], tokens[cut:]
+        began, cpu_began = time.perf_counter(), time.process_time()
         prefill = max(model.prefill_rate(prompt, repeats=_PREFILL_REPEATS))
         decode = _tokens_per_second(list(model.decode_seconds(rest, at=len(prompt))))
+        share = (time.process_time() - cpu_began) / (time.perf_counter() - began) / num_threads
         return Speed(
             prefill_tok_s=round(prefill, 1),
             decode_tok_s=round(decode, 1),
             prefill_tokens=len(prompt),
             decode_tokens=len(rest),
             num_threads=num_threads,
+            cpu_share=round(share, 2),
         )

@@ -30,7 +30,7 @@ from .child import QualityJob, QuantizeJob, SpeedJob, run_job
 from .evaluate import Quality, Speed
 from .gguf import convert
 from .package import matching_package, package_variant, report_in, variant_in, write_documents
-from .plot import draw_plot
+from .plot import draw_plot, require_plotting
 from .recipe import QuantType, Recipe
 from .report import (
     Report,
@@ -98,6 +98,7 @@ class Plan:
     Attributes:
         convert: None where the source is a GGUF already.
         source_speed: Timing of the source.
+        is_forced: What is there already is made again and replaced.
         required_bytes: Disk space it takes at most, work and packages together.
     """
 
@@ -108,7 +109,8 @@ class Plan:
     convert: Step | None
     source_speed: Step
     variants: tuple[VariantPlan, ...]
-    required_bytes: int
+    is_forced: bool
+    required_bytes: int = 0
 
     @property
     def steps(self) -> list[Step]:
@@ -168,14 +170,15 @@ class Outcome:
 class _Planner:
     """Names steps; knows what is on the disk."""
 
-    def __init__(self, source: Source, recipe: Recipe, shop: Workshop) -> None:
-        self.source, self.recipe, self.shop = source, recipe, shop
+    def __init__(self, source: Source, recipe: Recipe, shop: Workshop, *, force: bool) -> None:
+        self.source, self.recipe, self.shop, self.force = source, recipe, shop, force
         self.tools = tool_versions()
         self.text = text_info(report_text()).sha256
 
     def step(self, kind: Kind, label: str, output: str, size_bytes: int, *inputs: object) -> Step:
         key = step_key(kind, *inputs)
-        return Step(kind, label, key, output, size_bytes, self.shop.cache.find(key, output) is not None)
+        is_done = not self.force and self.shop.cache.find(key, output) is not None
+        return Step(kind, label, key, output, size_bytes, is_done)
 
     def convert(self, digest: Digest, *, use_f16: bool) -> Step | None:
         if isinstance(self.source.model, GgufFile):
@@ -188,7 +191,7 @@ class _Planner:
         inputs = (evaluate.VERSION, self.tools["llama-cpp-python"], model_key, self.recipe.num_threads)
         return self.step("speed", label, "speed.json", _SMALL_BYTES, *inputs)
 
-    def variant(self, kind: QuantType, model_key: str, *, force: bool) -> VariantPlan:
+    def variant(self, kind: QuantType, model_key: str) -> VariantPlan:
         llama = self.tools["llama-cpp-python"]
         # Small models fall back to larger types for many tensors: four bits more are foreseen.
         size = int(self.source.num_parameters * min(kind.bits_per_weight + 4, 32) / 8) + 8 * _SMALL_BYTES
@@ -196,7 +199,7 @@ class _Planner:
         inputs = (evaluate.VERSION, llama, model_key, made.key, self.text, self.recipe.num_tokens)
         quality = self.step("quality", f"judge {kind.name}", "quality.json", _SMALL_BYTES, *inputs)
         ref = ModelRef(self.recipe.name, kind.tag)
-        stored = matching_package(self.shop.store, ref, quality.key, force=force)
+        stored = matching_package(self.shop.store, ref, quality.key, force=self.force)
         return VariantPlan(kind, ref, made, quality, self.speed(f"time {kind.name}", made.key), stored)
 
 
@@ -207,7 +210,7 @@ def _required_bytes(steps: Sequence[Step]) -> int:
 
 
 def plan(source: Source, recipe: Recipe, shop: Workshop, *, force: bool = False) -> Plan:
-    """Name every step of a run and find what is done already. Reads the source once, to know its digest.
+    """Name every step of a run and find what is done already. Reads the source once, for its digest; writes nothing.
 
     Args:
         force: Replace packages of the same names, and do every step again.
@@ -217,18 +220,15 @@ def plan(source: Source, recipe: Recipe, shop: Workshop, *, force: bool = False)
         OSError: The source cannot be read.
     """
     digest = source_digest(source, shop.on_hashed)
-    if force and shop.cache.root.is_dir():
-        with shop.cache.held():
-            shop.cache.clear()
     use_f16 = recipe.precision == "f16"
     if recipe.precision == "auto" and isinstance(source.model, Checkpoint):
         use_f16 = lossless_precision(source.model) == "f16"
-    planner = _Planner(source, recipe, shop)
+    planner = _Planner(source, recipe, shop, force=force)
     converted = planner.convert(digest, use_f16=use_f16)
     model_key = converted.key if converted else digest.hex
     speed = planner.speed("time the source", model_key)
-    variants = tuple(planner.variant(kind, model_key, force=force) for kind in recipe.types)
-    made = Plan(source, digest, recipe, use_f16, converted, speed, variants, 0)
+    variants = tuple(planner.variant(kind, model_key) for kind in recipe.types)
+    made = Plan(source, digest, recipe, use_f16, converted, speed, variants, force)
     return replace(made, required_bytes=_required_bytes(made.steps))
 
 
@@ -315,7 +315,7 @@ class _Run:
                 "num_tokens": recipe.num_tokens,
                 "num_threads": recipe.num_threads,
             },
-            notes=notes_on(reference, rows),
+            notes=notes_on(reference, speed, rows),
         )
 
 
@@ -419,8 +419,11 @@ def run(planned: Plan, shop: Workshop) -> Outcome:
         InvalidModelFile: The source is damaged.
         MissingExtra: The extra `quantize` is not installed.
     """
+    require_plotting()
     _check_disk(planned, shop)
     with shop.cache.held():
+        if planned.is_forced:
+            shop.cache.clear()
         outcome = _make(planned, shop) if planned.missing else _kept(planned, shop)
         shop.cache.clear()
         return outcome

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,22 @@ _FLOOR = 1e-6
 """Where an exact copy is drawn: nothing has no place on a logarithmic axis."""
 
 
-def _figure() -> Any:
-    """A figure that draws without a display and without pyplot's global state.
+def require_plotting() -> None:
+    """Make sure, before hours of work, that its plot can be drawn.
 
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise MissingExtra("quantize", needed_for="Drawing the plot of a report") from e
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtra("quantize", needed_for="Drawing the plot of a report")
+
+
+def _figure() -> Any:
+    """A figure that draws without a display and without pyplot's global state."""
+    require_plotting()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.5), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     return figure

@@ -159,9 +159,15 @@ def describe_machine(num_cores: int) -> Machine:
     return Machine(cpu, num_cores, f"{platform.system()} {platform.machine()}")
 
 
-def notes_on(reference: GgufFile, variants: Sequence[Variant]) -> list[str]:
+_DISTURBED_SHARE = 0.85
+"""Threads wait for each other by spinning, which counts as work, so an undisturbed run has nearly all of its time."""
+
+
+def notes_on(reference: GgufFile, source_speed: Speed, variants: Sequence[Variant]) -> list[str]:
     """Warnings that belong beside the figures."""
     notes: list[str] = []
+    if any(speed.cpu_share < _DISTURBED_SHARE for speed in (source_speed, *(v.speed for v in variants))):
+        notes.append("Other work had the cores while speeds were taken: they are lower than this machine's.")
     if is_quantized(reference):
         kinds = ", ".join(k for k in tensor_types(reference) if k not in FLOAT_TYPES)
         notes.append(

@@ -89,7 +89,7 @@ def quantize(
         num_threads=threads or settings.threads or len(os.sched_getaffinity(0)),
     )
     with _progress() as show:
-        planned = plan(found, recipe, shop, force=force and not dry_run)
+        planned = plan(found, recipe, shop, force=force)
         if dry_run:
             _print_plan(planned, as_json=as_json)
             return

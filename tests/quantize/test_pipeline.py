@@ -15,16 +15,17 @@ import msgspec
 import pytest
 from typing_extensions import override
 
-from edge.errors import DiskFull, EdgeError, InvalidModelFile, RecipeError, UnsupportedFormat
-from edge.formats.gguf import read_gguf
+from edge.errors import DiskFull, EdgeError, InvalidModelFile, MissingExtra, RecipeError, UnsupportedFormat
+from edge.formats.gguf import GgufFile, read_gguf
 from edge.store.files import FileOps
 from edge.store.models import ModelStore
 from quantize.cache import StepCache
 from quantize.checkpoint import open_checkpoint
+from quantize.evaluate import Speed
 from quantize.gguf.convert import convert
 from quantize.pipeline import Event, Outcome, Workshop, plan, run
 from quantize.recipe import Recipe, parse_types
-from quantize.report import Report
+from quantize.report import Report, notes_on
 from quantize.source import open_source
 from tests.quantize.checkpoints import make_smollm
 from tests.quantize.killed_run import recipe as tiny_recipe
@@ -118,6 +119,13 @@ def test_the_report_says_where_it_comes_from(finished: Finished) -> None:
     assert all(v.speed.prefill_tok_s > 0 and v.speed.decode_tok_s > 0 for v in report.variants)
 
 
+def test_disturbed_timing_is_told() -> None:
+    calm = Speed(prefill_tok_s=1, decode_tok_s=1, prefill_tokens=1, decode_tokens=1, num_threads=1, cpu_share=0.99)
+    reference = GgufFile(Path("x"), 3, 32, {"general.architecture": "llama"}, (), 0, 0)
+    assert notes_on(reference, calm, []) == []
+    assert "Other work" in notes_on(reference, msgspec.structs.replace(calm, cpu_share=0.4), [])[0]
+
+
 def test_the_plot_is_drawn(finished: Finished) -> None:
     assert finished.outcome.svg.startswith(b"<?xml")
     assert finished.outcome.png.startswith(b"\x89PNG")
@@ -169,6 +177,9 @@ def test_another_model_of_that_name_is_not_replaced_unasked(tiny: Path, tmp_path
     with pytest.raises(RecipeError, match="--force"):
         quantized(str(other), tmp_path, recipe)
     assert ModelStore(tmp_path / "store").get("tiny:q8_0").digest == before.digest
+    shop = workshop(tmp_path)
+    assert len(plan(open_source(str(other), shop.store), recipe, shop, force=True).missing) == 1
+    assert ModelStore(tmp_path / "store").get("tiny:q8_0").digest == before.digest
     assert quantized(str(other), tmp_path, recipe, force=True).models[0].digest != before.digest
 
 
@@ -183,6 +194,13 @@ def test_a_second_run_at_once_is_refused(tiny: Path, tmp_path: Path) -> None:
     planned = plan(open_source(str(tiny), shop.store), tiny_recipe(), shop)
     with shop.cache.held(), pytest.raises(RecipeError, match="Another quantization"):
         run(planned, workshop(tmp_path))
+
+
+def test_without_the_extra_nothing_is_begun(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtra, match="slm-edge\\[quantize\\]"):
+        quantized(str(tiny), tmp_path, tiny_recipe())
+    assert not (tmp_path / "work").exists()
 
 
 class CrampedFiles(FileOps):
