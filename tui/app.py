@@ -84,6 +84,7 @@ class EdgeTerminal(App[None]):
     TITLE = "edge"
     BINDINGS: ClassVar[list[BindingType]] = [*bindings_for("everywhere")]
     COMMAND_PALETTE_BINDING = "ctrl+p"
+    NOTIFICATION_TIMEOUT = 3
     view: reactive[View] = reactive(View())
 
     def __init__(
@@ -159,7 +160,7 @@ class EdgeTerminal(App[None]):
             clean_line(error.hint or ""), title=clean_line(error.message), severity="error", timeout=10, markup=False
         )
 
-    def _do(self, call: Awaitable[object], *, done: str) -> None:
+    def _do(self, call: Awaitable[object], *, done: str | None) -> None:
         """Make one call to the appliance beside everything else, and tell how it ended."""
 
         async def run() -> None:
@@ -168,7 +169,8 @@ class EdgeTerminal(App[None]):
             except EdgeError as e:
                 self.show_error(e)
             else:
-                self.notify(done, markup=False)
+                if done:
+                    self.notify(done, markup=False)
 
         self.run_worker(run(), group="calls")
 
@@ -182,8 +184,8 @@ class EdgeTerminal(App[None]):
         self._do(self._client.delete(message.ref), done=f"{message.ref} is deleted.")
 
     def on_pull_requested(self, message: PullRequested) -> None:
-        call = self._client.pull(message.source, name=message.name)
-        self._do(call, done=f"Pulling {message.source}.")
+        # The list of pulls shows that it has begun.
+        self._do(self._client.pull(message.source, name=message.name), done=None)
 
     def on_cancel_requested(self, message: CancelRequested) -> None:
         self._do(self._client.cancel_job(message.job_id), done="The pull is cancelled.")

@@ -62,7 +62,7 @@ class Terminal:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline, f"not in time; the screen:\n{screen_text(self.app)}"
-            await self.pilot.pause(0.01)
+            await self.pilot.pause(0.04)
 
     async def until_shown(self, *texts: str) -> None:
         """Wait until the screen shows all of these."""
