@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from pathlib import Path
 
 from tests.edge.edge_command import Edge, edge_at
@@ -14,6 +15,7 @@ from tests.edge.store_support import assert_sound
 MODEL = sized_gguf(40_000)
 """10 MB."""
 KILLS = 20
+CHUNK_BYTES = 1 << 16
 
 
 class Tap:
@@ -33,11 +35,20 @@ class Tap:
         self._allowed.release(chunks)
 
 
-def kill_somewhere(edge: Edge, server: FileServer, tap: Tap, chunks: int) -> None:
-    """Let so many chunks through, and kill the pull then, wherever it is."""
+def kept_bytes(edge: Edge) -> int:
+    return sum(path.stat().st_size for path in edge.store.glob("ingest/*.partial"))
+
+
+def kill_somewhere(edge: Edge, server: FileServer, tap: Tap, *, sent_chunks: int, kept_chunks: int) -> None:
+    """Let some chunks through, and kill the pull when it has written so many of them, or a little more."""
+    enough = kept_bytes(edge) + kept_chunks * CHUNK_BYTES
     with edge.start("pull", f"{server.url}/m.gguf", "--name", "kept") as process:
-        tap.open(chunks)
+        tap.open(sent_chunks)
         assert tap.is_dry.wait(30)
+        deadline = time.monotonic() + 30
+        while kept_bytes(edge) < enough:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
         process.kill()
     tap.open(1000)  # what the dead one asked for goes nowhere
     server.total_sent()
@@ -45,15 +56,16 @@ def kill_somewhere(edge: Edge, server: FileServer, tap: Tap, chunks: int) -> Non
 
 def test_twenty_kills_and_nothing_is_fetched_twice(tmp_path: Path) -> None:
     rng, tap, edge = random.Random(3), Tap(), edge_at(tmp_path)
-    file = ServedFile(MODEL, before_chunk=tap.take, chunk_bytes=1 << 16)
+    file = ServedFile(MODEL, before_chunk=tap.take, chunk_bytes=CHUNK_BYTES)
     with serve({"/m.gguf": file}) as server:
         sizes: list[int] = []
         for _ in range(KILLS):
-            kill_somewhere(edge, server, tap, rng.randint(1, 7))
+            sent_chunks = rng.randint(1, 7)
+            kill_somewhere(edge, server, tap, sent_chunks=sent_chunks, kept_chunks=rng.randint(0, sent_chunks))
             tap = Tap()
             file.before_chunk = tap.take
             assert assert_sound(edge.store) == []
-            sizes.append(sum(path.stat().st_size for path in edge.store.glob("ingest/*.partial")))
+            sizes.append(kept_bytes(edge))
         assert sizes == sorted(sizes)
         assert 0 < sizes[-1] < len(MODEL)
         file.before_chunk = lambda: None
