@@ -36,15 +36,19 @@ def _figure() -> Any:
 
 
 def _draw(axes: Any, report: Report) -> None:
-    for variant in report.variants:
+    for i, variant in enumerate(sorted(report.variants, key=lambda v: v.quality.kld_mean.value)):
         size, kld = variant.size_bytes / 1e6, max(variant.quality.kld_mean.value, _FLOOR)
         axes.errorbar(size, kld, yerr=variant.quality.kld_mean.error, fmt="o", capsize=3, color="tab:blue")
-        axes.annotate(variant.type, (size, kld), xytext=(6, 4), textcoords="offset points", fontsize=9)
+        # Neighbours on the scale have their names on opposite sides, or they would lie over each other.
+        side, align = (-8, "right") if i % 2 == 0 else (8, "left")
+        axes.annotate(
+            variant.type, (size, kld), (side, 0), textcoords="offset points", ha=align, va="center", fontsize=9
+        )
     klds = [max(variant.quality.kld_mean.value, _FLOOR) for variant in report.variants]
     axes.set_yscale("log")
     axes.set_ylim(min(klds) / 3, max(klds) * 3)
     axes.margins(x=0.15)
-    axes.grid(visible=True, which="both", alpha=0.25)
+    axes.grid(visible=True, which="major", alpha=0.3)
     axes.set_xlabel(f"file size, MB (the source, {report.source.precision}: {report.source.size_bytes / 1e6:,.1f} MB)")
     axes.set_ylabel("mean KL divergence to the source, nats a token")
     axes.set_title(f"{report.name}: quality against size (lower left is better)", fontsize=11)

@@ -223,11 +223,17 @@ def report_table(report: Report) -> Table:
 
 def _cells(variant: Variant) -> tuple[str, ...]:
     quality, speed = variant.quality, variant.speed
+    kld_form = ".4f" if quality.kld_mean.value >= 0.0005 else ".0e"
     return (
-        variant.type, human_size(variant.size_bytes), _with_error(quality.perplexity, ".2f"),
-        _with_error(quality.kld_mean, ".4f"), f"{quality.kld_p99:.3f}", _with_error(quality.top1_agreement, ".1%"),
-        f"{speed.prefill_tok_s:,.0f}", f"{speed.decode_tok_s:,.0f}",
-    )  # fmt: skip
+        variant.type,
+        human_size(variant.size_bytes),
+        _with_error(quality.perplexity, ".2f"),
+        _with_error(quality.kld_mean, kld_form),
+        f"{quality.kld_p99:.3f}",
+        _with_error(quality.top1_agreement, ".1%"),
+        f"{speed.prefill_tok_s:,.0f}",
+        f"{speed.decode_tok_s:,.0f}",
+    )
 
 
 def _types(counts: dict[str, int]) -> str:
