@@ -101,6 +101,10 @@ async def test_alerts_show_the_worst_first_with_its_fix() -> None:
     ]
     text = await shown(AlertsPanel(), view=a_view(alerts=alerts), size=(42, 6))
     assert text.index("✖ critical") < text.index("fix: edge rm NAME") < text.index("and 2 more")
+    long = Alert(level="warning", what="one two three four five six seven eight nine ten " * 3, fix="do it")
+    text = await shown(AlertsPanel(), view=a_view(alerts=[long]), size=(42, 8))
+    assert "▲ warning one two three four five six  │" in text
+    assert "…" in text
     text = await shown(AlertsPanel(), view=a_view(alerts=alerts), size=(42, 8))
     assert text.index("✖ critical") < text.index("▲ warning") < text.index("· info")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from textwrap import wrap
+
 from textual.content import Content
 from typing_extensions import override
 
@@ -17,6 +19,8 @@ ALERT_MARKS: dict[AlertLevel, tuple[str, str]] = {
     "info": ("·", "$text-muted"),
 }
 _ORDER = ("critical", "warning", "info")
+_MAX_LINES = 2
+"""Of one alert, beside its fix."""
 
 
 class AlertsPanel(Panel):
@@ -40,5 +44,9 @@ class AlertsPanel(Panel):
 
 def _alert(alert: Alert, width: int) -> list[Content]:
     glyph, style = ALERT_MARKS[alert.level]
+    mark = f"{glyph} {alert.level} "
+    first, *rest = wrap(
+        mark + alert.what, max(width, 20), subsequent_indent="  ", max_lines=_MAX_LINES, placeholder="…"
+    )
     fix = [line(("  fix: ", MUTED), fit(alert.fix, width - 7))] if alert.fix else []
-    return [line((f"{glyph} {alert.level} ", style), fit(alert.what, width - len(alert.level) - 3)), *fix]
+    return [line((mark, style), first[len(mark) :]), *(line(text) for text in rest), *fix]
