@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from edge.errors import BackendError, ContextOverflow, EdgeError, QueueFull
 from runtime.backends.base import Backend
 from runtime.batch import Batch
+from runtime.governor import Governor
 from runtime.request import FinishReason, Request, RequestId, TokenId
 from runtime.sampler import make_rng, sample
 from runtime.scheduler import Limits, Scheduler, SchedulerStats
@@ -49,6 +50,7 @@ class Delta:
         finish_reason: Set on the last delta.
         num_cached: Prompt tokens that were reused.
         timings: Set on the last delta.
+        tokens: Prompt and answer as token ids, on the last delta of who asked for them.
     """
 
     request_id: RequestId
@@ -58,6 +60,7 @@ class Delta:
     num_cached: int
     finish_reason: FinishReason | None = None
     timings: Timings | None = None
+    tokens: tuple[TokenId, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,16 +118,20 @@ class Engine:
 
     Args:
         max_queue: Requests that may wait before others fail with `QueueFull`.
+        governor: Chooses the threads of each step; without one they stay as the backend was opened.
         clock: Seconds, monotonic.
     """
 
     def __init__(
-        self, backend: Backend, sink: Sink, *, max_queue: int, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
+        self, backend: Backend, sink: Sink, *, max_queue: int, governor: Governor | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
         can = backend.capabilities
         self._backend = backend
         self._sink = sink
         self._clock = clock
+        self._governor = governor
+        self._threads = 0
         self._max_queue = max_queue
         self.context_tokens = can.context_tokens
         self._scheduler = Scheduler(
@@ -235,6 +242,7 @@ class Engine:
             answer = self._answers[chunk.sequence.request.id]
             if answer.started is None:
                 answer.started = now
+        self._govern(now)
         try:
             logits = self._backend.decode(batch)
             self._book(batch, logits)
@@ -242,6 +250,11 @@ class Engine:
             self._fail_all(e)
             return
         self._consecutive_failures = 0
+
+    def _govern(self, now: float) -> None:
+        if self._governor is not None and (threads := self._governor.choose(now)) != self._threads:
+            self._backend.set_threads(threads)
+            self._threads = threads
 
     def _fail_all(self, error: BackendError) -> None:
         """A failed step leaves the cache undefined: its requests fail, the cache starts anew."""
@@ -314,6 +327,8 @@ class Engine:
     def _delta(
         sequence: Sequence, text: str, *, reason: FinishReason | None = None, timings: Timings | None = None
     ) -> Delta:
+        wants_tokens = reason is not None and sequence.request.return_tokens
         return Delta(
-            sequence.request.id, text, sequence.num_output, sequence.num_prompt, sequence.num_cached, reason, timings
-        )
+            sequence.request.id, text, sequence.num_output, sequence.num_prompt, sequence.num_cached, reason, timings,
+            tuple(sequence.tokens) if wants_tokens else None,
+        )  # fmt: skip

@@ -57,6 +57,7 @@ class Request:
         max_tokens: Most tokens to generate, at least one.
         stop: Strings that end the answer and are not part of it.
         ignore_eos: Go on past the model's own end, up to `max_tokens` (benchmarks).
+        return_tokens: Give the token ids, of prompt and answer, with the last delta.
     """
 
     id: RequestId
@@ -65,3 +66,4 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    return_tokens: bool = False

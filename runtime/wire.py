@@ -41,6 +41,7 @@ class Generate(Message, frozen=True):
     max_tokens: int
     stop: list[str]
     ignore_eos: bool = False
+    return_tokens: bool = False
 
 
 class Cancel(Message, frozen=True):
@@ -101,6 +102,8 @@ class Piece(msgspec.Struct, array_like=True, frozen=True):
     queue_s: float = 0.0
     prefill_s: float = 0.0
     total_s: float = 0.0
+    tokens: tuple[int, ...] | None = None
+    """Of prompt and answer, for who asked for them."""
 
 
 class Failed(msgspec.Struct, array_like=True, frozen=True):

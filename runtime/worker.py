@@ -23,6 +23,7 @@ from runtime import wire
 from runtime.backends.base import Backend
 from runtime.chat import CHATML, ChatTemplate, encode_prompt
 from runtime.engine import Delta, Engine, Failure, Sink
+from runtime.governor import Governor
 from runtime.request import Request, RequestId
 
 log = logging.getLogger("edge.worker")
@@ -77,8 +78,9 @@ def _piece(d: Delta) -> wire.Piece:
     t = d.timings
     reason = "stop" if d.finish_reason == "stop" else "length"
     return wire.Piece(
-        d.request_id, d.text, d.num_output, d.num_prompt, d.num_cached, reason, t.queue_s, t.prefill_s, t.total_s
-    )
+        d.request_id, d.text, d.num_output, d.num_prompt, d.num_cached, reason, t.queue_s, t.prefill_s, t.total_s,
+        d.tokens,
+    )  # fmt: skip
 
 
 class SocketSink(Sink):
@@ -122,8 +124,9 @@ class PromptMaker:
                 limit_tokens=self._context_tokens, prompt_tokens=len(tokens), completion_tokens=max_tokens
             )
         return Request(
-            RequestId(message.id), tuple(tokens), max_tokens, message.params, tuple(message.stop), message.ignore_eos
-        )
+            RequestId(message.id), tuple(tokens), max_tokens, message.params, tuple(message.stop), message.ignore_eos,
+            message.return_tokens,
+        )  # fmt: skip
 
     def _tokens(self, message: wire.Generate) -> list[int]:
         if message.messages is not None:
@@ -168,7 +171,8 @@ class Worker:
         except EdgeError as e:
             self._connection.send(wire.Step([], [failed(0, e)]))
             sys.exit(1)
-        self._engine = Engine(backend, SocketSink(self._connection), max_queue=load.max_queue)
+        governor = Governor(max_threads=load.threads or usable_cores(), cores=usable_cores())
+        self._engine = Engine(backend, SocketSink(self._connection), max_queue=load.max_queue, governor=governor)
         can, facts = backend.capabilities, backend.facts
         self._connection.send(
             wire.Ready(

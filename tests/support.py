@@ -20,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.base import Backend, Capabilities, ModelFacts
-from runtime.batch import Batch, CopyPrefix
+from runtime.batch import Batch, Chunk, CopyPrefix
 from runtime.engine import Delta, Failure, Sink
-from runtime.request import RequestId, TokenId
+from runtime.request import Request, RequestId, TokenId
+from runtime.sequence import Sequence
 from runtime.tokenizer import Tokenizer
 
 SEED = Path(sys.prefix) / "share" / "slm-edge" / "seed"
@@ -76,6 +77,7 @@ class ScriptedBackend(Backend):
         self.cells: dict[int, list[TokenId]] = {i: [] for i in range(capabilities.num_slots)}
         self._tokenizer = LetterTokenizer()
         self.num_steps = 0
+        self.threads = 0
         self.num_computed = 0
 
     @property
@@ -131,6 +133,9 @@ class ScriptedBackend(Backend):
                 rows.append(row)
         assert sum(map(len, self.cells.values())) <= self._capabilities.num_cells, "more cells than there are"
         return np.stack(rows) if rows else np.empty((0, self._vocab_size), np.float32)
+
+    def set_threads(self, threads: int) -> None:
+        self.threads = threads
 
     def clear(self) -> None:
         for cells in self.cells.values():
@@ -276,3 +281,71 @@ def sse_events(lines: Iterator[str]) -> Iterator[Mapping[str, Any]]:
     for line in lines:
         if line.startswith("data: ") and line != "data: [DONE]":
             yield json.loads(line[6:])
+
+
+# ---------------------------------------------------------------- the greedy law
+
+
+ROUNDING_TEXT = (
+    "The appliance answers questions where there is no network, and keeps its data when the power is cut. It was made "
+    "for boats, mines and farms, where nobody can drive out to mend what breaks, and where the link is bad or dear."
+)
+
+
+class GreedyLaw:
+    """Judges greedy answers that should be the same (docs/architecture.md, "The greedy law").
+
+    Rounding follows the shape of a batch, so two right answers may part after a near tie. Every token of an answer,
+    scored alone after the same prefix, has to be within `epsilon` of the best score. `epsilon` is measured for the
+    model: twice the largest change of a likely token's score that a used cache makes.
+    """
+
+    def __init__(self, weights: Path) -> None:
+        from runtime.backends.llama_cpp import LlamaBackend, LlamaOptions
+
+        self.backend = LlamaBackend(weights, LlamaOptions(1, 8, 512, 4096, 4 << 30))
+        self.epsilon = 2 * self._rounding()
+
+    def close(self) -> None:
+        """Free the model."""
+        self.backend.close()
+
+    def scores(self, tokens: list[TokenId]) -> NDArray[np.float32]:
+        """Scores after each token, computed alone, shape ``(len(tokens), vocab)``."""
+        self.backend.clear()
+        chunks = [self._chunk(0, i, tokens[i : i + 1]) for i in range(len(tokens))]
+        return np.concatenate([self.backend.decode(Batch((), (c,))).copy() for c in chunks])
+
+    @staticmethod
+    def _chunk(slot: int, start: int, tokens: list[TokenId]) -> Chunk:
+        sequence = Sequence(Request(RequestId(slot), tuple(tokens), 1), slot)
+        return Chunk(sequence, slot, start, tokens, wants_logits=True)
+
+    def _rounding(self) -> float:
+        """Largest change of a likely token's score between a text alone and the same text in a used cache, where its
+        cells lie on both sides of the border at which attention is split between threads (256 cells)."""
+        encode = self.backend.tokenizer.encode
+        text = encode(ROUNDING_TEXT, add_special=True, parse_special=False)
+        alone = self.scores(text)
+        likely = np.argsort(-alone, axis=1)[:, :5]
+        filler = encode("lorem ipsum dolor sit amet " * 60, add_special=False, parse_special=False)[
+            : 256 - len(text) // 2
+        ]
+        self.backend.clear()
+        self.backend.decode(Batch((), (self._chunk(1, 0, filler),)))
+        beside = np.concatenate([self._step(text, i) for i in range(len(text))])
+        change = np.abs(np.take_along_axis(beside - alone, likely, axis=1))
+        return float(change.max())
+
+    def _step(self, text: list[TokenId], i: int) -> NDArray[np.float32]:
+        return self.backend.decode(Batch((), (self._chunk(0, i, text[i : i + 1]),))).copy()
+
+    def gap(self, prompt: list[TokenId], answer: list[TokenId]) -> float:
+        """How far the worst token of a greedy answer is from the best score."""
+        scores = self.scores([*prompt, *answer])[len(prompt) - 1 : -1]
+        chosen = scores[np.arange(len(answer)), answer]
+        return float((scores.max(axis=1) - chosen).max())
+
+    def obeys(self, prompt: list[TokenId], answer: list[TokenId], reference: list[TokenId]) -> bool:
+        """Whether `answer` equals the reference, or parts from it only after near ties."""
+        return answer == reference or self.gap(prompt, answer) <= self.epsilon

@@ -23,7 +23,6 @@ from edge.errors import ModelNotFound
 from edge.hardware.memory import available_bytes, total_bytes, usable_cores
 from edge.store.models import ModelStore, StoredModel
 from edge.telemetry.host import temperature_c
-from edge.telemetry.identity import load_device_id
 from edge.telemetry.service import Telemetry
 from edge.telemetry.span import RequestRecord
 from runtime.api import sse
@@ -50,7 +49,6 @@ class Appliance:
         self.logs = logs
         self.pool = Pool(settings, store)
         self.jobs = Jobs(self._job_changed)
-        self._device_id = load_device_id(settings.home)
         self._watchers: set[asyncio.Queue[bytes]] = set()
         self._started = time.monotonic()
         self._num_requests = self._num_failed = 0
@@ -61,11 +59,19 @@ class Appliance:
     async def start(self) -> None:
         """Begin to keep house. The API may be used before."""
         psutil.cpu_percent()
-        self.telemetry.start()
+        self._add_gauges()
+        await asyncio.to_thread(self.telemetry.start)
         self._tasks = [
             asyncio.create_task(self._broadcast(), name="status"),
             asyncio.create_task(self._keep_house(), name="housekeeping"),
         ]
+
+    def _add_gauges(self) -> None:
+        hosts = self.pool.hosts
+        add = self.telemetry.add_gauge
+        add("edge.models.loaded", lambda: float(sum(h.state == "ready" for h in hosts())), text="Models in memory.")
+        add("edge.requests.active", lambda: float(sum(h.num_active for h in hosts())), text="Requests in the engines.")
+        add("edge.workers.restarts", lambda: float(sum(h.num_restarts for h in hosts())), text="Engines restarted.")
 
     async def close(self) -> None:
         """End workers and jobs, and commit the telemetry."""
@@ -106,6 +112,7 @@ class Appliance:
         model = await self.stored_model(ref)
         await self.pool.forget(str(model.ref))
         await asyncio.to_thread(self.store.remove, str(model.ref))
+        await asyncio.to_thread(self.store.collect)
         log.info("removed %s", model.ref)
 
     def pull(self, request: PullRequest) -> Job:
@@ -145,7 +152,7 @@ class Appliance:
         available, total = available_bytes(), total_bytes()
         return DeviceStatus(
             version=__version__,
-            device_id=self._device_id,
+            device_id=self.telemetry.device_id,
             hostname=socket.gethostname(),
             time=time.time(),
             uptime_s=time.monotonic() - self._started,

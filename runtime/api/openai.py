@@ -78,6 +78,8 @@ class _Sampling(msgspec.Struct, kw_only=True):
     user: str | None = None
     ignore_eos: bool = False
     """Go on past the model's own end, up to the token limit; for benchmarks."""
+    return_token_ids: bool = False
+    """Give the token ids of prompt and answer, as vLLM does."""
 
     def params(self) -> SamplingParams:
         """The sampling parameters, OpenAI's defaults where nothing was said."""
@@ -142,6 +144,7 @@ class ChatChoice(msgspec.Struct, kw_only=True):
     message: AssistantMessage
     logprobs: None = None
     finish_reason: str
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatCompletion(msgspec.Struct, kw_only=True):
@@ -154,6 +157,7 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
     warnings: list[str] | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -164,6 +168,7 @@ class CompletionChoice(msgspec.Struct, kw_only=True):
     text: str
     logprobs: None = None
     finish_reason: str
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Completion(msgspec.Struct, kw_only=True):
@@ -176,6 +181,7 @@ class Completion(msgspec.Struct, kw_only=True):
     system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
     warnings: list[str] | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -267,6 +273,8 @@ class Call:
     def __init__(
         self, appliance: Appliance, http: HttpRequest, body: _Sampling, *, operation: Operation, max_tokens: int
     ) -> None:
+        if body.stream and body.return_token_ids:
+            raise InvalidRequest("'return_token_ids' is not supported in streams.", field="return_token_ids")
         if body.n not in (None, 1):
             raise InvalidRequest("'n' can only be 1 in this version.", field="n", hint="Send the request n times.")
         self.appliance = appliance
@@ -328,6 +336,16 @@ class Call:
             total_tokens=prompt + output,
             prompt_tokens_details=TokenDetails(cached_tokens=cached),
         )
+
+    def prompt_ids(self) -> list[int] | msgspec.UnsetType:
+        """Token ids of the prompt, once the answer is over and if they were asked for."""
+        p = self._last
+        return list(p.tokens[: p.num_prompt]) if p and p.tokens is not None else msgspec.UNSET
+
+    def answer_ids(self) -> list[int] | msgspec.UnsetType:
+        """Token ids of the answer, likewise."""
+        p = self._last
+        return list(p.tokens[p.num_prompt :]) if p and p.tokens is not None else msgspec.UNSET
 
     def finish(self, error: BaseException | None) -> None:
         """End the request in the engine if it is still there, and record it. Only the first call does anything."""
@@ -494,7 +512,9 @@ async def chat_completions(request: HttpRequest, state: State) -> Response[ChatC
     call = Call(appliance_of(state), request, body, operation="chat", max_tokens=max_tokens)
     messages = [_wire_message(m) for m in body.messages]
     steps = await call.start(
-        lambda i: wire.Generate(i, messages, None, body.params(), max_tokens, body.stops(), body.ignore_eos)
+        lambda i: wire.Generate(
+            i, messages, None, body.params(), max_tokens, body.stops(), body.ignore_eos, body.return_token_ids
+        )
     )
     if call.stream:
         role = b'{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
@@ -506,8 +526,13 @@ async def chat_completions(request: HttpRequest, state: State) -> Response[ChatC
         created=call.created,
         model=call.model,
         system_fingerprint=call.fingerprint,
-        choices=[ChatChoice(index=0, message=AssistantMessage(content=text), finish_reason=reason)],
+        choices=[
+            ChatChoice(
+                index=0, message=AssistantMessage(content=text), finish_reason=reason, token_ids=call.answer_ids()
+            )
+        ],
         usage=call.usage(),
+        prompt_token_ids=call.prompt_ids(),
         warnings=warnings or msgspec.UNSET,
     )
     return Response(completion, headers=warning_headers(warnings))
@@ -525,7 +550,9 @@ async def completions(request: HttpRequest, state: State) -> Response[Completion
     max_tokens = body.max_tokens or 16  # OpenAI's default for this endpoint
     call = Call(appliance_of(state), request, body, operation="text_completion", max_tokens=max_tokens)
     steps = await call.start(
-        lambda i: wire.Generate(i, None, body.prompt, body.params(), max_tokens, body.stops(), body.ignore_eos)
+        lambda i: wire.Generate(
+            i, None, body.prompt, body.params(), max_tokens, body.stops(), body.ignore_eos, body.return_token_ids
+        )
     )
     if call.stream:
         return _stream(call, steps, warnings, kind="text_completion", choice=_text_choice)
@@ -535,8 +562,9 @@ async def completions(request: HttpRequest, state: State) -> Response[Completion
         created=call.created,
         model=call.model,
         system_fingerprint=call.fingerprint,
-        choices=[CompletionChoice(index=0, text=text, finish_reason=reason)],
+        choices=[CompletionChoice(index=0, text=text, finish_reason=reason, token_ids=call.answer_ids())],
         usage=call.usage(),
+        prompt_token_ids=call.prompt_ids(),
         warnings=warnings or msgspec.UNSET,
     )
     return Response(completion, headers=warning_headers(warnings))

@@ -73,6 +73,10 @@ class Backend(Protocol):
         """
         ...
 
+    def set_threads(self, threads: int) -> None:
+        """Use this many threads from the next step on."""
+        ...
+
     def clear(self) -> None:
         """Empty the cache."""
         ...

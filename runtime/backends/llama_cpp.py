@@ -296,6 +296,10 @@ class LlamaBackend:
             return np.empty((0, self._vocab_size), np.float32)
         return np.ctypeslib.as_array(lib.llama_get_logits(self._context), (rows, self._vocab_size))
 
+    def set_threads(self, threads: int) -> None:
+        """Use this many threads from the next step on."""
+        self._lib.llama_set_n_threads(self._context, threads, threads)
+
     def clear(self) -> None:
         """Empty the cache."""
         self._lib.llama_memory_clear(self._memory, True)

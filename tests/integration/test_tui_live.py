@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 from collections.abc import AsyncGenerator, Callable, Generator
@@ -21,10 +22,11 @@ from textual.pilot import Pilot
 from typing_extensions import override
 
 from runtime.api.schema import DeviceStatus, Job
-from tests.support import DEFAULT_MODEL, RunningAppliance, free_port, running_appliance, start_appliance, stop
+from tests.support import DEFAULT_MODEL, RunningAppliance, free_port, run_edge, running_appliance, start_appliance, stop
 from tests.tui.driving import screen_text
 from tui.app import EdgeTerminal
 from tui.client import Address, ChatMessage, ChatParams, RuntimeClient
+from tui.widgets.model_table import ModelTable
 
 PICTURE = Path(__file__).parents[2] / "docs" / "images" / "tui.svg"
 PARTS = ("1 Overview", "2 Models", "3 Chat", "4 Logs", "Device · edge", "Speed", "Telemetry spool", "Alerts", "● ready",
@@ -78,6 +80,27 @@ async def test_load_ask_stop_and_unload(appliance: RunningAppliance) -> None:
         await live.until(lambda: live.app.view.models[0].requests_active == 0)
         await live.pilot.press("f2", "u")
         await live.until_shown("○ unloaded")
+
+
+async def test_pull_a_file_and_delete_it(appliance: RunningAppliance, tmp_path: Path) -> None:
+    shown = run_edge("show", "--json", DEFAULT_MODEL, home=appliance.home)
+    weights = next(f["path"] for f in json.loads(shown.stdout)["files"] if f["name"].endswith(".gguf"))
+    (tmp_path / "copy.gguf").symlink_to(weights)
+    async with terminal(RuntimeClient(Address(appliance.url))) as live:
+        await live.pilot.press("2", "p")
+        await live.until_shown("Pull a model")
+        assert live.app.focused
+        live.app.focused.post_message(Paste(str(tmp_path / "copy.gguf")))
+        await live.pilot.press("enter")
+        await live.until_shown("● done", "copy:q4_1")
+        await live.until(lambda: "copy:q4_1" in [model.ref for model in live.app.view.models])
+        table = live.app.screen.query_one(ModelTable)
+        table.move_cursor(row=[model.ref for model in live.app.view.models].index("copy:q4_1"))
+        await live.pilot.press("d")
+        await live.until_shown("Delete?", "copy:q4_1, 98 MB, leaves the store.")
+        await live.pilot.press("y")
+        await live.until_shown("copy:q4_1 is deleted.")
+        await live.until(lambda: [model.ref for model in live.app.view.models] == [DEFAULT_MODEL])
 
 
 async def test_a_killed_appliance_is_marked_and_found_again(tmp_path: Path) -> None:
