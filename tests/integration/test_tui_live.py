@@ -126,15 +126,22 @@ class Renamed(RuntimeClient):
                 yield msgspec.structs.replace(event, hostname="edge-07") if isinstance(event, DeviceStatus) else event
 
 
-async def ask_for(client: RuntimeClient, *, seconds: float) -> None:
-    """Keep the model at work for so long."""
+async def ask(client: RuntimeClient, *, num_tokens: int) -> None:
+    """Have one answer, to its end."""
+    params = ChatParams(max_tokens=num_tokens)
+    async with contextlib.aclosing(
+        client.chat(DEFAULT_MODEL, [ChatMessage("user", "Tell a story.")], params)
+    ) as deltas:
+        async for _ in deltas:
+            pass
+
+
+async def keep_asking(client: RuntimeClient, *, seconds: float) -> None:
+    """Keep the model at work for so long, so that the chart has a shape."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             while True:
-                answer = client.chat(DEFAULT_MODEL, [ChatMessage("user", "Tell a story.")], ChatParams(max_tokens=60))
-                async with contextlib.aclosing(answer) as deltas:
-                    async for _ in deltas:
-                        pass
+                await ask(client, num_tokens=60)
                 await asyncio.sleep(1.5)
 
 
@@ -149,7 +156,9 @@ async def test_the_picture_in_the_docs(cut_off: RunningAppliance) -> None:
     """The committed picture shows what the terminal shows today; its figures are of the day it was made."""
     is_new = bool(os.environ.get("EDGE_PICTURES"))
     async with RuntimeClient(Address(cut_off.url)) as asking, terminal(Renamed(Address(cut_off.url))) as live:
-        await ask_for(asking, seconds=40 if is_new else 2)
+        await ask(asking, num_tokens=4)
+        if is_new:
+            await keep_asking(asking, seconds=40)
         await live.until_shown(*PARTS, "(median)", " wait", "▲ warning", "fix:")
         if is_new:
             # Without the fonts of a far host: a picture asks nobody for anything.
