@@ -75,7 +75,7 @@ def package_variant(
         DiskFull: There is no room.
         StoreError: The store cannot be written.
     """
-    details = details_of(read_gguf(path), source=source.origin, license=source.license)
+    details = details_of(read_gguf(path), source=source.origin, license=source.license, sampling=source.sampling)
     annotations = {
         **details.annotations,
         f"{OURS}quantized-from": source.label,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
 from edge.errors import InvalidReference, ModelNotFound, RecipeError, UnsupportedFormat
 from edge.formats.gguf import GgufFile, read_gguf
+from edge.store.details import Sampling
 from edge.store.digest import Digest, StreamingHash, digest_bytes
 from edge.store.models import ModelStore
 
@@ -32,6 +33,7 @@ class Source:
         known_digest: Where the store knows it already.
         license_file: A file beside the weights that says what may be done with them.
         origin: Where the model came from, if the store knows.
+        sampling: How its makers sample from it, if the store knows.
     """
 
     label: str
@@ -41,6 +43,7 @@ class Source:
     license: str | None = None
     license_file: Path | None = None
     origin: str | None = None
+    sampling: Sampling = field(default_factory=Sampling)
 
     @property
     def num_parameters(self) -> int:
@@ -91,6 +94,7 @@ def _from_store(ref: str, store: ModelStore) -> Source:
         license=stored.license,
         license_file=terms,
         origin=stored.source,
+        sampling=stored.details.sampling,
     )
 
 

@@ -35,7 +35,9 @@ def _package_without_init() -> None:
         return
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or spec.submodule_search_locations is None:
-        raise BackendError("llama-cpp-python is not installed.", hint=f"pip install llama-cpp-python=={EXPECTED_VERSION}")
+        raise BackendError(
+            "llama-cpp-python is not installed.", hint=f"pip install llama-cpp-python=={EXPECTED_VERSION}"
+        )
     package = types.ModuleType("llama_cpp")
     package.__path__ = list(spec.submodule_search_locations)
     package.__spec__ = spec

@@ -9,6 +9,7 @@ from importlib import resources
 
 import msgspec
 
+from .details import Sampling
 from .digest import Digest
 from .manifest import ModelRef
 
@@ -27,6 +28,7 @@ class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     container_sha256: str | None = None
     """Of the package that the file lies in, where there is one."""
     container_size_bytes: int = 0
+    sampling: Sampling = Sampling()
 
     @property
     def digest(self) -> Digest:

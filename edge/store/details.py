@@ -6,6 +6,9 @@ import datetime
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
+
+import msgspec
 
 from edge.formats.gguf import GgufFile
 
@@ -16,7 +19,17 @@ ARCHITECTURE = f"{OURS}architecture"
 PARAMETERS = f"{OURS}parameters"
 CONTEXT = f"{OURS}context-tokens"
 SOURCE = f"{OURS}source"
+SAMPLING = f"{OURS}sampling"
 TENSOR_TYPES = f"{OURS}tensor-types"
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the model's makers sample from it, for requests that do not say. None where they did not say either."""
+
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] | None = None
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,11 +50,14 @@ class ModelDetails:
     format: str = "gguf"
     created: float | None = None
     """Unix time at which the model was made; None keeps equal models' digests equal."""
+    sampling: Sampling = field(default_factory=Sampling)
     annotations: Mapping[str, str] = field(default_factory=dict[str, str])
     """More for the manifest; keys begin with ``dev.slm-edge.``."""
 
 
-def details_of(gguf: GgufFile, *, source: str | None = None, license: str | None = None) -> ModelDetails:
+def details_of(
+    gguf: GgufFile, *, source: str | None = None, license: str | None = None, sampling: Sampling | None = None
+) -> ModelDetails:
     """Fill the details from a GGUF's metadata; `license` overrides the file's own word."""
     types = Counter(tensor.type for tensor in gguf.tensors)
     listed = ", ".join(f"{name} {count}" for name, count in sorted(types.items()))
@@ -53,6 +69,7 @@ def details_of(gguf: GgufFile, *, source: str | None = None, license: str | None
         license=license or gguf.text("general.license"),
         source=source,
         title=gguf.text("general.name"),
+        sampling=sampling or Sampling(),
         annotations={TENSOR_TYPES: listed},
     )
 
@@ -86,6 +103,7 @@ def annotations_of(details: ModelDetails) -> dict[str, str]:
         PARAMETERS: details.num_parameters,
         CONTEXT: details.context_tokens,
         SOURCE: details.source,
+        SAMPLING: None if details.sampling == Sampling() else msgspec.json.encode(details.sampling).decode(),
     }
     return {key: str(value) for key, value in known.items() if value is not None} | dict(details.annotations)
 
@@ -102,7 +120,16 @@ def details_from(manifest: Manifest, config: ModelConfig) -> ModelDetails:
         source=notes.get(SOURCE) or config.descriptor.source_url,
         title=config.descriptor.title,
         format=config.config.format or "gguf",
+        sampling=_sampling(notes.get(SAMPLING)),
     )
+
+
+def _sampling(text: str | None) -> Sampling:
+    """Defaults that cannot be read are none: they are advice, and no reason to refuse the model."""
+    try:
+        return msgspec.json.decode(text, type=Sampling) if text and len(text) <= 4096 else Sampling()
+    except msgspec.MsgspecError:
+        return Sampling()
 
 
 def _whole_number(text: str | None) -> int | None:

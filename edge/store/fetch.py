@@ -13,7 +13,7 @@ from edge.errors import DigestMismatch, InvalidModelFile, InvalidReference
 from edge.formats.gguf import FILE_TYPES, GgufFile, read_gguf
 
 from .catalog import CatalogEntry, catalog
-from .details import details_of
+from .details import Sampling, details_of
 from .digest import Digest
 from .http import HttpFetcher
 from .hub import HubFetcher
@@ -52,6 +52,7 @@ class _Wanted:
     ref: ModelRef | None
     digest: Digest | None
     license: str | None
+    sampling: Sampling
 
 
 def pull(
@@ -88,7 +89,9 @@ def pull(
         control.report(0, None, "checking the file")
         gguf = _checked(file.path, offer.file_name)
         ref = wanted.ref or derived_ref(offer.file_name, gguf.quantization)
-        return store.add(ref, [file], details_of(gguf, source=offer.source, license=wanted.license))
+        return store.add(
+            ref, [file], details_of(gguf, source=offer.source, license=wanted.license, sampling=wanted.sampling)
+        )
 
 
 def plan(store: ModelStore, source: str, *, name: str | None = None, sha256: str | None = None) -> PullPlan:
@@ -119,12 +122,12 @@ def _resolve(source: str, name: str | None, sha256: str | None) -> _Wanted:
         if digest and digest != entry.digest:
             raise DigestMismatch(f"The catalog's {known}", expected=digest, actual=entry.digest)
         parsed = parse_source(entry.source)
-        return _Wanted(parsed, _fetcher_of(parsed, entry), ref or known, entry.digest, entry.license)
+        return _Wanted(parsed, _fetcher_of(parsed, entry), ref or known, entry.digest, entry.license, entry.sampling)
     parsed = parse_source(source)
     if isinstance(parsed, FileSource) and "/" not in source and not parsed.path.exists():
         names = ", ".join(str(known) for known in catalog())
         raise InvalidReference(f"There is no model or file '{source}' to pull.", hint=f"Sources: {FORMS} ({names}).")
-    return _Wanted(parsed, _fetcher_of(parsed, None), ref, digest, None)
+    return _Wanted(parsed, _fetcher_of(parsed, None), ref, digest, None, Sampling())
 
 
 def _in_catalog(source: str) -> tuple[ModelRef, CatalogEntry] | None:

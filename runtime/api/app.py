@@ -5,11 +5,11 @@ from __future__ import annotations
 from litestar import Litestar, Response, get
 from litestar.datastructures import State
 from litestar.openapi import OpenAPIConfig
-from litestar.openapi.plugins import ScalarRenderPlugin
 
 from edge import __version__
 from runtime.api import admin, openai
 from runtime.api.appliance import Appliance, appliance_of
+from runtime.api.docs import PLUGINS
 from runtime.api.errors import to_response
 
 PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -59,7 +59,11 @@ def create_app(appliance: Appliance) -> Litestar:
         exception_handlers={Exception: to_response},
         request_max_body_size=appliance.settings.max_body_bytes,
         openapi_config=OpenAPIConfig(
-            title="slm-edge", version=__version__, path="/docs", render_plugins=[ScalarRenderPlugin()]
+            title="slm-edge",
+            version=__version__,
+            path="/docs",
+            render_plugins=PLUGINS,
+            use_handler_docstrings=True,
         ),
         on_startup=[appliance.start],
         on_shutdown=[appliance.close],

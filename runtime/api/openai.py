@@ -12,6 +12,7 @@ from litestar import Request, Response, get, post
 from litestar.datastructures import State
 
 from edge.errors import EdgeError, InvalidRequest
+from edge.store.details import Sampling
 from edge.telemetry.span import Operation, RequestRecord
 from runtime import wire
 from runtime.api import sse
@@ -81,13 +82,13 @@ class _Sampling(msgspec.Struct, kw_only=True):
     return_token_ids: bool = False
     """Give the token ids of prompt and answer, as vLLM does."""
 
-    def params(self) -> SamplingParams:
-        """The sampling parameters, OpenAI's defaults where nothing was said."""
+    def params(self, makers: Sampling) -> SamplingParams:
+        """The sampling parameters: the request's, else what the model's makers advise, else OpenAI's defaults."""
         return SamplingParams(
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_k=self.top_k or 0,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            min_p=self.min_p or 0.0,
+            temperature=_first(self.temperature, makers.temperature, 1.0),
+            top_k=_first(self.top_k, makers.top_k, 0),
+            top_p=_first(self.top_p, makers.top_p, 1.0),
+            min_p=_first(self.min_p, makers.min_p, 0.0),
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             seed=None if self.seed is None else self.seed % (1 << 63),
@@ -222,6 +223,10 @@ _REFUSED: dict[str, tuple[object, ...]] = {
 _HARMLESS = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls"})
 
 
+def _first(asked: T | None, advised: T | None, default: T) -> T:
+    return next(v for v in (asked, advised, default) if v is not None)
+
+
 def _token_id(key: str) -> int:
     if not key.isdecimal() or len(key) > 9:
         raise InvalidRequest(f"logit_bias has the key {key!r}.", field="logit_bias", hint="Keys are token ids.")
@@ -295,8 +300,11 @@ class Call:
         self._generation: Generation | None = None
         self._finished = False
 
-    async def start(self, make: Callable[[int], wire.Generate]) -> AsyncGenerator[list[wire.Piece]]:
+    async def start(self, make: Callable[[int, SamplingParams], wire.Generate]) -> AsyncGenerator[list[wire.Piece]]:
         """Hand the request to the engine and wait until it is accepted.
+
+        Args:
+            make: The request under an id, with these sampling parameters.
 
         Returns:
             What each step gives, to be read to its end or closed.
@@ -307,7 +315,8 @@ class Call:
         try:
             host = await self.appliance.pool.ready(self.body.model)
             self._adopt(host)
-            self._generation = host.submit(make)
+            params = self.body.params(host.model.details.sampling)
+            self._generation = host.submit(lambda request_id: make(request_id, params))
             steps = self._steps(self._generation)
             await anext(steps)  # the first step says that the engine accepted the request
         except BaseException as e:
@@ -512,8 +521,8 @@ async def chat_completions(request: HttpRequest, state: State) -> Response[ChatC
     call = Call(appliance_of(state), request, body, operation="chat", max_tokens=max_tokens)
     messages = [_wire_message(m) for m in body.messages]
     steps = await call.start(
-        lambda i: wire.Generate(
-            i, messages, None, body.params(), max_tokens, body.stops(), body.ignore_eos, body.return_token_ids
+        lambda i, params: wire.Generate(
+            i, messages, None, params, max_tokens, body.stops(), body.ignore_eos, body.return_token_ids
         )
     )
     if call.stream:
@@ -550,8 +559,8 @@ async def completions(request: HttpRequest, state: State) -> Response[Completion
     max_tokens = body.max_tokens or 16  # OpenAI's default for this endpoint
     call = Call(appliance_of(state), request, body, operation="text_completion", max_tokens=max_tokens)
     steps = await call.start(
-        lambda i: wire.Generate(
-            i, None, body.prompt, body.params(), max_tokens, body.stops(), body.ignore_eos, body.return_token_ids
+        lambda i, params: wire.Generate(
+            i, None, body.prompt, params, max_tokens, body.stops(), body.ignore_eos, body.return_token_ids
         )
     )
     if call.stream:
