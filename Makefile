@@ -51,7 +51,7 @@ run: setup  ## Set up, and serve the default model on http://127.0.0.1:8080.
 	@$(BIN)/edge serve
 
 test: setup-dev  ## Set up, and pass the tests.
-	@$(BIN)/python -m pytest -m "not soak and not images" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: setup-dev  ## Style, types and the import contract.
 	@$(BIN)/ruff check .

@@ -40,14 +40,14 @@ def serve(verbose: bool, **flags: object) -> None:
 
 def _announce(host: str, port: int, model: str) -> None:
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Who are you?"}]})
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "What is a lighthouse for?"}]})
     lines = [
         f"slm-edge serves on {click.style(url, bold=True)}   (API page: {url}/docs)",
         "",
         "Try, in another terminal:",
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\",
         f"    -d '{body}'",
-        '  edge chat "What is the capital of France?"',
+        '  edge chat "What is a lighthouse for?"',
         "  edge tui",
         "",
         "or from Python (pip install openai):",
