@@ -134,11 +134,11 @@ async def _serve(appliance: Appliance, sockets: list[socket.socket], on_ready: C
             task.cancel()
 
 
-def serve(settings: Settings, logs: RecentLines, *, on_ready: Callable[[], None]) -> None:
+def serve(settings: Settings, logs: RecentLines, *, on_ready: Callable[[int], None]) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Args:
-        on_ready: Called once, when both addresses answer.
+        on_ready: Called once, with the TCP port, when both addresses answer.
 
     Raises:
         ConfigError: An address cannot be taken.
@@ -151,7 +151,8 @@ def serve(settings: Settings, logs: RecentLines, *, on_ready: Callable[[], None]
         store = ModelStore(settings.store_dir, seed=settings.seed)
         appliance = Appliance(settings, store, Telemetry(settings), logs)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_serve(appliance, sockets, on_ready))
+            port: int = sockets[0].getsockname()[1]
+            runner.run(_serve(appliance, sockets, lambda: on_ready(port)))
     except OSError as e:
         raise EdgeError(f"The appliance cannot start: {e}.") from e
     finally:

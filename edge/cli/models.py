@@ -127,6 +127,7 @@ def show(ref: str, *, store_dir: Path | None, as_json: bool) -> None:
         "context": None if model.context_tokens is None else f"{model.context_tokens:,} tokens",
         "licence": model.license,
         "source": model.source,
+        "sampling": _sampling(model),
         "added": _date(model.created),
         "size": human_size(model.size_bytes),
     }
@@ -135,7 +136,34 @@ def show(ref: str, *, store_dir: Path | None, as_json: bool) -> None:
     for file in model.files:
         click.echo(f"\n{file.name} ({human_size(file.size_bytes)}, {file.media_type})\n  {file.digest}\n  {file.path}")
     if model.report is not None:
-        click.echo(f"\nreport\n{msgspec.json.format(msgspec.json.encode(model.report), indent=2).decode()}")
+        click.echo("\n" + "\n".join(_report_lines(model.report)))
+
+
+def _report_lines(report: dict[str, object]) -> list[str]:
+    """The figures of a quality report that a person compares; `--json` has all of it."""
+    from quantize.report import Report
+
+    try:
+        parsed = msgspec.convert(report, Report)
+    except msgspec.ValidationError:
+        return ["quality report of another version: see it with --json"]
+    lines = [f"quality, against {parsed.source.label} ({parsed.source.precision})"]
+    for v in parsed.variants:
+        mark = "*" if v.type == parsed.subject else " "
+        q = v.quality
+        figures = (
+            f"KL divergence {q.kld_mean.value:.4f} ±{q.kld_mean.error or 0:.4f}",
+            f"same top token {100 * q.top1_agreement.value:.1f} %",
+            f"perplexity x{q.perplexity_ratio.value:.3f}",
+        )
+        lines.append(f" {mark} {v.type:<8} {human_size(v.size_bytes):>9}  {'  '.join(figures)}")
+    return lines + [f"   {note}" for note in parsed.notes]
+
+
+def _sampling(model: StoredModel) -> str:
+    """What the makers advise, or that they do not."""
+    advised = msgspec.to_builtins(model.details.sampling)
+    return ", ".join(f"{name} {value}" for name, value in advised.items()) or "no advice"
 
 
 @click.command()

@@ -35,7 +35,7 @@ def serve(verbose: bool, **flags: object) -> None:
     from runtime.server import serve as run
 
     logs = set_up(settings.logs_dir, verbose=verbose)
-    run(settings, logs, on_ready=lambda: _announce(settings.host, settings.port, settings.default_model))
+    run(settings, logs, on_ready=lambda port: _announce(settings.host, port, settings.default_model))
 
 
 def _announce(host: str, port: int, model: str) -> None:
