@@ -22,8 +22,7 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """In the gate a skip is a failure: the gate installs what tests need. `allowed_skips.txt` names the exceptions."""
     report = yield
-    if report.skipped and os.environ.get("CI") and not hasattr(report, "wasxfail"):
-        if item.nodeid not in _allowed():
-            report.outcome = "failed"
-            report.longrepr = f"{item.nodeid} was skipped in the gate: {report.longrepr}"
+    if report.skipped and os.environ.get("CI") and item.nodeid not in _allowed():
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} was skipped in the gate: {report.longrepr}"
     return report
