@@ -60,6 +60,12 @@ class ContextOverflow(InvalidRequest):
         self.completion_tokens = completion_tokens
 
 
+class Forbidden(EdgeError):
+    """Somebody who may not do this."""
+
+    code = "forbidden"
+
+
 class InvalidReference(EdgeError):
     """A model name or source that cannot be parsed."""
 

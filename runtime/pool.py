@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -12,7 +13,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from typing_extensions import override
 
@@ -31,7 +32,13 @@ READY_WAIT_S = 120.0
 STOP_TIMEOUT_S = 10.0
 SILENCE_S = 120.0
 """A worker that holds requests and completes no step for this long is hung; a step takes seconds at worst."""
+ACCEPT_S = 60.0
+"""A prompt whose template and tokens take this long has caught the worker's text thread in a loop."""
+LONG_LIFE_S = 60.0
+MAX_LOAD_DEATHS = 3
+"""Crashes in a row, each before the model was ready, after which the model counts as failed."""
 BACKOFF_S = (0.1, 0.5, 2.0, 5.0, 15.0, 30.0)
+MAX_LOG_BYTES = 4 << 20
 RATE_WINDOW_S = 5.0
 
 State = Literal["unloaded", "loading", "ready", "failed"]
@@ -71,9 +78,12 @@ class Generation:
         self._error: EdgeError | None = None
         self._done = False
         self._wake: asyncio.Future[None] | None = None
+        self.made = time.monotonic()
+        self.is_accepted = False
 
     def push(self, piece: wire.Piece) -> None:
         """Take a step's result."""
+        self.is_accepted = True
         self._pieces.append(piece)
         self._done = self._done or piece.finish_reason is not None
         self._notify()
@@ -170,9 +180,9 @@ class ModelHost:
         self._transport: asyncio.Transport | None = None
         self._changed = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
+        self._stop = asyncio.Event()
         self._last_progress = 0.0
         self._last_steps: int = -1
-        self._wanted = False
 
     # ------------------------------------------------------------------ what others ask
 
@@ -202,18 +212,24 @@ class ModelHost:
             EdgeError: The load failed.
         """
         self.last_used = time.monotonic()
-        if not self._wanted:
-            self._wanted = True
-            self._set_state("loading")
-            self._supervisor = asyncio.create_task(self._supervise(), name=f"worker {self.ref}")
         try:
             async with asyncio.timeout(timeout_s):
+                await self._start_supervisor()
                 while self.state == "loading":
                     await self._changed.wait()
         except TimeoutError as e:
             raise ModelLoading(self.ref, retry_after_s=10) from e
         if self.state != "ready":
             raise self.error or ServerStopping("The model was unloaded.")
+
+    async def _start_supervisor(self) -> None:
+        while self._supervisor is not None and not self._supervisor.done():
+            if not self._stop.is_set():
+                return
+            await asyncio.wait([self._supervisor])  # an unload is under way
+        self._stop = asyncio.Event()
+        self._set_state("loading")
+        self._supervisor = asyncio.create_task(self._supervise(self._stop), name=f"worker {self.ref}")
 
     def submit(self, make: Callable[[int], wire.Generate]) -> Generation:
         """Send a request to the worker, which must be ready.
@@ -234,46 +250,60 @@ class ModelHost:
 
     async def unload(self) -> None:
         """End the worker and give its memory back. Requests it still holds end with an error."""
-        self._wanted = False
+        self._stop.set()
         self._fail_all(ServerStopping(f"The model '{self.ref}' was unloaded."))
         if self._supervisor is not None:
-            self._supervisor.cancel()
             await asyncio.wait([self._supervisor])
-            self._supervisor = None
-        await self._end_process()
+        self._fail_all(ServerStopping(f"The model '{self.ref}' was unloaded."))
         self._set_state("unloaded")
 
     # ------------------------------------------------------------------ the process
 
-    async def _supervise(self) -> None:
-        """Keep a worker running until the model is unloaded; a load that fails ends it."""
-        failures = 0
-        while self._wanted:
+    async def _supervise(self, stop: asyncio.Event) -> None:
+        """Keep a worker running until `stop` is set. A load that fails, or crashes again and again, ends it."""
+        deaths = 0
+        while not stop.is_set():
             self._set_state("loading")
-            await self._start_process()
-            reason = await self._watch()
-            if self.state == "failed":
-                self._wanted = False
+            try:
+                await self._start_process()
+            except OSError as e:
+                self._give_up(BackendError(f"The engine of '{self.ref}' cannot be started: {e}."))
                 return
-            lived = time.monotonic() - (self.ready_since or time.monotonic())
-            failures = 1 if lived > 60 else failures + 1
+            reason = await self._watch(stop)
+            if stop.is_set() or self.state == "failed":
+                return
+            deaths = 1 if self._lived_s() > LONG_LIFE_S else deaths + 1
             self.num_restarts += 1
-            self._set_state("loading")
             log.error("the worker of %s ended: %s", self.ref, reason)
+            if self.state == "loading" and deaths >= MAX_LOAD_DEATHS:
+                hint = f"Its log: {self._log_path()}. Check the file: edge verify {self.ref}."
+                self._give_up(BackendError(f"The engine of '{self.ref}' ends while it loads ({reason}).", hint=hint))
+                return
+            self._set_state("loading")
             self._fail_all(WorkerDied(self.ref, reason=reason))
-            await asyncio.sleep(BACKOFF_S[min(failures - 1, len(BACKOFF_S) - 1)])
+            await _wait(stop, BACKOFF_S[min(deaths - 1, len(BACKOFF_S) - 1)])
+
+    def _give_up(self, error: EdgeError) -> None:
+        self.error = error
+        self._fail_all(error)
+        self._set_state("failed")
+
+    def _lived_s(self) -> float:
+        return time.monotonic() - self.ready_since if self.ready_since is not None else 0.0
 
     async def _start_process(self) -> None:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         loop = asyncio.get_running_loop()
-        self.settings.logs_dir.mkdir(parents=True, exist_ok=True)
         try:
-            with self._log_path().open("ab") as log_file:
+            with _open_log(self._log_path()) as log_file:
                 self._process = await asyncio.create_subprocess_exec(
                     sys.executable, "-m", "runtime.worker", str(theirs.fileno()), str(os.getpid()),
                     pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL, stdout=log_file, stderr=log_file,
                 )  # fmt: skip
+        except OSError:
+            ours.close()
+            raise
         finally:
             theirs.close()
         self._transport, _ = await loop.create_connection(
@@ -292,22 +322,20 @@ class ModelHost:
             step_tokens=s.step_tokens, context_tokens=s.context_tokens, max_queue=s.max_queue,
         )  # fmt: skip
 
-    async def _watch(self) -> str:
-        """Wait for the process to end, and end it where it hangs. Why it ended, in words."""
+    async def _watch(self, stop: asyncio.Event) -> str:
+        """Wait for the process to end, and end it where it hangs or is not wanted. Why it ended, in words."""
         assert self._process is not None
         ended = asyncio.create_task(self._process.wait())
-        try:
-            while not ended.done():
-                await asyncio.wait([ended], timeout=1.0)
-                if not ended.done() and (why := self._hung()):
-                    self._process.kill()
-                    await ended
-                    return why
-        finally:
-            ended.cancel()
-            self._close_transport()
+        stopped = asyncio.create_task(stop.wait())
+        why: str | None = None
+        while not ended.done() and why is None:
+            await asyncio.wait([ended, stopped], timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+            why = "it was unloaded" if stopped.done() else self._hung()
+        stopped.cancel()
+        await self._end_process(kindly=stop.is_set())
+        await ended
         code = self._process.returncode
-        return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        return why or (f"signal {-code}" if code is not None and code < 0 else f"exit code {code}")
 
     def _hung(self) -> str | None:
         quiet = time.monotonic() - self._last_progress
@@ -315,20 +343,21 @@ class ModelHost:
             return f"no progress of the load in {LOAD_TIMEOUT_S:.0f} s"
         if self.state == "ready" and self._generations and quiet > SILENCE_S:
             return f"no step in {SILENCE_S:.0f} s"
+        waiting = [g.made for g in self._generations.values() if not g.is_accepted]
+        if waiting and time.monotonic() - min(waiting) > ACCEPT_S:
+            return f"a prompt was not prepared in {ACCEPT_S:.0f} s"
         return None
 
-    async def _end_process(self) -> None:
+    async def _end_process(self, *, kindly: bool) -> None:
         process = self._process
-        if process is None or process.returncode is not None:
-            self._close_transport()
-            return
-        self._send(wire.Stop())
-        try:
-            async with asyncio.timeout(STOP_TIMEOUT_S):
-                await process.wait()
-        except TimeoutError:
-            process.kill()
-            await process.wait()
+        if process is not None and process.returncode is None:
+            if kindly:
+                self._send(wire.Stop())
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(STOP_TIMEOUT_S):
+                        await process.wait()
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
         self._close_transport()
 
     def _close_transport(self) -> None:
@@ -401,6 +430,24 @@ class ModelHost:
             self._samples.clear()
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def _open_log(path: Path) -> BinaryIO:
+    """The worker's log; where the disk takes none, its words are lost rather than its work."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.stat().st_size > MAX_LOG_BYTES:
+            path.replace(path.with_suffix(".log.1"))
+        return path.open("ab")
+    except OSError:
+        return Path(os.devnull).open("ab")
+
+
+async def _wait(event: asyncio.Event, timeout_s: float) -> None:
+    """Until the event is set, at most this long."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
 
 
 class Pool:

@@ -332,8 +332,10 @@ class GreedyLaw:
             : 256 - len(text) // 2
         ]
         self.backend.clear()
+        self.backend.set_threads(2)
         self.backend.decode(Batch((), (self._chunk(1, 0, filler),)))
         beside = np.concatenate([self._step(text, i) for i in range(len(text))])
+        self.backend.set_threads(1)
         change = np.abs(np.take_along_axis(beside - alone, likely, axis=1))
         return float(change.max())
 

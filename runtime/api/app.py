@@ -11,6 +11,7 @@ from runtime.api import admin, openai
 from runtime.api.appliance import Appliance, appliance_of
 from runtime.api.docs import PLUGINS
 from runtime.api.errors import to_response
+from runtime.api.guard import guard
 
 PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -56,6 +57,7 @@ def create_app(appliance: Appliance) -> Litestar:
     return Litestar(
         [livez, readyz, health, metrics, *openai.HANDLERS, *admin.HANDLERS],
         state=State({"appliance": appliance}),
+        middleware=[guard],
         exception_handlers={Exception: to_response},
         request_max_body_size=appliance.settings.max_body_bytes,
         openapi_config=OpenAPIConfig(
