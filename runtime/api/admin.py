@@ -11,7 +11,8 @@ from litestar.params import Parameter
 
 from runtime.api import sse
 from runtime.api.appliance import appliance_of
-from runtime.api.openai import HttpRequest, parse_body
+from runtime.api.call import HttpRequest
+from runtime.api.parsing import parse_body
 from runtime.api.responses import EventStream
 from runtime.api.schema import (
     DeviceStatus,

@@ -1,0 +1,148 @@
+"""One request through the appliance."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable
+
+import msgspec
+from litestar import Request
+from litestar.datastructures import State
+
+from edge.errors import EdgeError, InvalidRequest
+from edge.telemetry.span import Operation, RequestRecord
+from runtime import wire
+from runtime.api.appliance import Appliance
+from runtime.api.openai_schema import SamplingFields, TokenDetails, Usage
+from runtime.pool import Generation, ModelHost
+from runtime.request import SamplingParams
+
+HttpRequest = Request[object, object, State]
+
+
+class Call:
+    """Its identity, its way into the engine, and its telemetry record."""
+
+    def __init__(
+        self, appliance: Appliance, http: HttpRequest, body: SamplingFields, *, operation: Operation, max_tokens: int
+    ) -> None:
+        if body.stream and body.return_token_ids:
+            raise InvalidRequest("'return_token_ids' is not supported in streams.", field="return_token_ids")
+        if body.n not in (None, 1):
+            raise InvalidRequest("'n' can only be 1 in this version.", field="n", hint="Send the request n times.")
+        self.appliance = appliance
+        self.body = body
+        self.operation: Operation = operation
+        self.max_tokens = max_tokens
+        self.stream = bool(body.stream)
+        prefix = "chatcmpl" if operation == "chat" else "cmpl"
+        self.id = f"{prefix}-{secrets.token_hex(12)}"
+        self.created = int(time.time())
+        self.model = body.model
+        self.fingerprint = ""
+        self._trace_parent = http.headers.get("traceparent")
+        self._started_ns = time.time_ns()
+        self._started = time.perf_counter()
+        self._first_token: float | None = None
+        self._last: wire.Piece | None = None
+        self._generation: Generation | None = None
+        self._finished = False
+
+    async def start(self, make: Callable[[int, SamplingParams], wire.Generate]) -> AsyncGenerator[list[wire.Piece]]:
+        """Hand the request to the engine and wait until it is accepted.
+
+        Args:
+            make: The request under an id, with these sampling parameters.
+
+        Returns:
+            What each step gives, to be read to its end or closed.
+
+        Raises:
+            EdgeError: The model cannot be had, or the engine refuses the request.
+        """
+        try:
+            host = await self.appliance.pool.ready(self.body.model)
+            self._adopt(host)
+            params = self.body.params(host.model.details.sampling)
+            self._generation = host.submit(lambda request_id: make(request_id, params))
+            steps = self._steps(self._generation)
+            await anext(steps)  # the first step says that the engine accepted the request
+        except BaseException as e:
+            self.finish(e)
+            raise
+        return steps
+
+    def _adopt(self, host: ModelHost) -> None:
+        self.model = host.ref
+        self.fingerprint = f"fp_{host.model.digest.hex[:12]}"
+
+    async def _steps(self, generation: Generation) -> AsyncGenerator[list[wire.Piece]]:
+        async for pieces in generation.steps():
+            self._last = pieces[-1]
+            if self._first_token is None and pieces[-1].num_output:
+                self._first_token = time.perf_counter()
+            yield pieces
+
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        p = self._last
+        prompt, output, cached = (p.num_prompt, p.num_output, p.num_cached) if p else (0, 0, 0)
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=output,
+            total_tokens=prompt + output,
+            prompt_tokens_details=TokenDetails(cached_tokens=cached),
+        )
+
+    def prompt_ids(self) -> list[int] | msgspec.UnsetType:
+        """Token ids of the prompt, once the answer is over and if they were asked for."""
+        p = self._last
+        return list(p.tokens[: p.num_prompt]) if p and p.tokens is not None else msgspec.UNSET
+
+    def answer_ids(self) -> list[int] | msgspec.UnsetType:
+        """Token ids of the answer, likewise."""
+        p = self._last
+        return list(p.tokens[p.num_prompt :]) if p and p.tokens is not None else msgspec.UNSET
+
+    def finish(self, error: BaseException | None) -> None:
+        """End the request in the engine if it is still there, and record it. Only the first call does anything."""
+        if self._finished:
+            return
+        self._finished = True
+        if self._generation is not None:
+            self._generation.cancel()
+        p = self._last
+        ended = time.perf_counter()
+        self.appliance.record(
+            RequestRecord(
+                operation=self.operation,
+                request_model=self.body.model,
+                response_model=self.model,
+                started_unix_ns=self._started_ns,
+                duration_s=ended - self._started,
+                queue_s=p.queue_s if p else 0.0,
+                prefill_s=p.prefill_s if p else 0.0,
+                ttft_s=self._first_token - self._started if self._first_token else None,
+                input_tokens=p.num_prompt if p else 0,
+                output_tokens=p.num_output if p else 0,
+                cached_tokens=p.num_cached if p else 0,
+                finish_reasons=(p.finish_reason,) if p and p.finish_reason else (),
+                response_id=self.id,
+                stream=self.stream,
+                error_type=_error_type(error, finished=bool(p and p.finish_reason)),
+                temperature=self.body.temperature,
+                top_p=self.body.top_p,
+                max_tokens=self.max_tokens or None,
+                seed=self.body.seed,
+                trace_parent=self._trace_parent,
+            )
+        )
+
+
+def _error_type(error: BaseException | None, *, finished: bool) -> str | None:
+    if isinstance(error, EdgeError):
+        return error.code
+    if error is not None:
+        return "cancelled" if not isinstance(error, Exception) or isinstance(error, GeneratorExit) else "internal_error"
+    return None if finished else "cancelled"

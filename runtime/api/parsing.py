@@ -1,0 +1,71 @@
+"""Bodies to structs: what is wrong names its field, what is not honoured is refused or listed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import msgspec
+
+from edge.errors import InvalidRequest
+
+T = TypeVar("T")
+
+# A field that asks for something this version does not do, and the values with which it asks for nothing.
+_REFUSED: dict[str, tuple[object, ...]] = {
+    "tools": (None, []),
+    "functions": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "logprobs": (None, False, 0),
+    "top_logprobs": (None, 0),
+    "echo": (None, False),
+    "suffix": (None, ""),
+    "best_of": (None, 1),
+    "audio": (None,),
+    "modalities": (None, ["text"]),
+    "grammar": (None, ""),
+    "structured_outputs": (None,),
+    "truncation": (None, "disabled"),
+}
+# Fields without effect on the answer: taken without a word.
+_HARMLESS = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls"})
+
+
+def parse_body(body: bytes, kind: type[T]) -> tuple[T, list[str]]:
+    """A request, and a warning for each field that was left out of account.
+
+    Raises:
+        InvalidRequest: Not JSON, a value of the wrong type or outside its range, or a field that asks for what this
+            version does not do.
+    """
+    try:
+        raw = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        parsed = msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as e:
+        message, _, path = str(e).partition(" - at `$")
+        field = path.strip("`.") or _missing_field(message)
+        where = f"'{field}': " if field else ""
+        raise InvalidRequest(f"{where}{message}.", field=field) from e
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+        raise InvalidRequest(f"The body is not valid JSON: {e}.", hint="Send one JSON object.") from e
+    known = {f.encode_name for f in msgspec.structs.fields(kind)}  # pyright: ignore[reportArgumentType]  # kind is a Struct
+    return parsed, _check_others({k: v for k, v in raw.items() if k not in known})
+
+
+def _missing_field(message: str) -> str | None:
+    return message.split("`")[1] if "missing required field `" in message else None
+
+
+def _check_others(others: Mapping[str, msgspec.Raw]) -> list[str]:
+    warnings: list[str] = []
+    for name, raw in others.items():
+        if name in _REFUSED:
+            value: object = msgspec.json.decode(raw)
+            if value not in _REFUSED[name]:
+                raise InvalidRequest(
+                    f"'{name}' is not supported by this version.", field=name, hint="Leave the field out."
+                )
+        elif name not in _HARMLESS and bytes(raw) != b"null":
+            warnings.append(f"unknown field '{name[:64]}' was ignored")
+    return warnings[:20]
