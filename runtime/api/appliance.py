@@ -27,9 +27,10 @@ from edge.telemetry.service import Telemetry
 from edge.telemetry.span import RequestRecord
 from runtime.api import sse
 from runtime.api.schema import Alert, DeviceStatus, Job, ModelInfo, OutboxStatus, PullRequest
+from runtime.host import ModelHost
 from runtime.jobs import JobControl, Jobs
 from runtime.logs import RecentLines
-from runtime.pool import ModelHost, Pool
+from runtime.pool import Pool
 
 log = logging.getLogger("edge.appliance")
 

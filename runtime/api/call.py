@@ -15,7 +15,8 @@ from edge.telemetry.span import Operation, RequestRecord
 from runtime import wire
 from runtime.api.appliance import Appliance
 from runtime.api.openai_schema import SamplingFields, TokenDetails, Usage
-from runtime.pool import Generation, ModelHost
+from runtime.generation import Generation
+from runtime.host import ModelHost
 from runtime.request import SamplingParams
 
 HttpRequest = Request[object, object, State]

@@ -1,0 +1,90 @@
+"""One request on its way through a worker, as the front sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+
+from edge import errors
+from edge.errors import BackendError, EdgeError
+from runtime import wire
+
+
+def error_from_wire(f: wire.Failed, *, ref: str) -> EdgeError:
+    """The error a worker sent, as the class of the same code."""
+    if f.code == "queue_full":
+        return errors.QueueFull(retry_after_s=f.retry_after_s or 5)
+    for kind in (errors.InvalidRequest, errors.InvalidModelFile, errors.DoesNotFit, errors.UnsupportedFormat):
+        if f.code == kind.code:
+            return _rebuilt(kind, f)
+    if f.code == errors.ContextOverflow.code:
+        return _rebuilt(errors.ContextOverflow, f)
+    return BackendError(f"{ref}: {f.message}", hint=f.hint)
+
+
+def _rebuilt(kind: type[EdgeError], f: wire.Failed) -> EdgeError:
+    """An error of a class whose constructor takes facts that did not travel: only message, hint and field did."""
+    error = kind.__new__(kind)
+    EdgeError.__init__(error, f.message, hint=f.hint)
+    if isinstance(error, errors.InvalidRequest):
+        error.field = f.field
+    return error
+
+
+class Generation:
+    """One request on its way through a worker: an iterator of what each step gave it.
+
+    Holds the whole answer if need be (it is bounded by `max_tokens`), so a slow reader never holds the engine.
+    """
+
+    def __init__(self, request_id: int, cancel: Callable[[int], None]) -> None:
+        self.id = request_id
+        self._cancel = cancel
+        self._pieces: list[wire.Piece] = []
+        self._error: EdgeError | None = None
+        self._done = False
+        self._wake: asyncio.Future[None] | None = None
+        self.made = time.monotonic()
+        self.is_accepted = False
+
+    def push(self, piece: wire.Piece) -> None:
+        """Take a step's result."""
+        self.is_accepted = True
+        self._pieces.append(piece)
+        self._done = self._done or piece.finish_reason is not None
+        self._notify()
+
+    def fail(self, error: EdgeError) -> None:
+        """End with an error, after what came before it."""
+        if not self._done:
+            self._error, self._done = error, True
+            self._notify()
+
+    def _notify(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    def cancel(self) -> None:
+        """Give up; the engine drops it before its next step. Harmless when it is over."""
+        if not self._done:
+            self._done = True
+            self._cancel(self.id)
+
+    async def steps(self) -> AsyncIterator[list[wire.Piece]]:
+        """What came since the last look, until the answer ends.
+
+        Raises:
+            EdgeError: The request failed.
+        """
+        while True:
+            if not self._pieces and not self._done:
+                self._wake = asyncio.get_running_loop().create_future()
+                await self._wake
+            pieces, self._pieces = self._pieces, []
+            if pieces:
+                yield pieces
+            if self._done and not self._pieces:
+                if self._error is not None:
+                    raise self._error
+                return
