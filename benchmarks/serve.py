@@ -107,7 +107,9 @@ def serve(workloads: tuple[str, ...], *, quick: bool, clients: tuple[int, ...], 
     console, progress = Console(), Console(stderr=True)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     until = time.monotonic() + minutes * 60
-    conditions = Conditions(threads, seed, wait_s, extra_rounds, until, lambda line: progress.print(line, markup=False))
+    conditions = Conditions(
+        threads, seed, wait_s, extra_rounds, until, lambda line: progress.print(line, markup=False, soft_wrap=True)
+    )
     try:
         if plots:
             require_plotting()
