@@ -91,7 +91,9 @@ def _convert(name: str, value: object, where: str) -> object:
             return value
     except ValueError:
         pass
-    raise ConfigError(f"{where}: '{name}' must be of type {kind}, got {value!r}.")
+    label = ENV_PREFIX + name.upper() if where == "environment" else f"{where}: '{name}'"
+    words = {"int": "a whole number", "float": "a number", "Path": "a path", "str": "a text"}[kind]
+    raise ConfigError(f"{label} must be {words}, got {value!r}.", hint="See the settings with: edge config.")
 
 
 def _check(settings: Settings) -> Settings:
@@ -133,8 +135,12 @@ def load_settings(environ: Mapping[str, str], flags: Mapping[str, object] | None
     flags = {k: v for k, v in (flags or {}).items() if v is not None}
     home = Path(str(flags.pop("home", None) or default_home(environ))).absolute()
     path = Path(environ.get("EDGE_CONFIG") or home / "edge.toml")
+    if environ.get("EDGE_CONFIG") and not path.is_file():
+        raise ConfigError(f"EDGE_CONFIG names {path}, which is not a file.", hint="Correct it, or unset it.")
     values: dict[str, object] = {}
     origins: dict[str, Origin] = {}
+    if "EDGE_HOME" in environ:
+        origins["home"] = "environment"
     layers: list[tuple[Origin, str, Mapping[str, object]]] = [
         ("file", str(path), read_config_file(path)),
         (

@@ -310,7 +310,7 @@ class ModelHost:
                 self.ready, self.ready_since, self._last_progress = message, time.monotonic(), time.monotonic()
                 self._samples.clear()
                 self._set_state("ready")
-                log.info("%s is ready after %.2f s: %s", self.ref, message.load_s, message.description)
+                log.info("%s is ready after %.2f s", self.ref, message.load_s)
 
     def _on_step(self, step: wire.Step) -> None:
         for piece in step.pieces:

@@ -115,8 +115,10 @@ async def _serve(appliance: Appliance, sockets: list[socket.socket], on_ready: C
 
     async def drain() -> None:
         await draining.wait()
-        log.info("stopping: waiting for requests under way")
+        if (num := sum(h.num_active for h in appliance.pool.hosts())) > 0:
+            log.warning("stopping: waiting for %d requests, %.0f s at most", num, DRAIN_S)
         await appliance.pool.drain(DRAIN_S)
+        appliance.end_events()
         server.should_exit = True
 
     async def announce() -> None:
@@ -153,6 +155,8 @@ def serve(settings: Settings, logs: RecentLines, *, on_ready: Callable[[int], No
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             port: int = sockets[0].getsockname()[1]
             runner.run(_serve(appliance, sockets, lambda: on_ready(port)))
+    except KeyboardInterrupt:
+        log.warning("stopped at once by a second signal")
     except OSError as e:
         raise EdgeError(f"The appliance cannot start: {e}.") from e
     finally:

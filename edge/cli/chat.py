@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
+import stat
 import sys
 import time
 from collections.abc import Sequence
@@ -13,32 +16,39 @@ import click
 
 from edge.cli.connection import address_of, connection_options, with_client
 from edge.cli.main import settings_from
+from edge.cli.options import complete_models
+from edge.errors import InvalidRequest, ModelNotFound
 from tui.client import ChatMessage, ChatParams, RuntimeClient, Usage
+
+_MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._/-]*:[a-z0-9][a-z0-9._-]*")
 
 
 @click.command("chat")
-@click.argument("words", nargs=-1, metavar="[MODEL] [PROMPT]")
-@click.option("-m", "--model", help="Model to ask (the default model).")
+@click.argument("words", nargs=-1, metavar="[MODEL] [PROMPT]", shell_complete=complete_models)
+@click.option("-m", "--model", help="Model to ask (the default model).", shell_complete=complete_models)
 @click.option("-s", "--system", help="System prompt.")
-@click.option("--temperature", type=click.FloatRange(0, 2), help="0 always takes the likeliest token (1).")
-@click.option("--top-p", type=click.FloatRange(0, 1), help="Nucleus sampling (1).")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=1024, help="Longest answer in tokens (1024).")
+@click.option(
+    "--temperature", type=click.FloatRange(0, 2), help="0 always takes the likeliest token (the model's own)."
+)
+@click.option("--top-p", type=click.FloatRange(0, 1), help="Nucleus sampling (the model's own).")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer in tokens (as many as fit).")
 @click.option("--seed", type=int, help="Makes a sampled answer repeatable.")
 @click.option("--stats", is_flag=True, help="Print tokens and speed to stderr.")
 @connection_options
 def chat(
     words: Sequence[str], model: str | None, system: str | None, temperature: float | None, top_p: float | None,
-    max_tokens: int, seed: int | None, stats: bool, url: str | None, socket: Path | None,
+    max_tokens: int | None, seed: int | None, stats: bool, url: str | None, socket: Path | None,
 ) -> None:  # fmt: skip
     """Ask a model of the running appliance, or talk with it where no PROMPT is given.
 
-    A prompt on standard input is taken as well: the text is put after PROMPT.
+    Text on standard input is put after PROMPT when it is a file, or when PROMPT is missing or ends with "-".
 
     \b
     Examples:
-      edge chat "What is the capital of France?"
+      edge chat "What is a lighthouse for?"
       edge chat smollm2:135m-instruct "Write a haiku about rain."
       edge chat --temperature 0 "Summarize this:" < notes.txt
+      dmesg | edge chat "What is wrong here?" -
       edge chat                       talk; an empty line or Ctrl-D ends
     """
     params = ChatParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
@@ -46,10 +56,10 @@ def chat(
 
     async def work(client: RuntimeClient) -> None:
         chosen, prompt = await _choose(client, list(words), model)
-        if piped := _piped():
-            prompt = f"{prompt}\n\n{piped}" if prompt else piped
-        if prompt:
+        if prompt := _with_input(prompt):
             await _answer(client, chosen, [*first, ChatMessage("user", prompt)], params, stats=stats)
+        elif words or not _has_terminal():
+            raise click.UsageError("There is nothing to ask: give a PROMPT, or talk from a terminal.")
         else:
             await _talk(client, chosen, first, params, stats=stats)
 
@@ -57,16 +67,38 @@ def chat(
 
 
 async def _choose(client: RuntimeClient, words: list[str], model: str | None) -> tuple[str, str]:
-    """Model and prompt: a first word that names a model of the store is one."""
+    """Model and prompt. A first word that looks like a model's name is one, and has to be in the store."""
     if model is None and words:
-        known = {m.ref for m in await client.models()}
-        if words[0] in known or f"{words[0]}:latest" in known:
-            model = words.pop(0)
-    return model or settings_from().default_model, " ".join(words)
+        known = [m.ref for m in await client.models()]
+        named = [ref for ref in known if words[0] in (ref, ref.partition(":")[0])]
+        if len(named) == 1:
+            model = named[0]
+            words.pop(0)
+        elif named or (len(words) > 1 and _MODEL_NAME.fullmatch(words[0])):
+            raise ModelNotFound(words[0], known=known)
+    return model or settings_from().default_model, " ".join(words).strip()
 
 
-def _piped() -> str:
-    return "" if sys.stdin.isatty() or sys.stdin.closed else sys.stdin.read().strip()
+def _has_terminal() -> bool:
+    return sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
+
+
+def _with_input(prompt: str) -> str:
+    """The prompt, and what stands on standard input where that is meant: a pipe that nobody wrote into is left alone,
+    since a caller's loop or a remote shell may own it."""
+    wanted = not prompt or prompt == "-" or prompt.endswith(" -")
+    prompt = prompt.removesuffix("-").strip() if wanted else prompt
+    try:
+        mode = os.fstat(0).st_mode
+    except OSError:
+        return prompt
+    if os.isatty(0) or not (wanted or stat.S_ISREG(mode)):
+        return prompt
+    # A loop such as `while read line; do edge chat "$line"; done < file` shares its file with us, half read.
+    if stat.S_ISREG(mode) and not wanted and os.lseek(0, 0, os.SEEK_CUR) > 0:
+        return prompt
+    text = sys.stdin.read().strip()
+    return f"{prompt}\n\n{text}" if prompt and text else prompt or text
 
 
 async def _talk(
@@ -81,8 +113,13 @@ async def _talk(
             return
         if not said:
             return
-        messages.append(ChatMessage("user", said))
-        messages.append(ChatMessage("assistant", await _answer(client, model, messages, params, stats=stats)))
+        turn = [*messages, ChatMessage("user", said)]
+        try:
+            answer = await _answer(client, model, turn, params, stats=stats)
+        except InvalidRequest as e:  # such as a conversation that has grown too long: it can go on without this turn
+            click.echo(f"{e} This turn was left out.", err=True)
+            continue
+        messages = [*turn, ChatMessage("assistant", answer)]
 
 
 async def _answer(

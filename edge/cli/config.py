@@ -20,13 +20,14 @@ def config(as_json: bool) -> None:
     """
     settings = settings_from()
     rows = [
-        (f.name, str(getattr(settings, f.name)), settings.origins.get(f.name, "default"))
+        (f.name, getattr(settings, f.name), settings.origins.get(f.name, "default"))
         for f in dataclasses.fields(settings)
         if f.name != "origins"
     ]
     if as_json:
-        click.echo(json.dumps({name: {"value": value, "origin": origin} for name, value, origin in rows}, indent=2))
+        table = {name: {"value": value, "origin": origin} for name, value, origin in rows}
+        click.echo(json.dumps(table, indent=2, default=str))
         return
     width = max(len(name) for name, _, _ in rows)
     for name, value, origin in rows:
-        click.echo(f"{name:{width}}  {value or '(none)'}  [{origin}]")
+        click.echo(f"{name:{width}}  {'(none)' if value == '' else value}  [{origin}]")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import click
 
 from edge.cli.main import settings_from
+from edge.config import Settings
+from edge.store.models import ModelStore
 
 
 @click.command("serve")
@@ -35,15 +36,22 @@ def serve(verbose: bool, **flags: object) -> None:
     from runtime.server import serve as run
 
     logs = set_up(settings.logs_dir, verbose=verbose)
-    run(settings, logs, on_ready=lambda port: _announce(settings.host, port, settings.default_model))
+    run(settings, logs, on_ready=lambda port: _announce(settings, port))
 
 
-def _announce(host: str, port: int, model: str) -> None:
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+def _announce(settings: Settings, port: int) -> None:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    url = f"http://{host}:{port}"
+    known = [str(m.ref) for m in ModelStore(settings.store_dir).list()]
+    model = settings.default_model if settings.default_model in known else next(iter(known), None)
+    lines = [f"slm-edge serves on {click.style(url, bold=True)}   (API page: {url}/docs)", ""]
+    lines += _try_next(url, model) if model else ["No model yet: edge pull smollm2:135m-instruct"]
+    click.echo("\n".join([*lines, "", "Ctrl-C stops."]), err=True)
+
+
+def _try_next(url: str, model: str) -> list[str]:
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "What is a lighthouse for?"}]})
-    lines = [
-        f"slm-edge serves on {click.style(url, bold=True)}   (API page: {url}/docs)",
-        "",
+    return [
         "Try, in another terminal:",
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\",
         f"    -d '{body}'",
@@ -54,8 +62,4 @@ def _announce(host: str, port: int, model: str) -> None:
         "  from openai import OpenAI",
         f'  client = OpenAI(base_url="{url}/v1", api_key="none")',
         f'  client.chat.completions.create(model="{model}", messages=[{{"role": "user", "content": "Hi"}}])',
-        "",
-        "Ctrl-C stops.",
     ]
-    click.echo("\n".join(lines), err=True)
-    sys.stderr.flush()

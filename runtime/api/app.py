@@ -13,7 +13,7 @@ from runtime.api.docs import PLUGINS
 from runtime.api.errors import to_response
 from runtime.api.guard import guard
 
-PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+PROMETHEUS_TYPE = "text/plain; version=0.0.4"
 
 
 @get("/livez", sync_to_thread=False)

@@ -50,7 +50,7 @@ class Appliance:
         self.logs = logs
         self.pool = Pool(settings, store)
         self.jobs = Jobs(self._job_changed)
-        self._watchers: set[asyncio.Queue[bytes]] = set()
+        self._watchers: set[asyncio.Queue[bytes | None]] = set()
         self._started = time.monotonic()
         self._num_requests = self._num_failed = 0
         self._ttft_s: deque[float] = deque(maxlen=100)
@@ -203,14 +203,21 @@ class Appliance:
 
     async def events(self) -> AsyncGenerator[bytes]:
         """A status each second and every job as it changes. A watcher who reads too slowly misses events."""
-        queue: asyncio.Queue[bytes] = asyncio.Queue(maxsize=64)
+        queue: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=64)
         self._watchers.add(queue)
         try:
             yield sse.event("status", msgspec.json.encode(await self.status()))
-            while True:
-                yield await queue.get()
+            while (event := await queue.get()) is not None:
+                yield event
         finally:
             self._watchers.discard(queue)
+
+    def end_events(self) -> None:
+        """End every stream of events: they have no end of their own, and the server is to stop."""
+        for queue in self._watchers:
+            while queue.full():
+                queue.get_nowait()
+            queue.put_nowait(None)
 
     def _publish(self, event: bytes) -> None:
         for queue in self._watchers:

@@ -28,6 +28,12 @@ _REFUSED: dict[str, tuple[object, ...]] = {
     "structured_outputs": (None,),
     "truncation": (None, "disabled"),
 }
+_HINTS = {
+    ".role": "Roles: system, developer, user, assistant, tool, function.",
+    ".type": "Only parts of type 'text' are read by the models of this version.",
+    "messages": "It is a list of objects with role and content, at least one.",
+    "model": "GET /v1/models lists the names.",
+}
 # Fields without effect on the answer: taken without a word.
 _HARMLESS = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls"})
 
@@ -46,7 +52,8 @@ def parse_body(body: bytes, kind: type[T]) -> tuple[T, list[str]]:
         message, _, path = str(e).partition(" - at `$")
         field = path.strip("`.") or _missing_field(message)
         where = f"'{field}': " if field else ""
-        raise InvalidRequest(f"{where}{message}.", field=field) from e
+        hint = next((h for end, h in _HINTS.items() if field and field.endswith(end)), None)
+        raise InvalidRequest(f"{where}{message}.", field=field, hint=hint) from e
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise InvalidRequest(f"The body is not valid JSON: {e}.", hint="Send one JSON object.") from e
     known = {f.encode_name for f in msgspec.structs.fields(kind)}  # pyright: ignore[reportArgumentType]  # kind is a Struct
