@@ -73,15 +73,17 @@ class InvalidReference(EdgeError):
 
 
 class ModelNotFound(EdgeError):
-    """No model of that name is in the store."""
+    """No model of that name is in the store, or wherever else it was looked for."""
 
     code = "model_not_found"
 
-    def __init__(self, ref: str, *, known: Sequence[str] = ()) -> None:
+    def __init__(
+        self, ref: str, *, known: Sequence[str] = (), message: str | None = None, hint: str | None = None
+    ) -> None:
         listed = ", ".join(known) if known else "none yet"
         super().__init__(
-            f"The model '{ref}' is not in the store.",
-            hint=f"Models here: {listed}. Get one with: edge pull NAME.",
+            message or f"The model '{ref}' is not in the store.",
+            hint=hint or f"Models here: {listed}. Get one with: edge pull NAME.",
         )
         self.ref = ref
         self.known = tuple(known)
@@ -118,10 +120,10 @@ class DigestMismatch(EdgeError):
 
     code = "digest_mismatch"
 
-    def __init__(self, what: str, *, expected: str, actual: str) -> None:
+    def __init__(self, what: str, *, expected: str, actual: str, hint: str | None = None) -> None:
         super().__init__(
             f"{what}: expected {expected}, got {actual}.",
-            hint="The bytes were changed on the way or on the disk; fetch them again.",
+            hint=hint or "The bytes were changed on the way or on the disk; fetch them again.",
         )
         self.expected = expected
         self.actual = actual
@@ -254,3 +256,16 @@ class ToolMissing(EdgeError):
     """A program of the operating system is not installed."""
 
     code = "tool_missing"
+
+
+def root_cause(error: BaseException) -> str:
+    """What the system itself said, below all that libraries made of it: ``Connection refused``.
+
+    Where no system error is in the chain: the first line of the error's own text, or its name.
+    """
+    said = ""
+    link: BaseException | None = error
+    while link is not None:
+        said = (link.strerror if isinstance(link, OSError) else None) or said
+        link = link.__cause__ or link.__context__
+    return said or next(iter(str(error).splitlines()), "") or type(error).__name__

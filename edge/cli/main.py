@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from edge import __version__
 from edge.config import Settings, load_settings
-from edge.errors import ConfigError, EdgeError, InvalidRequest, ModelNotFound
+from edge.errors import ConfigError, EdgeError, InvalidReference, InvalidRequest, ModelNotFound
 
 # name -> (module:attribute, one line of help). `edge --help` reads this table and imports nothing.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -39,6 +39,7 @@ EXIT_ERROR, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_UNAVAILABLE = 1, 2, 3, 4
 _EXIT_CODES: dict[type[EdgeError], int] = {
     ConfigError: EXIT_USAGE,
     InvalidRequest: EXIT_USAGE,
+    InvalidReference: EXIT_USAGE,
     ModelNotFound: EXIT_NOT_FOUND,
 }
 _UNAVAILABLE = ("server_unavailable", "gateway_unavailable", "source_unavailable")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import assert_never
 
-from edge.errors import DigestMismatch, InvalidModelFile, InvalidReference
+from edge.errors import DigestMismatch, InvalidModelFile, ModelNotFound
 from edge.formats.gguf import FILE_TYPES, GgufFile, read_gguf
 
 from .catalog import CatalogEntry, catalog
@@ -75,6 +75,7 @@ def pull(
 
     Raises:
         InvalidReference: Source or name cannot be read, or more than one file fits.
+        ModelNotFound: It is a bare name, and neither of the catalog nor a file.
         SourceUnavailable: The source cannot be reached or does not have it.
         InvalidModelFile: What came is no sound GGUF.
         DigestMismatch: What came is not what it should be.
@@ -84,6 +85,8 @@ def pull(
     """
     wanted = _resolve(source, name, sha256)
     control = Control(progress, cancelled)
+    # Looked at first, so that a store that cannot take the model says so before it is fetched.
+    store.refs()
     offer, present = _locate(store, wanted, control)
     with _in_store(store, offer, present) if present else _fetched(store, wanted, offer, control) as file:
         control.report(0, None, "checking the file")
@@ -98,7 +101,7 @@ def plan(store: ModelStore, source: str, *, name: str | None = None, sha256: str
     """What `pull` would do with the same arguments. The source is asked, nothing is fetched or written.
 
     Raises:
-        InvalidReference, SourceUnavailable, DigestMismatch: As `pull`.
+        InvalidReference, ModelNotFound, SourceUnavailable, DigestMismatch: As `pull`.
     """
     wanted = _resolve(source, name, sha256)
     offer, present = _locate(store, wanted, Control(lambda _: None, lambda: False))
@@ -120,13 +123,18 @@ def _resolve(source: str, name: str | None, sha256: str | None) -> _Wanted:
     if found := _in_catalog(source):
         known, entry = found
         if digest and digest != entry.digest:
-            raise DigestMismatch(f"The catalog's {known}", expected=digest, actual=entry.digest)
+            hint = f"Leave the digest out to take the catalog's, or pull another source; the catalog's: {entry.source}."
+            raise DigestMismatch(
+                f"The catalog's {known} is another file", expected=digest, actual=entry.digest, hint=hint
+            )
         parsed = parse_source(entry.source)
         return _Wanted(parsed, _fetcher_of(parsed, entry), ref or known, entry.digest, entry.license, entry.sampling)
     parsed = parse_source(source)
     if isinstance(parsed, FileSource) and "/" not in source and not parsed.path.exists():
         names = ", ".join(str(known) for known in catalog())
-        raise InvalidReference(f"There is no model or file '{source}' to pull.", hint=f"Sources: {FORMS} ({names}).")
+        raise ModelNotFound(
+            source, message=f"There is no model or file '{source}' to pull.", hint=f"Sources: {FORMS} ({names})."
+        )
     return _Wanted(parsed, _fetcher_of(parsed, None), ref, digest, None, Sampling())
 
 

@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import httpx
 
 from edge import __version__
-from edge.errors import DigestMismatch, SourceUnavailable
+from edge.errors import DigestMismatch, SourceUnavailable, root_cause
 
 from .blobs import BlobStore, Partial, Staged
 from .sources import HttpSource, file_name_of
@@ -60,7 +61,7 @@ class HttpFetcher:
         """
         # A query often holds a signature; it has no place in a manifest that others get to see.
         source = self.url.partition("#")[0].partition("?")[0]
-        return Offer(source, self.file_name, _retried(control, self._size))
+        return Offer(source, self.file_name, _retried(self.url, control, self._size))
 
     def _size(self) -> int | None:
         with self._client() as client:
@@ -94,13 +95,13 @@ class HttpFetcher:
             with self._client() as client:
                 _Transfer(client, self.url, offer, blobs, partial, control).run()
 
-        _retried(control, attempt, gained=lambda: partial.size_bytes)
+        _retried(self.url, control, attempt, gained=lambda: partial.size_bytes)
         if digest := partial.published:
             return Staged(blobs.path(digest), digest, blobs.path(digest).stat().st_size)
         return partial.complete()
 
 
-def _retried(control: Control, attempt: Callable[[], _T], *, gained: Callable[[], int] = lambda: 0) -> _T:
+def _retried(url: str, control: Control, attempt: Callable[[], _T], *, gained: Callable[[], int] = lambda: 0) -> _T:
     tries, before = 0, gained()
     while True:
         control.check()
@@ -109,9 +110,10 @@ def _retried(control: Control, attempt: Callable[[], _T], *, gained: Callable[[]
         except (_Again, httpx.TransportError) as e:
             tries, before = (1, gained()) if gained() > before else (tries + 1, before)
             if tries >= _MAX_TRIES:
-                reason = str(e) or type(e).__name__
+                what = "cannot be reached" if isinstance(e, httpx.ConnectError) else "stopped answering"
                 raise SourceUnavailable(
-                    f"The source stopped answering: {reason}.", hint="Check the network and pull again to continue."
+                    f"{urlsplit(url).netloc} {what}: {root_cause(e)}.",
+                    hint="Check the network and pull again to continue.",
                 ) from e
             control.pause(_BACKOFF_S * 2 ** (tries - 1))
         except (httpx.InvalidURL, httpx.TooManyRedirects, httpx.DecodingError) as e:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import logging
 import os
 import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
+from urllib.parse import urlsplit
 
-from edge.errors import InvalidReference, SourceUnavailable
+from edge.errors import InvalidReference, SourceUnavailable, UnsupportedFormat, root_cause
 
 from .blobs import BlobStore, Partial, Staged
 from .digest import Digest
@@ -25,7 +28,10 @@ from .transfer import Control, Offer
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TIMEOUT_S = 15.0
+_RETRIES = 2
+_BACKOFF_S = 0.5
 _MAX_FILES = 100_000
+_WITHOUT_HUB = "Without a hub in reach: edge pull smollm2:135m-instruct, or a file's path."
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,8 @@ class HubFetcher:
 
     def _find(self) -> _File:
         hub = _library()
+        if hub.constants.HF_HUB_OFFLINE:
+            raise SourceUnavailable(f"HF_HUB_OFFLINE keeps {self.source} out of reach.", hint=_WITHOUT_HUB)
         with _hub_errors(self.source):
             path = self.source.file or _only_gguf(self.source, self._ggufs(hub))
             return _describe(hub, self.source, path)
@@ -76,14 +84,56 @@ class HubFetcher:
 def _library(submodule: str = "") -> Any:
     # Read when the library is imported: it would tell its maker about each download.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    _configure()
     return importlib.import_module(f"huggingface_hub{submodule}")
+
+
+@cache
+def _configure() -> None:
+    """Let the library ask as often and as long as we want, and leave the talking to us."""
+    hub = importlib.import_module("huggingface_hub")
+    hub.configure_http_backend(backend_factory=_session)
+    for name in ("huggingface_hub", "urllib3"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _session() -> Any:
+    """A session of requests that gives up after `_RETRIES`; the library's own retries take 23 s more.
+
+    The library tries again where requests' own errors or a 5xx come out of it, so neither does.
+    """
+    requests = importlib.import_module("requests")
+    retry = importlib.import_module("urllib3").Retry(
+        total=_RETRIES,
+        backoff_factor=_BACKOFF_S,
+        status_forcelist=(500, 502, 503, 504),
+        allowed_methods=None,
+        raise_on_status=False,
+        respect_retry_after_header=False,
+    )
+    session = requests.Session()
+    for scheme in ("https://", "http://"):
+        session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
+    ask = session.request
+
+    def request(*args: Any, **options: Any) -> Any:
+        try:
+            response = ask(*args, **{"timeout": _TIMEOUT_S, **options})
+        except (requests.ConnectionError, requests.Timeout) as e:
+            raise ConnectionError(str(e)) from e
+        if response.status_code >= 500:
+            raise OSError(f"it answered {response.status_code} {response.reason}")
+        return response
+
+    session.request = request
+    return session
 
 
 def _only_gguf(source: HubSource, ggufs: Sequence[str]) -> str:
     if len(ggufs) == 1:
         return ggufs[0]
     if not ggufs:
-        raise InvalidReference(
+        raise UnsupportedFormat(
             f"{source} holds no GGUF file.", hint="Quantize its checkpoint with: edge quantize DIRECTORY."
         )
     listed = "".join(f"\n  hf://{source.repo}/{path}" for path in ggufs[:40])
@@ -121,8 +171,8 @@ def _translated(error: Exception, source: HubSource) -> SourceUnavailable:
         return SourceUnavailable(f"{source.repo} has no revision '{source.revision}'.")
     if isinstance(error, errors.EntryNotFoundError):
         return SourceUnavailable(f"{source.repo} has no file '{source.file}'.")
-    reason = str(error).splitlines()[0][:200].rstrip(".") if str(error) else type(error).__name__
+    reason = root_cause(error)[:200].rstrip(".")
     if isinstance(error, OSError):
-        hint = "Without a hub in reach: edge pull smollm2:135m-instruct, or a file's path."
-        return SourceUnavailable(f"The model hub cannot be reached for {source}: {reason}.", hint=hint)
+        host = urlsplit(str(_library(".constants").ENDPOINT)).netloc
+        return SourceUnavailable(f"The model hub cannot be reached for {source}: {host}: {reason}.", hint=_WITHOUT_HUB)
     return SourceUnavailable(f"The hub's answer about {source} makes no sense: {reason}.")

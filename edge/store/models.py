@@ -54,6 +54,7 @@ PARTIAL_KEPT_S = 7 * 86400.0
 log = logging.getLogger("edge.store")
 
 _LOCK_TIMEOUT_S = 60.0
+_MEND = "Pull the model again; edge verify shows all that is amiss."
 _LAYOUT = b'{"imageLayoutVersion":"1.0.0"}'
 
 
@@ -283,7 +284,7 @@ class ModelStore:
         same_name = [known for known in entries if known.name == wanted.name]
         if isinstance(ref, str) and ":" not in ref and len(same_name) == 1:
             return same_name[0]
-        raise ModelNotFound(str(ref), known=[str(known) for known in sorted(entries)])
+        raise _not_found(str(ref), [str(known) for known in sorted(same_name)], [str(known) for known in entries])
 
     def _open(self, ref: ModelRef, entry: Descriptor) -> StoredModel:
         manifest = Manifest.parse(self._document(entry), what=f"The manifest of {ref}")
@@ -308,9 +309,11 @@ class ModelStore:
     def _check_size(self, descriptor: Descriptor) -> None:
         path = self.blobs.path(descriptor.digest)
         with translated(path, "Looking at"):
-            size_bytes = path.stat().st_size
+            size_bytes = path.stat().st_size if path.exists() else None
+        if size_bytes is None:
+            raise StoreError(f"{path} is missing.", hint=_MEND)
         if size_bytes != descriptor.size:
-            raise StoreError(f"{path} has {size_bytes:,} bytes instead of {descriptor.size:,}.")
+            raise StoreError(f"{path} has {size_bytes:,} bytes instead of {descriptor.size:,}.", hint=_MEND)
 
     def _stored_file(self, layer: Descriptor) -> StoredFile:
         self._check_size(layer)
@@ -494,7 +497,15 @@ class ModelStore:
             if isinstance(e.__cause__, FileNotFoundError):
                 return Index(schema_version=2, media_type=INDEX_TYPE, manifests=[])
             raise
-        return decode(data, Index, what=str(self.root / "index.json"))
+        try:
+            return decode(data, Index, what="index")
+        except InvalidModelFile as e:
+            path = self.root / "index.json"
+            # The blobs are whole; what is lost is which names they have.
+            raise StoreError(
+                f"The store's list {path} is damaged: {e.reason}.",
+                hint=f"Put a copy of it back, or take it away (mv {path} {path}.damaged) and pull the models again.",
+            ) from e
 
     def _entries(self) -> dict[ModelRef, Descriptor]:
         if self._is_unseeded():
@@ -507,6 +518,16 @@ class ModelStore:
     def _write_index(self, index: Index) -> None:
         # Indented, because people look into it.
         write_file(self._files, self.root / "index.json", msgspec.json.format(encode(index), indent=2))
+
+
+def _not_found(ref: str, same_name: Sequence[str], known: Sequence[str]) -> ModelNotFound:
+    if not same_name:
+        return ModelNotFound(ref, known=sorted(known))
+    tags = ", ".join(found.partition(":")[2] for found in same_name)
+    message = f"'{ref}' is not in the store" if ":" in ref else f"The name '{ref}' is not enough"
+    return ModelNotFound(
+        ref, known=sorted(known), message=f"{message}; its tags there: {tags}.", hint=f"Name one, as {same_name[0]}."
+    )
 
 
 def models_of(index: Index) -> dict[ModelRef, Descriptor]:

@@ -124,7 +124,8 @@ def expect(offer: Offer, digest: Digest | None) -> Offer:
         DigestMismatch: The source states another.
     """
     if digest and offer.digest and digest != offer.digest:
-        raise DigestMismatch(f"{offer.source} offers other bytes", expected=digest, actual=offer.digest)
+        hint = "Check the digest you gave and the revision you named."
+        raise DigestMismatch(f"{offer.source} offers other bytes", expected=digest, actual=offer.digest, hint=hint)
     return Offer(offer.source, offer.file_name, offer.size_bytes, offer.digest or digest)
 
 

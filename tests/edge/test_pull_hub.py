@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -88,7 +90,7 @@ def test_a_dropped_connection_is_taken_up_again(hub: Hub, edge: Edge) -> None:
 def test_several_files_are_listed(hub: Hub, edge: Edge) -> None:
     hub.add("org/many", {"a-q4_0.gguf": MODEL, "sub/b-q8_0.gguf": MODEL})
     done = edge.run("pull", "hf://org/many", "--dry-run")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "holds 2 GGUF files" in done.stderr
     assert "hf://org/many/sub/b-q8_0.gguf" in done.stderr
     plan = edge.run("pull", "hf://org/many/sub/b-q8_0.gguf", "--dry-run", "--json")
@@ -125,11 +127,25 @@ def test_a_hub_that_refuses_is_explained(hub: Hub, edge: Edge) -> None:
         assert "Traceback" not in done.stderr
 
 
-def test_without_a_hub_in_reach_the_way_out_is_named(tmp_path: Path) -> None:
+def test_without_a_hub_in_reach_cause_and_way_out_are_told_and_nothing_else(tmp_path: Path) -> None:
     with serve() as gone:
         pass
-    for environ in ({"HF_ENDPOINT": gone.url}, {"HF_HUB_OFFLINE": "1"}):
-        done = edge_at(tmp_path, **environ).run("pull", "hf://org/tiny")
+    for environ, cause in (
+        ({"HF_ENDPOINT": gone.url}, f"for hf://org/tiny/m.gguf: {urlsplit(gone.url).netloc}: Connection refused."),
+        ({"HF_ENDPOINT": "http://hub.invalid"}, "for hf://org/tiny/m.gguf: hub.invalid: "),
+        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE keeps hf://org/tiny/m.gguf out of reach."),
+    ):
+        begun = time.monotonic()
+        done = edge_at(tmp_path, **environ).run("pull", "hf://org/tiny/m.gguf")
         assert done.returncode == 4, done.stderr
-        assert "The model hub cannot be reached for hf://org/tiny" in done.stderr
+        assert cause in done.stderr
         assert "edge pull smollm2:135m-instruct" in done.stderr
+        assert len(done.stderr.splitlines()) == 2, done.stderr
+        assert time.monotonic() - begun < 15, "the library alone tries for 23 s"
+
+
+def test_a_hub_in_trouble_is_asked_again_a_few_times(hub: Hub, edge: Edge) -> None:
+    hub.refuse("org/ill", 503)
+    done = edge.run("pull", "hf://org/ill/m.gguf")
+    assert (done.returncode, len(hub.api.requests("HEAD"))) == (4, 3)
+    assert "it answered 503" in done.stderr
