@@ -261,19 +261,29 @@ class Bench:
 
     def _rounds(self, workload: Workload, clients: int, rounds: int, measure: Measure) -> None:
         """A B B A, then B A A B, and so on, until enough rounds were undisturbed."""
-        c, clean = self.conditions, 0
-        for number in range(rounds + c.extra_rounds):
+        c, clean, attempts = self.conditions, 0, rounds + self.conditions.extra_rounds
+        for number in range(attempts):
             if clean >= rounds or (number and time.monotonic() > c.deadline):
                 return
-            first, second = (self.ours, self.peer) if number % 2 == 0 else (self.peer, self.ours)
-            wait_until_quiet(c.wait_s)
-            samples = [
-                measure(place := Place(workload, clients, number, prompts), who, place.asks(c.seed))
-                for who, prompts in ((first, 0), (second, 0), (second, 1), (first, 1))
-            ]
-            self.samples += samples
-            clean += not any(s.is_disturbed for s in samples)
-            c.progress(self._line(samples))
+            places = [Place(workload, clients, number, prompts) for prompts in (0, 1)]
+            is_last = number == attempts - 1 or time.monotonic() > c.deadline
+            samples = self._round(places, measure, give_up=not is_last)
+            if samples:
+                self.samples += samples
+                clean += not any(s.is_disturbed for s in samples)
+
+    def _round(self, places: list[Place], measure: Measure, *, give_up: bool) -> list[Sample]:
+        """Four measures; none where one was disturbed and there is another chance."""
+        a, b = (self.ours, self.peer) if places[0].round % 2 == 0 else (self.peer, self.ours)
+        samples: list[Sample] = []
+        for who, place in ((a, places[0]), (b, places[0]), (b, places[1]), (a, places[1])):
+            wait_until_quiet(self.conditions.wait_s)
+            samples.append(measure(place, who, place.asks(self.conditions.seed)))
+            if give_up and samples[-1].is_disturbed:
+                self.conditions.progress(f"{self._line(samples)}, given up")
+                return []
+        self.conditions.progress(self._line(samples))
+        return samples
 
     def _line(self, samples: list[Sample]) -> str:
         s = samples[0]

@@ -22,6 +22,8 @@ HOST = "127.0.0.1"
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 40.0
 MAX_SLOTS = 16
+OUR_NAME = "slm-edge"
+PEER_NAME = "llama-server"
 
 
 class BenchError(Exception):
@@ -120,7 +122,7 @@ class Ours:
     model: str
     log: Path
     flags: tuple[str, ...] = ()
-    name: str = "slm-edge"
+    name: str = OUR_NAME
 
     def environment(self) -> dict[str, str]:
         """Its environment: nothing of the caller's settings, and models that stay loaded."""
@@ -176,7 +178,7 @@ class LlamaServer:
     weights: Path
     log: Path
     flags: tuple[str, ...] = ()
-    name: str = "llama-server"
+    name: str = PEER_NAME
 
     def command(self, port: int, *, context_tokens: int, threads: int) -> list[str]:
         """The command line of a server."""

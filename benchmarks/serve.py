@@ -87,8 +87,8 @@ def _flags(contender: Ours | LlamaServer, threads: int) -> list[str]:
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the prompts.")
 @click.option("--wait", "wait_s", type=float, default=120.0, show_default=True,
               help="Seconds a round waits for a quiet machine before it goes on, marked as disturbed.")  # fmt: skip
-@click.option("--extra-rounds", type=click.IntRange(0, 50), default=3, show_default=True,
-              help="Rounds to make up for disturbed ones.")  # fmt: skip
+@click.option("--extra-rounds", type=click.IntRange(0, 50), default=5, show_default=True,
+              help="Rounds to make up for disturbed ones, which are given up.")  # fmt: skip
 @click.option("--minutes", type=float, default=60.0, show_default=True, help="No round begins later than this.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=DEFAULT_OUT, show_default=True)
 @click.option("--plots/--no-plots", default=True, help="Draw SVG plots.")
@@ -110,6 +110,8 @@ def serve(workloads: tuple[str, ...], *, quick: bool, clients: tuple[int, ...], 
     conditions = Conditions(
         threads, seed, wait_s, extra_rounds, until, lambda line: progress.print(line, markup=False, soft_wrap=True)
     )
+    report: Report | None = None
+    written: list[Path] = []
     try:
         if plots:
             require_plotting()
@@ -119,14 +121,17 @@ def serve(workloads: tuple[str, ...], *, quick: bool, clients: tuple[int, ...], 
             for workload in _chosen(workloads, quick=quick):
                 numbers = clients or ((1, 8) if quick else workload.clients)
                 bench.run(workload, clients=numbers, rounds=rounds or (2 if quick else workload.rounds))
-            report = _report(bench, ours, peer_server, threads, started)
+                report = _report(bench, ours, peer_server, threads, started)
+                written = write(report, out, names=(ours.name, peer_server.name), plots=plots)
     except BenchError as e:
         progress.print(f"error: {e}", markup=False)
         sys.exit(1)
+    if report is None:
+        return
     for table in render_tables(report):
         console.print(table)
     console.print(f"8 clients together against 1 alone, ours: {batching_gain(report.rows):.2f} times the tokens")
-    for path in write(report, out, names=(ours.name, peer_server.name), plots=plots):
+    for path in written:
         progress.print(f"wrote {path}", markup=False)
 
 

@@ -210,7 +210,7 @@ class Workload:
 WORKLOADS = {
     w.name: w
     for w in (
-        Workload("short", "40 tokens in, 64 out", short, clients=(1, 8, 16)),
+        Workload("short", "40 tokens in, 64 out", short, clients=(1, 8, 16), limit_s=40.0),
         Workload("long", "1,500 in, 64 out", long, clients=(1, 4), rounds=3),
         Workload("prefix", "800 shared, cold, 25 own in, 32 out", prefix, clients=(8,), rounds=3),
         Workload("repeat", "24 prompts of 120 seen before, 32 out", repeat, primed=True, rounds=3),
