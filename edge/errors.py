@@ -263,9 +263,10 @@ def root_cause(error: BaseException) -> str:
 
     Where no system error is in the chain: the first line of the error's own text, or its name.
     """
-    said = ""
     link: BaseException | None = error
     while link is not None:
-        said = (link.strerror if isinstance(link, OSError) else None) or said
+        # The nearest: behind it the chain may go on to what was being handled when all this began.
+        if isinstance(link, OSError) and (link.strerror or isinstance(link, TimeoutError)):
+            return link.strerror or str(link) or "timed out"
         link = link.__cause__ or link.__context__
-    return said or next(iter(str(error).splitlines()), "") or type(error).__name__
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -64,10 +64,7 @@ def flush(as_json: bool) -> None:
     sent.
     """
     settings = settings_from()
-    try:
-        state = with_client(_socket(settings), lambda client: client.flush())
-    except ServerUnavailable:
-        state = OutboxStatus(**dataclasses.asdict(flush_without_server(settings)))
+    state = _flushed_by_server(settings) or OutboxStatus(**dataclasses.asdict(flush_without_server(settings)))
     _show(state, as_json=as_json)
     if state.rows and state.last_error:
         raise GatewayUnavailable(
@@ -88,6 +85,8 @@ def tail(lines: int, follow: bool, as_json: bool) -> None:
     settings = settings_from()
     if not settings.telemetry_db.exists():
         click.echo("nothing was ever kept here; set EDGE_GATEWAY_URL to begin", err=True)
+    elif not follow and not read_rows(settings.telemetry_db, after_id=0, max_rows=1):
+        click.echo("nothing waits: what was kept is sent (see: edge telemetry status)", err=True)
     for row in _rows(settings, lines, follow=follow):
         click.echo(json.dumps(_as_json(row)) if as_json else "\n".join(_as_text(row)))
 
@@ -95,6 +94,13 @@ def tail(lines: int, follow: bool, as_json: bool) -> None:
 def _socket(settings: Settings) -> Address:
     # The socket only: at the TCP address the appliance of another EDGE_HOME might answer.
     return Address(f"http://{settings.host}:{settings.port}", settings.socket_path, socket_only=True)
+
+
+def _flushed_by_server(settings: Settings) -> OutboxStatus | None:
+    try:
+        return with_client(_socket(settings), lambda client: client.flush())
+    except ServerUnavailable:
+        return None
 
 
 def _from_file(settings: Settings) -> OutboxStatus:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Protocol, Self
 if TYPE_CHECKING:
     import httpx
 
+from edge.errors import root_cause
+
 from .outbox import Row
 
 CONNECT_TIMEOUT_S = 5.0
@@ -100,7 +102,19 @@ class OtlpHttpExporter:
             ) as response:
                 return _judged(row, response, _bounded_body(response))
         except self._errors as e:
-            return Unavailable(f"{type(e).__name__}: {e}")
+            return Unavailable(_reason(e))
+
+
+def _reason(error: Exception) -> str:
+    import httpx
+
+    cause = root_cause(error)
+    cause = cause if cause[1:2].isupper() else cause[:1].lower() + cause[1:]
+    if isinstance(error, httpx.ConnectError | httpx.TimeoutException):
+        return f"gateway URL does not answer ({cause})"
+    if isinstance(error, httpx.UnsupportedProtocol | httpx.InvalidURL):
+        return f"gateway URL cannot be used ({cause})"
+    return f"gateway broke off ({cause})"
 
 
 def _bounded_body(response: httpx.Response) -> bytes:

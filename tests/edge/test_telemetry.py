@@ -378,7 +378,7 @@ def test_the_command_shows_and_flushes_what_waits(tmp_path: Path, gateway: Gatew
     assert [json.loads(line)["path"] for line in lines] == ["/v1/metrics"]
     failed = run_edge("telemetry", "flush", home=home, EDGE_GATEWAY_URL=dead)
     assert failed.returncode == 4
-    assert "still wait" in failed.stderr
+    assert "still wait: gateway URL does not answer (connection refused)." in failed.stderr
     with OutboxLock(home / LOCK_NAME):
         held = run_edge("telemetry", "flush", home=home, EDGE_GATEWAY_URL=gateway.url)
         assert held.returncode == 1
@@ -386,6 +386,8 @@ def test_the_command_shows_and_flushes_what_waits(tmp_path: Path, gateway: Gatew
     assert run_edge("telemetry", "flush", home=home).returncode == 2
     done = run_edge("telemetry", "flush", "--json", home=home, EDGE_GATEWAY_URL=gateway.url)
     assert (done.returncode, json.loads(done.stdout)["rows"]) == (0, 0)
+    empty = run_edge("telemetry", "tail", home=home)
+    assert (empty.stdout, empty.stderr) == ("", "nothing waits: what was kept is sent (see: edge telemetry status)\n")
     assert gateway.response_ids(telemetry.device_id) == ["cli"]
 
 
