@@ -9,7 +9,7 @@ import msgspec
 
 from edge.errors import EdgeError, ModelNotFound, RecipeError
 from edge.formats.gguf import read_gguf
-from edge.store.details import details_of
+from edge.store.details import QUANTIZED_FROM, details_of
 from edge.store.digest import Digest
 from edge.store.manifest import OURS, ModelRef
 from edge.store.models import ModelStore, PackageFile, StoredModel
@@ -78,7 +78,7 @@ def package_variant(
     details = details_of(read_gguf(path), source=source.origin, license=source.license, sampling=source.sampling)
     annotations = {
         **details.annotations,
-        f"{OURS}quantized-from": source.label,
+        QUANTIZED_FROM: source.label,
         f"{OURS}quantized-from-digest": str(digest),
     }
     details = replace(details, annotations=annotations)

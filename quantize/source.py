@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from edge.errors import InvalidReference, ModelNotFound, RecipeError, UnsupportedFormat
+from edge.errors import InvalidReference, ModelNotFound, UnsupportedFormat
 from edge.formats.gguf import GgufFile, read_gguf
 from edge.store.details import Sampling
 from edge.store.digest import Digest, StreamingHash, digest_bytes
@@ -102,7 +102,7 @@ def open_source(text: str, store: ModelStore) -> Source:
     """Find and check what a user named. A path that exists wins over a reference of the store.
 
     Raises:
-        RecipeError: It is neither a path nor a model of the store.
+        ModelNotFound: It is neither a path nor a model of the store.
         UnsupportedFormat: A pickle, another kind of file, or a model family that is not supported.
         InvalidModelFile: A header breaks its format.
     """
@@ -123,8 +123,9 @@ def open_source(text: str, store: ModelStore) -> Source:
     try:
         return _from_store(text, store)
     except (ModelNotFound, InvalidReference) as e:
-        raise RecipeError(
-            f"'{text}' is neither a file, a directory nor a model of the store.",
+        raise ModelNotFound(
+            text,
+            message=f"'{text}' is neither a file, a directory nor a model of the store.",
             hint=f"SOURCE is a GGUF file, a checkpoint directory ({FAMILY_NAMES}) or a name that `edge list` shows.",
         ) from e
 

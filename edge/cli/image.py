@@ -12,12 +12,12 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from edge.store.models import ModelStore
+from edge.errors import RecipeError
 from images.build import Builder, BuildResult, BuiltImage, Storage, check_image_name, project_root
 from images.seed import write_seed
 from images.target import Target, get_target, load_targets
 
-from .main import settings_from
+from .options import as_wrong_usage, complete_models, open_store
 
 _STORAGE = click.option(
     "--storage-root",
@@ -27,18 +27,27 @@ _STORAGE = click.option(
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
+def _complete_targets(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    return [name for name in load_targets() if name.startswith(incomplete)]
+
+
 @click.group()
 def image() -> None:
     """Build a container image for a hardware target.
 
-    The tools come from Debian: buildah runc mmdebstrap (to build), podman netavark catatonit (to run); uidmap and
-    fuse-overlayfs too when not run as root. See docs/targets.md.
+    The tools come from Debian: buildah runc mmdebstrap (to build), podman netavark iptables catatonit (to run); uidmap
+    and fuse-overlayfs too when not run as root. See docs/targets.md.
     """
 
 
 @image.command()
-@click.argument("target")
-@click.option("--model", metavar="REF", help="Bake this model of the store in, as the seed of an empty one.")
+@click.argument("target", shell_complete=_complete_targets)
+@click.option(
+    "--model",
+    metavar="REF",
+    shell_complete=complete_models,
+    help="Bake this model of the store in, as the seed of an empty one.",
+)
 @click.option("--tag", metavar="NAME", help="Name of the image. Default: localhost/slm-edge:TARGET[-MODEL].")
 @click.option(
     "--base",
@@ -76,18 +85,20 @@ def build(
 
     The first build compiles the inference library and takes some minutes; later ones use its layer.
     """
-    row = get_target(target)
+    with as_wrong_usage(RecipeError):
+        row = get_target(target)
+        plain = check_image_name(tag if tag and not model else f"localhost/slm-edge:{target}", what="--tag")
+        baked = check_image_name(tag or f"{plain}-{_as_tag(model)}", what="--tag") if model else None
     root = project_root(context)
-    plain = check_image_name(tag if tag and not model else f"localhost/slm-edge:{target}", what="--tag")
-    baked = check_image_name(tag or f"{plain}-{_as_tag(model)}", what="--tag") if model else None
     builder = Builder(Storage(storage_root), say=_say, verbose=verbose)
     if dry_run:
-        for command in builder.plan(target, row, base=base, tag=plain, baked=baked, model=model, context=root):
-            click.echo(shlex.join(command))
+        known = str(open_store(None).resolve(model)) if model else None
+        commands = builder.plan(target, row, base=base, tag=plain, baked=baked, model=known, context=root)
+        _print_plan(commands, target=target, image=baked or plain, model=known, as_json=as_json)
         return
     with tempfile.TemporaryDirectory(prefix="slm-edge-seed-") as directory:
         # First, because a model that is not there should not be found out after minutes of building.
-        full_name = _write_seed(model, Path(directory)) if model else None
+        full_name = write_seed(open_store(None), model, Path(directory)) if model else None
         chosen = builder.choose_base(row, base, fresh=no_cache)
         result = builder.build(target, row, base=chosen, tag=plain, context=root, no_cache=no_cache)
         if baked and full_name:
@@ -125,11 +136,6 @@ def _as_tag(model: str | None) -> str:
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in model or "")
 
 
-def _write_seed(model: str, directory: Path) -> str:
-    settings = settings_from()
-    return write_seed(ModelStore(settings.store_dir, seed=settings.seed), model, directory)
-
-
 def _row(row: Target) -> dict[str, object]:
     return {
         "summary": row.summary,
@@ -153,6 +159,14 @@ def _image_table(built: list[BuiltImage]) -> Table:
     for found in built:
         table.add_row(found.image, found.image_id[:12], f"{found.size_bytes / 1e6:.0f} MB")
     return table
+
+
+def _print_plan(commands: list[list[str]], *, target: str, image: str, model: str | None, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"target": target, "image": image, "model": model, "commands": commands}))
+        return
+    for command in commands:
+        click.echo(shlex.join(command))
 
 
 def _print_result(result: BuildResult, row: Target, *, as_json: bool) -> None:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from edge.cli.options import complete_models, human_size, json_option, open_store, store_option
 from edge.errors import ConfigError, EdgeError
-from edge.store.details import short_count
+from edge.store.details import QUANTIZED_FROM, short_count
 from edge.store.models import Collected, FileCheck, ModelStore, StoredModel
 
 
@@ -35,6 +35,7 @@ def model_json(model: StoredModel) -> dict[str, object]:
         "context_tokens": model.context_tokens,
         "license": model.license,
         "source": model.source,
+        "made_from": model.manifest.annotations.get(QUANTIZED_FROM),
         "created": model.created,
         "annotations": model.manifest.annotations,
         "files": [
@@ -126,7 +127,7 @@ def show(ref: str, *, store_dir: Path | None, as_json: bool) -> None:
         "parameters": None if model.num_parameters is None else f"{model.num_parameters:,}",
         "context": None if model.context_tokens is None else f"{model.context_tokens:,} tokens",
         "licence": model.license,
-        "source": model.source,
+        **_origin(model),
         "sampling": _sampling(model),
         "added": _date(model.created),
         "size": human_size(model.size_bytes),
@@ -137,6 +138,12 @@ def show(ref: str, *, store_dir: Path | None, as_json: bool) -> None:
         click.echo(f"\n{file.name} ({human_size(file.size_bytes)}, {file.media_type})\n  {file.digest}\n  {file.path}")
     if model.report is not None:
         click.echo("\n" + "\n".join(_report_lines(model.report)))
+
+
+def _origin(model: StoredModel) -> dict[str, str | None]:
+    made_from = model.manifest.annotations.get(QUANTIZED_FROM)
+    source = {"source": model.source} if model.source or not made_from else {}
+    return {**source, **({"made from": made_from} if made_from else {})}
 
 
 def _report_lines(report: dict[str, object]) -> list[str]:
@@ -157,7 +164,7 @@ def _report_lines(report: dict[str, object]) -> list[str]:
             f"perplexity x{q.perplexity_ratio.value:.3f}",
         )
         lines.append(f" {mark} {v.type:<8} {human_size(v.size_bytes):>9}  {'  '.join(figures)}")
-    return lines + [f"   {note}" for note in parsed.notes]
+    return lines + [f"   note: {note}" for note in parsed.notes]
 
 
 def _sampling(model: StoredModel) -> str:
@@ -185,12 +192,18 @@ def rm(refs: Sequence[str], *, dry_run: bool, yes: bool, store_dir: Path | None)
         for ref in found:
             click.echo(f"would remove {ref}")
         return
-    if not yes and sys.stdin.isatty():
-        click.confirm(f"Remove {', '.join(map(str, found))}?", abort=True, err=True)
+    if not yes:
+        _ask_first(f"Remove {', '.join(map(str, found))}?")
     for ref in found:
         store.remove(ref)
         click.echo(f"removed {ref}")
     _report_collected(store.collect())
+
+
+def _ask_first(question: str) -> None:
+    if not sys.stdin.isatty():
+        raise click.UsageError(f"{question} Nobody is at a terminal to answer, so nothing was done: give --yes.")
+    click.confirm(question, abort=True, err=True)
 
 
 def _report_collected(collected: Collected) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import json
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from edge.cli.main import settings_from
-from edge.errors import EdgeError
-from edge.store.models import ModelStore
+from edge.errors import ConfigError, EdgeError
+from edge.formats.gguf import read_gguf
+from edge.store.files import translated
+from edge.store.models import ModelStore, StoredModel
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -26,12 +32,46 @@ def json_option(command: _F) -> _F:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
-def open_store(store_dir: Path | None) -> ModelStore:
-    """The store that a command works on: the appliance's, filled from the seed, or the one that was named as it is."""
+_OF_A_STORE = frozenset({"oci-layout", "index.json", "index.json.new", "blobs", "ingest", "lock"})
+
+
+def open_store(store_dir: Path | None, *, create: bool = False) -> ModelStore:
+    """The store that a command works on: the appliance's, filled from the seed, or the one that was named as it is.
+
+    Raises:
+        ConfigError: `store_dir` holds something else; or it is absent, and not to be created.
+    """
     if store_dir:
+        if create or _check_there(store_dir):
+            _check_is_store(store_dir)
         return ModelStore(store_dir.absolute())
     settings = settings_from()
     return ModelStore(settings.store_dir, seed=settings.seed)
+
+
+def _check_there(store_dir: Path) -> bool:
+    if not store_dir.is_dir():
+        raise ConfigError(f"There is no store at {store_dir}.", hint="A pull makes one: edge pull NAME --store DIR.")
+    return True
+
+
+def _check_is_store(store_dir: Path) -> None:
+    if not store_dir.is_dir():
+        return
+    with translated(store_dir, "Reading"):
+        names = {path.name for path in itertools.islice(store_dir.iterdir(), 1000)}
+    # The directory of a first pull that was interrupted has nothing but what stands in the list.
+    if not names & {"oci-layout", "index.json"} and not names <= _OF_A_STORE:
+        raise ConfigError(f"{store_dir} is not a store: it holds other things and no oci-layout.")
+
+
+@contextmanager
+def as_wrong_usage(kind: type[EdgeError]) -> Generator[None]:
+    """Arguments that prove wrong in the block end the command as wrong usage does."""
+    try:
+        yield
+    except kind as e:
+        raise click.UsageError(str(e)) from e
 
 
 def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
@@ -41,6 +81,27 @@ def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str)
         return [str(model.ref) for model in store.list() if str(model.ref).startswith(incomplete)]
     except EdgeError:
         return []  # a shell that completes has no place for an error
+
+
+def complete_models_and_files(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Shell completion: the models of the store, else files."""
+    return or_files(complete_models(ctx, param, incomplete), incomplete)
+
+
+def or_files(names: Sequence[str], incomplete: str) -> list[CompletionItem]:
+    """Names that fit, and the shell's own file names where none does. The order is click's: bash forgets what came
+    before the file item, and asks for files when nothing comes after."""
+    return [CompletionItem(incomplete, type="file"), *(CompletionItem(name) for name in names)]
+
+
+def how_to_ask(model: StoredModel, *, prompt: str) -> str:
+    """The command that tries a model out: a chat, or a completion where the model has no template of a chat."""
+    if read_gguf(model.weights).text("tokenizer.chat_template"):
+        return f'edge chat {model.ref} "{prompt}"'
+    settings = settings_from()
+    body = json.dumps({"model": str(model.ref), "prompt": "Once upon a time", "max_tokens": 100})
+    address = f"http://{settings.host}:{settings.port}/v1/completions"
+    return f"edge serve, then: curl {address} -H 'Content-Type: application/json' -d '{body}'"
 
 
 def human_size(size_bytes: float) -> str:

@@ -8,21 +8,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
+from click.shell_completion import CompletionItem
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as RichProgress
 
 from edge.cli.models import model_json, print_json
-from edge.cli.options import human_size, json_option, open_store, store_option
+from edge.cli.options import how_to_ask, human_size, json_option, open_store, or_files, store_option
 from edge.store.catalog import catalog
 from edge.store.fetch import Progress, PullPlan, plan
 from edge.store.fetch import pull as pull_model
 
 
-def complete_sources(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
-    """Shell completion: the catalog's names, then the schemes."""
-    known = [str(ref) for ref in catalog()]
-    return [text for text in [*known, "hf://", "pypi://", "https://"] if text.startswith(incomplete)]
+def complete_sources(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Shell completion: the catalog's names and the schemes, else files."""
+    known = [*(str(ref) for ref in catalog()), "hf://", "pypi://", "https://"]
+    return or_files([text for text in known if text.startswith(incomplete)], incomplete)
 
 
 @click.command()
@@ -52,7 +53,7 @@ def pull(
       edge pull https://example.org/m.gguf --sha256 9f86d0…
       edge pull ./m.gguf --dry-run
     """
-    store = open_store(store_dir)
+    store = open_store(store_dir, create=True)
     if dry_run:
         show_plan(plan(store, source, name=name, sha256=sha256), as_json=as_json)
         return
@@ -62,7 +63,7 @@ def pull(
         print_json(model_json(model))
     else:
         click.echo(f"{model.ref}  {human_size(model.size_bytes)}  {model.digest}")
-        click.echo(f'Ask it: edge chat {model.ref} "Who are you?"', err=True)
+        click.echo(f"Ask it: {how_to_ask(model, prompt='Who are you?')}", err=True)
 
 
 def show_plan(found: PullPlan, *, as_json: bool) -> None:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from edge.cli.main import settings_from
 from edge.cli.models import print_json
-from edge.cli.options import complete_models, human_size, json_option
+from edge.cli.options import as_wrong_usage, complete_models_and_files, how_to_ask, human_size, json_option
 from edge.errors import RecipeError
 from edge.store.models import ModelStore
 
@@ -34,7 +34,7 @@ def _complete_types(_ctx: click.Context, _param: click.Parameter, incomplete: st
 
 
 @click.command()
-@click.argument("source", shell_complete=complete_models)
+@click.argument("source", shell_complete=complete_models_and_files)
 @click.option("--type", "types", multiple=True, metavar="TYPE", shell_complete=_complete_types,
               help="A type, as Q8_0; may be given several times. [default: Q8_0, Q4_K_M]")  # fmt: skip
 @click.option("--name", metavar="NAME", help="Packages become NAME:type; by default made of the source's name.")
@@ -81,13 +81,14 @@ def quantize(
     settings = settings_from()
     shop = _workshop(settings.home, ModelStore(settings.store_dir, seed=settings.seed))
     found = open_source(source, shop.store)
-    recipe = Recipe(
-        name=name or found.name,
-        types=parse_types(types or ("Q8_0", "Q4_K_M")),
-        precision="f16" if precision == "f16" else "f32" if precision == "f32" else "auto",
-        num_tokens=tokens or DEFAULT_TOKENS,
-        num_threads=threads or settings.threads or len(os.sched_getaffinity(0)),
-    )
+    with as_wrong_usage(RecipeError):
+        recipe = Recipe(
+            name=name or found.name,
+            types=parse_types(types or ("Q8_0", "Q4_K_M")),
+            precision="f16" if precision == "f16" else "f32" if precision == "f32" else "auto",
+            num_tokens=tokens or DEFAULT_TOKENS,
+            num_threads=threads or settings.threads or len(os.sched_getaffinity(0)),
+        )
     with _progress() as show:
         planned = plan(found, recipe, shop, force=force)
         if dry_run:
@@ -191,7 +192,7 @@ def _print_outcome(outcome: Outcome, places: dict[str, str], *, as_json: bool) -
     for note in outcome.report.notes:
         click.echo(f"note: {note}", err=True)
     click.echo(f"report {places['report']}\nplot   {places['plot']}", err=True)
-    click.echo(f'Ask it: edge chat {outcome.models[0].ref} "Once upon a time"', err=True)
+    click.echo(f"Ask it: {how_to_ask(outcome.models[0], prompt='Who are you?')}", err=True)
 
 
 def _with_error(estimate: Estimate, form: str) -> str:

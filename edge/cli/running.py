@@ -8,6 +8,7 @@ import click
 import msgspec
 
 from edge.cli.connection import address_of, connection_options, with_client
+from edge.cli.options import complete_models
 from runtime.api.schema import ModelInfo
 
 
@@ -46,7 +47,7 @@ def ps(as_json: bool, url: str | None, socket: Path | None) -> None:
 
 
 @click.command("load")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @connection_options
 def load(model: str, as_json: bool, url: str | None, socket: Path | None) -> None:
@@ -62,7 +63,7 @@ def load(model: str, as_json: bool, url: str | None, socket: Path | None) -> Non
 
 
 @click.command("unload")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @connection_options
 def unload(model: str, as_json: bool, url: str | None, socket: Path | None) -> None:

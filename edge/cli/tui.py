@@ -19,7 +19,7 @@ from edge.errors import ConfigError
       edge tui --url http://10.0.0.7:8080   another device
       edge tui --socket /run/edge.sock      over a Unix socket
 
-    Keys: ? lists them. Without a terminal use `edge ps --json` and `edge telemetry --json`.
+    Keys: ? lists them. Without a terminal use `edge ps --json` and `edge telemetry status --json`.
     """
 )
 @click.option("--url", help="Where the appliance answers.  [default: its socket, else http://127.0.0.1:8080]")

@@ -20,6 +20,8 @@ PARAMETERS = f"{OURS}parameters"
 CONTEXT = f"{OURS}context-tokens"
 SOURCE = f"{OURS}source"
 SAMPLING = f"{OURS}sampling"
+QUANTIZED_FROM = f"{OURS}quantized-from"
+"""What the makers of a quantized model called its source; nothing that can be fetched."""
 TENSOR_TYPES = f"{OURS}tensor-types"
 
 

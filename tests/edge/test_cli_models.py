@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pty
@@ -55,7 +56,7 @@ def test_pull_list_show_rm(store: ModelStore, gguf: Path, capsys: pytest.Capture
     pulled = Ran(capsys, "pull", str(gguf))
     assert pulled.code == 0
     assert pulled.out.startswith("tiny:f32  1.2 kB  sha256:")
-    assert 'edge chat tiny:f32 "Who are you?"' in pulled.err
+    assert """/v1/completions -H 'Content-Type: application/json' -d '{"model": "tiny:f32", """ in pulled.err
     listed = Ran(capsys, "list")
     assert listed.out.split()[:7] == ["NAME", "SIZE", "TYPE", "PARAMETERS", "CONTEXT", "LICENCE", "ADDED"]
     assert "tiny:f32" in listed.out
@@ -70,7 +71,7 @@ def test_pull_list_show_rm(store: ModelStore, gguf: Path, capsys: pytest.Capture
     assert "architecture llama" in Ran(capsys, "show", "tiny").out
     assert "would remove tiny:f32" in Ran(capsys, "rm", "tiny", "--dry-run").out
     assert len(store.list()) == 1
-    removed = Ran(capsys, "rm", "tiny:f32")
+    removed = Ran(capsys, "rm", "tiny:f32", "--yes")
     assert (removed.out, removed.code) == ("removed tiny:f32\n", 0)
     assert list(store.blobs.digests()) == []
 
@@ -81,7 +82,7 @@ def test_a_report_is_shown(store: ModelStore, gguf: Path, capsys: pytest.Capture
     report.write_text('{"perplexity": 23.5}')
     store.add("tiny", [PackageFile(gguf, "a.gguf"), PackageFile(report, "report.json")], model.details)
     assert json.loads(Ran(capsys, "show", "tiny", "--json").out)["report"] == {"perplexity": 23.5}
-    assert '"perplexity": 23.5' in Ran(capsys, "show", "tiny").out
+    assert "quality report of another version: see it with --json" in Ran(capsys, "show", "tiny").out
 
 
 def test_what_is_not_there_exits_3(home: Path, gguf: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,7 +142,9 @@ def test_a_missing_file_is_listed_as_damage(store: ModelStore, gguf: Path, capsy
     assert listed.out == ""
     assert "damaged: tiny:f32" in listed.err
     assert "the file is missing" in Ran(capsys, "verify").out
-    assert Ran(capsys, "rm", "tiny:f32").code == 0
+    shown = Ran(capsys, "show", "tiny")
+    assert (shown.code, "is missing.\n  Pull the model again; edge verify" in shown.err) == (1, True)
+    assert Ran(capsys, "rm", "tiny:f32", "--yes").code == 0
 
 
 def test_another_store_by_name(home: Path, gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,10 +167,20 @@ def test_an_empty_store_is_filled_from_the_seed(
 
 def test_the_shell_completes_names(home: Path, gguf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Ran(capsys, "pull", str(gguf))
-    for words, expected in (("edge show ti", "tiny:f32"), ("edge pull smo", "smollm2:135m-instruct")):
-        environ = {"_EDGE_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": "2"}
-        ran = edge_at(home, **environ).run()
-        assert ran.stdout.strip().endswith(expected)
+    for words, expected in (
+        ("edge show ti", "plain,tiny:f32"),
+        ("edge load ti", "plain,tiny:f32"),
+        ("edge unload ti", "plain,tiny:f32"),
+        ("edge image build c", "plain,cpu-x86_64"),
+        ("edge image build cpu-x86_64 --model ti", "plain,tiny:f32"),
+        ("edge pull smo", "file,smo plain,smollm2:135m-instruct"),
+        ("edge pull ./ti", "file,./ti"),
+        ("edge quantize ti", "file,ti plain,tiny:f32"),
+        ("edge quantize ./ti", "file,./ti"),
+    ):
+        number = str(len(words.split()) - 1)
+        ran = edge_at(home, _EDGE_COMPLETE="bash_complete", COMP_WORDS=words, COMP_CWORD=number).run()
+        assert ran.stdout.split() == expected.split(), words
 
 
 def on_terminal(home: Path, *args: str, answer: bytes) -> tuple[int, str]:
@@ -180,6 +193,56 @@ def on_terminal(home: Path, *args: str, answer: bytes) -> tuple[int, str]:
         output = process.communicate(timeout=30)[0]
     os.close(primary)
     return process.returncode, output
+
+
+def test_without_a_terminal_rm_wants_yes(store: ModelStore, gguf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add_model(store, "tiny", gguf)
+    refused = Ran(capsys, "rm", "tiny")
+    assert (refused.code, "--yes" in refused.err, len(store.list())) == (2, True, 1)
+    assert Ran(capsys, "rm", "tiny", "-y").code == 0
+
+
+def test_what_is_no_store_is_not_taken_for_an_empty_one(
+    home: Path, gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent, other = str(tmp_path / "absent"), str(tmp_path)
+    for args, words in (
+        (["list", "--store", absent], "There is no store at"),
+        (["list", "--store", other], "is not a store"),
+        (["pull", str(gguf), "--store", other], "is not a store"),
+    ):
+        ran = Ran(capsys, *args)
+        assert (ran.code, words in ran.err) == (2, True), ran.err
+    (tmp_path / "begun" / "ingest").mkdir(parents=True)
+    assert Ran(capsys, "list", "--store", str(tmp_path / "begun")).code == 0
+    assert Ran(capsys, "pull", str(gguf), "--store", str(tmp_path / "begun")).code == 0
+    assert not home.exists()
+
+
+def test_wrong_words_have_the_exit_code_that_help_promises(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for args, code in (
+        (["show", "SmolLM2:X"], 2),
+        (["pull", "./m.gguf", "--sha256", "abc"], 2),
+        (["pull", "ftp://host/m.gguf"], 2),
+        (["image", "build", "nope"], 2),
+        (["image", "build", "cpu-x86_64", "--tag", "NO"], 2),
+        (["image", "build", "cpu-x86_64", "--model", "nope", "--dry-run"], 3),
+        (["pull", "llama3"], 3),
+        (["quantize", "nope"], 3),
+    ):
+        assert Ran(capsys, *args).code == code, args
+    assert not home.exists()
+
+
+def test_what_a_model_was_made_from_is_shown(store: ModelStore, gguf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    details = add_model(store, "tiny", gguf).details
+    assert "source       unknown" in Ran(capsys, "show", "tiny").out
+    notes = {"dev.slm-edge.quantized-from": "stories15M"}
+    store.add("made", [PackageFile(gguf, "a.gguf")], dataclasses.replace(details, annotations=notes))
+    shown = Ran(capsys, "show", "made").out
+    assert "made from    stories15M" in shown
+    assert "source" not in shown
+    assert json.loads(Ran(capsys, "show", "made", "--json").out)["made_from"] == "stories15M"
 
 
 def test_rm_asks_on_a_terminal(store: ModelStore, home: Path, gguf: Path) -> None:

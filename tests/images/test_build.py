@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 
 import msgspec
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 
 from edge.cli.main import cli
 from edge.errors import RecipeError, ToolMissing
+from edge.store.models import ModelStore
 from images.build import (
     Base,
     Builder,
@@ -25,6 +27,7 @@ from images.build import (
 )
 from images.hostconfig import Mount
 from images.target import Target, get_target
+from tests.edge.store_support import add_model, write_gguf
 
 ROOT = project_root()
 CPU = get_target("cpu-x86_64")
@@ -192,15 +195,20 @@ def test_the_command_prints_json_and_nothing_else_to_stdout(tools: Path) -> None
     assert "--tag t:9" in (tools / "called").read_text()
 
 
-def test_a_dry_run_runs_nothing(tools: Path) -> None:
+def test_a_dry_run_runs_nothing(tools: Path, tmp_path: Path) -> None:
     write_script(tools, f'[ "$1" = inspect ] || touch {tools}/ran; exit 1')
-    arguments = ["image", "build", "cpu-x86_64", "--base", "debian", "--model", "smollm2:135m-instruct", "--dry-run"]
-    done = CliRunner().invoke(cli, arguments)
+    add_model(ModelStore(tmp_path / "home" / "store"), "tiny:f32", write_gguf(tmp_path / "tiny.gguf"))
+    arguments = ["image", "build", "cpu-x86_64", "--base", "debian", "--model", "tiny:f32", "--dry-run"]
+    environment = {"EDGE_HOME": str(tmp_path / "home"), "EDGE_SEED": str(tmp_path / "none")}
+    done = CliRunner().invoke(cli, arguments, env=environment)
     assert done.exit_code == 0, done.output
     base, build, bake = done.stdout.splitlines()
     assert "base.sh bookworm amd64" in base
     assert build.startswith("buildah bud")
-    assert "localhost/slm-edge:cpu-x86_64-smollm2-135m-instruct" in bake
+    assert "localhost/slm-edge:cpu-x86_64-tiny-f32" in bake
+    planned = json.loads(CliRunner().invoke(cli, [*arguments, "--json"], env=environment).stdout)
+    assert planned["commands"] == [shlex.split(line) for line in (base, build, bake)]
+    assert (planned["target"], planned["model"]) == ("cpu-x86_64", "tiny:f32")
     assert not (tools / "ran").exists()
 
 

@@ -15,7 +15,15 @@ import msgspec
 import pytest
 from typing_extensions import override
 
-from edge.errors import DiskFull, EdgeError, InvalidModelFile, MissingExtra, RecipeError, UnsupportedFormat
+from edge.errors import (
+    DiskFull,
+    EdgeError,
+    InvalidModelFile,
+    MissingExtra,
+    ModelNotFound,
+    RecipeError,
+    UnsupportedFormat,
+)
 from edge.formats.gguf import GgufFile, read_gguf
 from edge.store.files import FileOps
 from edge.store.models import ModelStore
@@ -263,8 +271,8 @@ def _as_gguf(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(("make", "source", "error", "words"), [
-    (_nothing, "no-such-model", RecipeError, "edge list"),
-    (_nothing, "no such model!", RecipeError, "neither a file"),
+    (_nothing, "no-such-model", ModelNotFound, "edge list"),
+    (_nothing, "no such model!", ModelNotFound, "neither a file"),
     (_as_bin, "model.bin", UnsupportedFormat, "pickle"),
     (_as_safetensors, "loose.safetensors", UnsupportedFormat, "directory it lies in"),
     (_as_gguf, "bad.gguf", InvalidModelFile, "bad.gguf"),
