@@ -41,6 +41,8 @@ class Settings:
     """Sequences that one engine computes at once."""
     step_tokens: int = 512
     """Most tokens of one engine step."""
+    state_bytes: int = 0
+    """Memory for computed prompts that left a model's cache; 0 means a sixteenth of what is available."""
     max_queue: int = 256
     """Requests that may wait for one model before others are refused."""
     max_body_bytes: int = 16 << 20
@@ -99,7 +101,7 @@ def _convert(name: str, value: object, where: str) -> object:
 def _check(settings: Settings) -> Settings:
     if not 0 <= settings.port <= 65535:
         raise ConfigError(f"port must lie between 0 and 65535, got {settings.port}.")
-    for name, low in (("threads", 0), ("context_tokens", 0), ("max_sequences", 1), ("step_tokens", 1),
+    for name, low in (("threads", 0), ("context_tokens", 0), ("state_bytes", 0), ("max_sequences", 1), ("step_tokens", 1),
                       ("max_queue", 1), ("max_body_bytes", 1024), ("outbox_bytes", 1 << 16)):  # fmt: skip
         if getattr(settings, name) < low:
             raise ConfigError(f"{name} must be at least {low}, got {getattr(settings, name)}.")

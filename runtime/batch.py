@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from runtime.request import TokenId
 from runtime.sequence import Sequence
+from runtime.states import StateId
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,33 @@ class Truncate:
 
 
 @dataclass(frozen=True, slots=True)
+class SaveState:
+    """Before the step: keep what `slot` holds under `state`."""
+
+    slot: int
+    state: StateId
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreState:
+    """Before the step: put a kept state into `slot`, which is empty, and cut it to `length`."""
+
+    slot: int
+    state: StateId
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropState:
+    """Before the step: forget a kept state."""
+
+    state: StateId
+
+
+CacheOp = CopyPrefix | Truncate | SaveState | RestoreState | DropState
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """One step: changes to the cache in order, then one ragged decode.
 
@@ -50,7 +78,7 @@ class Batch:
         chunks: Ordered by slot, each slot at most once.
     """
 
-    cache_ops: tuple[CopyPrefix | Truncate, ...]
+    cache_ops: tuple[CacheOp, ...]
     chunks: tuple[Chunk, ...]
 
     @property

@@ -135,7 +135,13 @@ class Engine:
         self._max_queue = max_queue
         self.context_tokens = can.context_tokens
         self._scheduler = Scheduler(
-            Limits(can.num_slots, can.num_cells, can.max_step_tokens, partial_reuse=can.partial_reuse)
+            Limits(
+                can.num_slots,
+                can.num_cells,
+                can.max_step_tokens,
+                partial_reuse=can.partial_reuse,
+                state_cells=can.state_cells,
+            )
         )
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | None] = queue.SimpleQueue()
         self._answers: dict[RequestId, _Answer] = {}

@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from edge.errors import ContextOverflow
-from runtime.batch import Batch, Chunk, CopyPrefix, Truncate
+from runtime.batch import Batch, CacheOp, Chunk, CopyPrefix, DropState, RestoreState, SaveState, Truncate
 from runtime.request import FinishReason, Request, RequestId, TokenId
 from runtime.sequence import Sequence, Status
+from runtime.states import MIN_STATE_TOKENS, SavedState, SavedStates, common_prefix
 
 MIN_SHARED_TOKENS = 32
 """A prefix shorter than this is not worth waiting for, nor worth a copy between slots."""
@@ -30,6 +31,7 @@ class Limits:
         max_prefills: Prompts that are read beside each other; the rest wait their turn.
         partial_reuse: Whether a sequence's cells can be cut or shared at any length; recurrent models only go on
             from where they stand.
+        state_cells: Cells that states saved outside the cache may hold together; 0 saves none.
     """
 
     num_slots: int
@@ -37,6 +39,7 @@ class Limits:
     step_tokens: int
     max_prefills: int = 8
     partial_reuse: bool = True
+    state_cells: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -58,21 +61,7 @@ class SchedulerStats:
     num_preemptions: int
     cells_used: int
     num_cells: int
-
-
-def common_prefix(a: list[TokenId], b: list[TokenId], *, limit: int) -> int:
-    """Length of the longest common prefix, at most `limit`: bisection over slice equality, at C speed."""
-    high = min(len(a), len(b), limit)
-    if a[:high] == b[:high]:
-        return high
-    low = 0
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    num_states: int = 0
 
 
 class Scheduler:
@@ -87,7 +76,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._slots = [Slot(i) for i in range(limits.num_slots)]
-        self._ops: list[CopyPrefix | Truncate] = []
+        self._ops: list[CacheOp] = []
+        self._states = SavedStates(limits.state_cells)
         self._arrivals = 0
         self._clock = 0
         self._preemptions = 0
@@ -116,8 +106,9 @@ class Scheduler:
     def stats(self) -> SchedulerStats:
         """Counts of the moment."""
         return SchedulerStats(
-            len(self.waiting), len(self.running), self._preemptions, self._cells_used(), self.limits.num_cells
-        )
+            len(self.waiting), len(self.running), self._preemptions, self._cells_used(), self.limits.num_cells,
+            self._states.num_states,
+        )  # fmt: skip
 
     def sequences(self) -> Iterable[Sequence]:
         """All that is not finished."""
@@ -141,7 +132,8 @@ class Scheduler:
         sequence.finish_reason = reason
 
     def forget_cache(self) -> None:
-        """Drop every idle slot's cells from the books: the backend's cache was cleared."""
+        """Drop every slot's cells and every state from the books: a step failed half-way, and the cache was cleared."""
+        self._ops = [DropState(state) for state in self._states.clear()]
         for slot in self._slots:
             slot.tokens = []
 
@@ -189,7 +181,15 @@ class Scheduler:
         soon = max(
             (common_prefix(r.tokens, sequence.tokens, limit=limit) for r in self.running if r.is_prefilling), default=0
         )
-        return soon >= self._best_source(sequence)[1] + MIN_SHARED_TOKENS
+        here = max(self._best_source(sequence)[1], self._best_state(sequence)[1])
+        return soon >= here + MIN_SHARED_TOKENS
+
+    def _best_state(self, sequence: Sequence) -> tuple[SavedState | None, int]:
+        """The saved state that holds the longest beginning of a sequence."""
+        state, length = self._states.find(sequence.tokens, limit=len(sequence.tokens) - 1)
+        if state is not None and not self.limits.partial_reuse and length < len(state.tokens):
+            return None, 0
+        return state, length
 
     def _best_source(self, sequence: Sequence) -> tuple[Slot | None, int]:
         """The slot that holds the longest computed prefix of a sequence. One token is always left to compute."""
@@ -205,6 +205,9 @@ class Scheduler:
 
     def _place(self, sequence: Sequence) -> bool:
         source, length = self._best_source(sequence)
+        state, saved = self._best_state(sequence)
+        if state is not None and saved >= length + MIN_SHARED_TOKENS:
+            return self._place_restored(sequence, state, saved)
         targets = [self._choose_slot(source, length)]
         if source is not None and source.sequence is None and targets[0] is not source:
             targets.append(source)  # without room for a copy, take over what would be copied
@@ -216,6 +219,19 @@ class Scheduler:
                 return True
         return False
 
+    def _place_restored(self, sequence: Sequence, state: SavedState, length: int) -> bool:
+        self._states.use(state)
+        target = self._choose_slot(None, 0)
+        cells = max(len(sequence.tokens) + 1, len(state.tokens))  # the whole state is put back before it is cut
+        if not self._make_room(cells - len(target.tokens), keep={target.index}):
+            return False
+        self._drop_cells(target)
+        if self._states.holds(state):  # else what was saved to make room has pushed it out
+            self._ops.append(RestoreState(target.index, state.id, length))
+            target.tokens = state.tokens[:length]
+        self._occupy(target, sequence)
+        return True
+
     def _choose_slot(self, source: Slot | None, length: int) -> Slot:
         """Take over the source where little of it is lost, else the idle slot that was used longest ago."""
         idle = [s for s in self._slots if s.sequence is None]
@@ -225,15 +241,18 @@ class Scheduler:
 
     def _take(self, target: Slot, sequence: Sequence, source: Slot | None, length: int) -> None:
         if source is target:
+            if len(target.tokens) - length >= MIN_STATE_TOKENS:
+                self._save(target)
             self._ops.append(Truncate(target.index, length))
             del target.tokens[length:]
         else:
-            if target.tokens:
-                self._ops.append(Truncate(target.index, 0))
-            target.tokens = []
+            self._drop_cells(target)
             if source is not None and length >= MIN_SHARED_TOKENS and self.limits.partial_reuse:
                 self._ops.append(CopyPrefix(source.index, target.index, length))
                 target.tokens = source.tokens[:length]
+        self._occupy(target, sequence)
+
+    def _occupy(self, target: Slot, sequence: Sequence) -> None:
         target.sequence = sequence
         target.last_used = self._clock
         sequence.slot = target.index
@@ -263,9 +282,21 @@ class Scheduler:
             if free >= cells:
                 break
             free += len(slot.tokens)
+            self._drop_cells(slot)
+        return free >= cells
+
+    def _drop_cells(self, slot: Slot) -> None:
+        """Empty a slot; what it held is saved where that is worth it."""
+        if slot.tokens:
+            self._save(slot)
             self._ops.append(Truncate(slot.index, 0))
             slot.tokens = []
-        return free >= cells
+
+    def _save(self, slot: Slot) -> None:
+        state, dropped = self._states.add(slot.tokens)
+        self._ops += [DropState(d) for d in dropped]
+        if state is not None:
+            self._ops.append(SaveState(slot.index, state.id))
 
     def _release(self, sequence: Sequence) -> None:
         assert sequence.slot is not None
@@ -276,12 +307,11 @@ class Scheduler:
         self.running.remove(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Give a running sequence's cells back; it is computed again later, what it generated included."""
+        """Give a running sequence's cells back; it goes on later from the saved state, or is computed again."""
         assert sequence.slot is not None
         slot = self._slots[sequence.slot]
         self._release(sequence)
-        self._ops.append(Truncate(slot.index, 0))
-        slot.tokens = []
+        self._drop_cells(slot)
         sequence.num_computed = 0
         sequence.num_preemptions += 1
         sequence.status = Status.WAITING

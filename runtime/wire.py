@@ -64,6 +64,7 @@ class Load(Message, frozen=True):
     step_tokens: int
     context_tokens: int
     max_queue: int
+    state_bytes: int = 0
 
 
 # ---------------------------------------------------------------- worker to front

@@ -194,6 +194,7 @@ class Worker:
             step_tokens=max(load.step_tokens, load.num_slots),
             context_tokens=load.context_tokens,
             available_bytes=available_bytes(),
+            state_bytes=load.state_bytes or available_bytes() // 16,
         )
         last = 0.0
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends.base import Backend, Capabilities, ModelFacts
-from runtime.batch import Batch, Chunk, CopyPrefix
+from runtime.batch import Batch, CacheOp, Chunk, CopyPrefix, DropState, RestoreState, SaveState, Truncate
 from runtime.engine import Delta, Failure, Sink
 from runtime.request import Request, RequestId, TokenId
 from runtime.sequence import Sequence
@@ -75,6 +75,7 @@ class ScriptedBackend(Backend):
         self._capabilities = capabilities
         self._vocab_size = vocab_size
         self.cells: dict[int, list[TokenId]] = {i: [] for i in range(capabilities.num_slots)}
+        self.states: dict[int, list[TokenId]] = {}
         self._tokenizer = LetterTokenizer()
         self.num_steps = 0
         self.threads = 0
@@ -109,13 +110,27 @@ class ScriptedBackend(Backend):
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         self.num_steps += 1
         for op in batch.cache_ops:
-            if isinstance(op, CopyPrefix):
+            self._apply(op)
+        return self._compute(batch)
+
+    def _apply(self, op: CacheOp) -> None:
+        match op:
+            case CopyPrefix():
                 assert not self.cells[op.target], "a copy goes to an empty slot"
                 assert op.length <= len(self.cells[op.source]), "a copy takes what was computed"
                 self.cells[op.target] = self.cells[op.source][: op.length]
-            else:
+            case Truncate():
                 del self.cells[op.slot][op.length :]
-        return self._compute(batch)
+            case SaveState():
+                self.states[op.state] = list(self.cells[op.slot])
+                assert sum(map(len, self.states.values())) <= self._capabilities.state_cells, "the states' budget"
+            case RestoreState():
+                assert not self.cells[op.slot], "a state goes to an empty slot"
+                self.cells[op.slot] = list(self.states[op.state])
+                assert sum(map(len, self.cells.values())) <= self._capabilities.num_cells, "more cells than there are"
+                del self.cells[op.slot][op.length :]
+            case DropState():
+                self.states.pop(op.state, None)
 
     def _compute(self, batch: Batch) -> NDArray[np.float32]:
         assert 0 < batch.num_tokens <= self._capabilities.max_step_tokens

@@ -23,6 +23,7 @@ class Capabilities:
         context_tokens: Longest single sequence.
         max_step_tokens: Most tokens of one decode.
         partial_reuse: Whether cells can be cut and shared at any length.
+        state_cells: Cells that saved states may hold together, outside the cache; 0 saves none.
     """
 
     num_slots: int
@@ -30,6 +31,7 @@ class Capabilities:
     context_tokens: int
     max_step_tokens: int
     partial_reuse: bool = True
+    state_cells: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from edge.errors import BackendError, DoesNotFit, InvalidModelFile
 from edge.native.llama import bindings, last_error
 from runtime.backends.base import Capabilities, ModelFacts
-from runtime.batch import Batch, CopyPrefix
+from runtime.batch import Batch, CacheOp, CopyPrefix, DropState, RestoreState, SaveState, Truncate
 from runtime.request import TokenId
 
 UBATCH_TOKENS = 512
@@ -36,6 +36,7 @@ class LlamaOptions:
     Attributes:
         context_tokens: KV cells; 0 chooses from the model's training and the memory there is.
         available_bytes: Memory the model may take.
+        state_bytes: Memory for states of sequences that left the cache, taken as they are saved.
     """
 
     threads: int
@@ -43,6 +44,7 @@ class LlamaOptions:
     step_tokens: int
     context_tokens: int
     available_bytes: int
+    state_bytes: int = 0
 
 
 def choose_cells(*, asked: int, trained: int, bytes_per_cell: int, room_bytes: int) -> int:
@@ -130,6 +132,7 @@ class LlamaTokenizer:
 
 
 _INT32 = ctypes.POINTER(ctypes.c_int32)
+_UINT8 = ctypes.POINTER(ctypes.c_uint8)
 
 
 class _NativeBatch:
@@ -190,11 +193,13 @@ class LlamaBackend:
         self._context = self._open_context(options, cells)
         self._memory = lib.llama_get_memory(self._context)
         self._batch = _NativeBatch(lib, options.step_tokens)
+        self._states: dict[int, NDArray[np.uint8]] = {}
         trained: int = lib.llama_model_n_ctx_train(self._model)
         carries_state = lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model)
         self._capabilities = Capabilities(
-            options.num_slots, cells, min(trained, cells), options.step_tokens, partial_reuse=not carries_state
-        )
+            options.num_slots, cells, min(trained, cells), options.step_tokens, partial_reuse=not carries_state,
+            state_cells=options.state_bytes // self._bytes_per_cell(),
+        )  # fmt: skip
 
     def _load(self, path: Path, on_progress: Callable[[float], None] | None) -> Any:
         lib = self._lib
@@ -219,15 +224,19 @@ class LlamaBackend:
         return PROCESS_BYTES + 2 * min(UBATCH_TOKENS, options.step_tokens) * self._vocab_size * 4
 
     def _cells(self, options: LlamaOptions, *, room_bytes: int) -> int:
+        return choose_cells(
+            asked=options.context_tokens,
+            trained=self._lib.llama_model_n_ctx_train(self._model),
+            bytes_per_cell=self._bytes_per_cell(),
+            room_bytes=room_bytes,
+        )
+
+    def _bytes_per_cell(self) -> int:
+        """Key and value of one token in every layer, two bytes a number."""
         lib, model = self._lib, self._model
         heads = max(1, lib.llama_model_n_head(model))
         width: int = lib.llama_model_n_embd(model) // heads * lib.llama_model_n_head_kv(model)
-        return choose_cells(
-            asked=options.context_tokens,
-            trained=lib.llama_model_n_ctx_train(model),
-            bytes_per_cell=2 * 2 * width * lib.llama_model_n_layer(model),
-            room_bytes=room_bytes,
-        )
+        return max(1, 2 * 2 * width * lib.llama_model_n_layer(model))
 
     def _open_context(self, options: LlamaOptions, cells: int) -> Any:
         lib = self._lib
@@ -282,10 +291,7 @@ class LlamaBackend:
         """Run one step; see :class:`runtime.backends.base.Backend`."""
         lib = self._lib
         for op in batch.cache_ops:
-            if isinstance(op, CopyPrefix):
-                lib.llama_memory_seq_cp(self._memory, op.source, op.target, 0, op.length)
-            elif not lib.llama_memory_seq_rm(self._memory, op.slot, op.length, -1):
-                raise BackendError(f"The cache of slot {op.slot} cannot be cut at {op.length}.")
+            self._apply(op)
         self._batch.fill(batch)
         status: int = lib.llama_decode(self._context, self._batch.native)
         if status:
@@ -295,6 +301,35 @@ class LlamaBackend:
             lib.llama_synchronize(self._context)
             return np.empty((0, self._vocab_size), np.float32)
         return np.ctypeslib.as_array(lib.llama_get_logits(self._context), (rows, self._vocab_size))
+
+    def _apply(self, op: CacheOp) -> None:
+        match op:
+            case CopyPrefix():
+                self._lib.llama_memory_seq_cp(self._memory, op.source, op.target, 0, op.length)
+            case Truncate():
+                self._truncate(op.slot, op.length)
+            case SaveState():
+                self._states[op.state] = self._read_state(op.slot)
+            case RestoreState():
+                self._write_state(op.slot, self._states[op.state])
+                self._truncate(op.slot, op.length)
+            case DropState():
+                self._states.pop(op.state, None)
+
+    def _truncate(self, slot: int, length: int) -> None:
+        if not self._lib.llama_memory_seq_rm(self._memory, slot, length, -1):
+            raise BackendError(f"The cache of slot {slot} cannot be cut at {length}.")
+
+    def _read_state(self, slot: int) -> NDArray[np.uint8]:
+        size: int = self._lib.llama_state_seq_get_size(self._context, slot)
+        state = np.empty(size, np.uint8)
+        if self._lib.llama_state_seq_get_data(self._context, _pointer(state, _UINT8), size, slot) != size:
+            raise BackendError(f"The state of slot {slot} cannot be read.")
+        return state
+
+    def _write_state(self, slot: int, state: NDArray[np.uint8]) -> None:
+        if not self._lib.llama_state_seq_set_data(self._context, _pointer(state, _UINT8), state.size, slot):
+            raise BackendError(f"A saved state cannot be put back into slot {slot}.")
 
     def set_threads(self, threads: int) -> None:
         """Use this many threads from the next step on."""

@@ -12,7 +12,8 @@ from runtime.backends.base import Capabilities
 from runtime.batch import Batch
 from runtime.engine import Engine
 from runtime.request import FinishReason, Request, RequestId, SamplingParams
-from runtime.scheduler import MIN_SHARED_TOKENS, Limits, Scheduler, common_prefix
+from runtime.scheduler import MIN_SHARED_TOKENS, Limits, Scheduler
+from runtime.states import SavedStates, common_prefix
 from tests.support import CollectingSink, ScriptedBackend
 
 GREEDY = SamplingParams(temperature=0)
@@ -41,8 +42,8 @@ def arrivals(draw: st.DrawFn) -> Arrival:
     return Arrival(at, (*family[:shared], *own), draw(st.integers(1, 30)), leaves)
 
 
-def capabilities(*, slots: int, cells: int, step: int, partial: bool = True) -> Capabilities:
-    return Capabilities(slots, cells, cells, step, partial_reuse=partial)
+def capabilities(*, slots: int, cells: int, step: int, partial: bool = True, states: int = 0) -> Capabilities:
+    return Capabilities(slots, cells, cells, step, partial_reuse=partial, state_cells=states)
 
 
 @given(
@@ -51,12 +52,14 @@ def capabilities(*, slots: int, cells: int, step: int, partial: bool = True) -> 
     cells=st.sampled_from([150, 200, 400, 2000]),
     step=st.sampled_from([8, 16, 64]),
     partial=st.booleans(),
+    states=st.sampled_from([0, 90, 300, 5000]),
 )
 @settings(max_examples=300, deadline=None)
 def test_any_schedule_gives_the_answers_of_requests_alone(
-    plan: list[Arrival], slots: int, cells: int, step: int, partial: bool
+    plan: list[Arrival], slots: int, cells: int, step: int, partial: bool, states: int
 ) -> None:
-    backend = ScriptedBackend(capabilities(slots=slots, cells=cells, step=max(step, slots), partial=partial))
+    can = capabilities(slots=slots, cells=cells, step=max(step, slots), partial=partial, states=states)
+    backend = ScriptedBackend(can)
     sink = CollectingSink()
     engine = Engine(backend, sink, max_queue=100)
     for now in range(4000):
@@ -129,6 +132,49 @@ def test_a_shared_prefix_is_computed_once() -> None:
     assert sink.num_finished == 8
     assert backend.num_computed < len(prefix) + 8 * 40
     assert sorted(d.num_cached >= len(prefix) - MIN_SHARED_TOKENS for d in sink.last.values()) == [False] + [True] * 7
+
+
+def test_a_prompt_that_left_the_slots_is_restored() -> None:
+    backend = ScriptedBackend(capabilities(slots=2, cells=10_000, step=64, states=5000))
+    engine = Engine(backend, sink := CollectingSink(), max_queue=10)
+    prompts = [tuple((k * 7 + i) % 90 + 1 for i in range(200)) for k in range(6)]
+    for again in range(2):
+        for k, prompt in enumerate(prompts):
+            engine.submit(Request(RequestId(10 * again + k), prompt, 3, GREEDY))
+            while engine.advance():
+                pass
+    assert [sink.last[RequestId(k)].num_cached for k in range(6)] == [0] * 6
+    assert [sink.last[RequestId(10 + k)].num_cached for k in range(6)] == [199] * 6
+    assert [sink.texts[RequestId(k)] for k in range(6)] == [sink.texts[RequestId(10 + k)] for k in range(6)]
+
+
+def test_a_preempted_sequence_goes_on_from_its_saved_state() -> None:
+    backend = ScriptedBackend(capabilities(slots=3, cells=200, step=64, states=5000))
+    engine = Engine(backend, sink := CollectingSink(), max_queue=10)
+    for i in range(3):
+        engine.submit(Request(RequestId(i), tuple(range(1 + i, 41 + i)), 100, GREEDY, ignore_eos=True))
+    while engine.advance():
+        pass
+    assert engine.stats().queues.num_preemptions > 0
+    assert backend.num_computed <= 3 * 140, "nothing was computed twice"
+    assert all(d.num_output == 100 for d in sink.last.values())
+
+
+@given(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=80), max_size=30), st.integers(0, 300))
+def test_states_keep_to_their_budget_and_find_what_they_hold(texts: list[list[int]], budget: int) -> None:
+    states = SavedStates(budget)
+    held: dict[int, list[int]] = {}
+    for tokens in texts:
+        state, dropped = states.add(tokens)
+        for d in dropped:
+            del held[d]
+        if state is not None:
+            held[state.id] = tokens
+        assert sum(map(len, held.values())) == states.num_cells <= budget
+        found, length = states.find(tokens, limit=len(tokens))
+        best = max((common_prefix(t, tokens, limit=len(tokens)) for t in held.values()), default=0)
+        assert length == best
+        assert (found is None) == (best == 0)
 
 
 def test_cells_run_out_and_the_youngest_gives_way() -> None:
