@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.measure import Footprint, Sample
+from benchmarks.merge import merged
 from benchmarks.report import Report, batching_gain, make_rows, render_markdown, render_tables, write
 from tests.benchmarks.near import approx
 
@@ -99,3 +100,11 @@ def test_what_is_written_can_be_read_and_is_the_same_twice(tmp_path: Path) -> No
     assert first["serve-ratios.svg"].lstrip().startswith(b"<?xml")
     assert "| short ×8 | 110.0 tok/s | 100.0 tok/s | 1.10 | ±0.0 % | faster |" in render_markdown(report)
     assert [t.row_count for t in render_tables(report)] == [1, 1, 1]
+
+
+def test_rounds_of_several_runs_add_up() -> None:
+    def run(samples: list[Sample]) -> Report:
+        return Report({}, {}, {}, "m", "2026-11-20T08:00:00+00:00", [], [], samples)
+
+    report = merged([run(a_round(0, (110, 110), (100, 100))), run(a_round(0, (130, 130), (100, 100)))])
+    assert report.rows[0].ratios == approx([1.1, 1.3])
