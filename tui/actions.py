@@ -20,6 +20,8 @@ class Action:
         action: Textual's action, found on the screen, or on the app with the prefix ``app.``.
         changes: Whether it changes the device; `--readonly` refuses those.
         twin: The same from a shell; empty where the command line has none.
+        of_selection: Whether it is about what is selected on its screen, and so needs that screen to be seen first.
+        while_writing: A key that does the same where letters go into an input line.
     """
 
     id: str
@@ -31,6 +33,8 @@ class Action:
     changes: bool = False
     twin: str = ""
     in_footer: bool = True
+    of_selection: bool = False
+    while_writing: str = ""
 
 
 ACTIONS: tuple[Action, ...] = (
@@ -45,17 +49,17 @@ ACTIONS: tuple[Action, ...] = (
     Action("flush", "overview", "f", "Flush spool", "Send now what waits in the spool",
            "flush", changes=True, twin="edge telemetry flush"),
     Action("load", "models", "l", "Load", "Load it into memory",
-           "load", changes=True, twin="edge load MODEL"),
+           "load", changes=True, twin="edge load MODEL", of_selection=True),
     Action("unload", "models", "u", "Unload", "Give its memory back",
-           "unload", changes=True, twin="edge unload MODEL"),
+           "unload", changes=True, twin="edge unload MODEL", of_selection=True),
     Action("pull", "models", "p", "Pull", "Fetch a model into the store",
            "pull", changes=True, twin="edge pull SOURCE"),
     Action("delete", "models", "d,delete", "Delete", "Remove it; asks first",
-           "delete", changes=True, twin="edge rm MODEL"),
+           "delete", changes=True, twin="edge rm MODEL", of_selection=True),
     Action("cancel", "models", "x", "Cancel pull", "Stop a pull; asks first",
            "cancel", changes=True),
     Action("talk", "models", "c,enter", "Talk", "Talk with it",
-           "talk", twin="edge chat MODEL"),
+           "talk", twin="edge chat MODEL", of_selection=True),
     Action("send", "chat", "enter", "Send", "Ask; loads the model if need be",
            "send", changes=True, twin="edge chat MODEL PROMPT", in_footer=False),
     Action("stop", "chat", "escape", "Stop", "Stop the answer; leave the line",
@@ -72,13 +76,12 @@ ACTIONS: tuple[Action, ...] = (
            "follow"),
     Action("reconnect", "everywhere", "r", "Reconnect", "Try to reach the appliance now",
            "app.reconnect", in_footer=False),
-    # Textual itself binds ctrl+p and ctrl+q to these two, also while a line is being written.
     Action("palette", "everywhere", "colon", "Commands", "Find a command by name; also ^p",
-           "app.command_palette"),
-    Action("help", "everywhere", "question_mark", "Help", "This list",
-           "app.help"),
-    Action("quit", "everywhere", "q", "Quit", "Leave; the appliance goes on",
-           "app.quit"),
+           "app.command_palette", while_writing="ctrl+p"),
+    Action("help", "everywhere", "question_mark", "Help", "This list; also ^g",
+           "app.help", while_writing="ctrl+g"),
+    Action("quit", "everywhere", "q", "Quit", "Leave (^q); the appliance goes on",
+           "app.quit", while_writing="ctrl+q"),
 )  # fmt: skip
 
 _KEY_NAMES = {"colon": ":", "question_mark": "?", "escape": "esc"}
@@ -94,6 +97,12 @@ def bindings_for(where: Where) -> list[Binding]:
         for a in ACTIONS
         if a.where == where
     ]  # fmt: skip
+
+
+def bindings_while_writing() -> list[Binding]:
+    """For a screen with an input line: what everywhere is a letter, which the line would take."""
+    # With priority, as Textual has its own ctrl+q and ctrl+p, which no footer shows.
+    return [Binding(a.while_writing, a.action, a.label, priority=True) for a in ACTIONS if a.while_writing]
 
 
 def key_text(action: Action) -> str:

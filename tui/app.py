@@ -19,7 +19,7 @@ from typing_extensions import override
 from edge.errors import EdgeError
 from runtime.api.schema import DeviceStatus, Job
 
-from .actions import ACTIONS, bindings_for
+from .actions import ACTIONS, Action, bindings_for, key_text
 from .client import RuntimeClient
 from .css import beside
 from .feed import Backoff, follow
@@ -211,7 +211,18 @@ class EdgeTerminal(App[None]):
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         where = screen.WHERE if isinstance(screen, EdgeScreen) else "everywhere"
         for action in ACTIONS:
-            is_here = action.where in ("everywhere", where) and action.id not in ("palette", "send")
-            if is_here and screen.check_action(action.action, ()):
+            if action.id in ("palette", "send") or (self.view.read_only and action.changes):
+                continue
+            if action.where in ("everywhere", where):
                 yield SystemCommand(action.label, action.what, lambda run=action.action: screen.run_action(run))
+            else:
+                title = f"{action.label} ({action.where})"
+                yield SystemCommand(title, action.what, lambda chosen=action: self._run_elsewhere(chosen))
         yield SystemCommand("Theme", "Change the colours", self.action_change_theme)
+
+    async def _run_elsewhere(self, action: Action) -> None:
+        await self.switch_mode(action.where)
+        if action.of_selection:
+            self.notify(f"Choose one, then {key_text(action)}: {action.label}.")
+        else:
+            await self.screen.run_action(action.action)

@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 import msgspec
 
 from edge.errors import EdgeError
-from runtime.api.schema import DeviceStatus, Job, JobState, ModelInfo, ModelState
+from runtime.api.schema import Alert, DeviceStatus, Job, JobState, ModelInfo, ModelState
 
 from .client import ChatDelta, ChatMessage, Usage
 from .format import clean, clean_line
@@ -130,6 +130,21 @@ def finished_jobs(before: View, after: View) -> list[Job]:
 def running_jobs(view: View) -> list[Job]:
     """Jobs that can be cancelled, newest first."""
     return [job for job in view.jobs if job.state not in FINISHED_JOB_STATES]
+
+
+def alerts_of(status: DeviceStatus) -> list[Alert]:
+    """What is wrong: the appliance's alerts, and each model whose engine had to be started again."""
+    restarted = [
+        Alert(level="warning", what=f"the engine of {model.ref}: {restarts_text(model)}", fix="the log says why (4)")
+        for model in status.models
+        if model.num_restarts
+    ]
+    return [*status.alerts, *restarted]
+
+
+def restarts_text(model: ModelInfo) -> str:
+    """``1 restart``."""
+    return f"{model.num_restarts:,} restart{'s' if model.num_restarts != 1 else ''}"
 
 
 def cleaned(struct: S) -> S:

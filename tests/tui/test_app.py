@@ -332,6 +332,33 @@ async def test_the_palette_runs_an_action(scripted: ScriptedAppliance) -> None:
         await terminal.until_shown("Selected")
 
 
+async def test_the_palette_finds_what_another_screen_does(scripted: ScriptedAppliance) -> None:
+    async with running(scripted) as terminal:
+        await terminal.press("colon")
+        await terminal.type("Pull")
+        await terminal.until_shown("Pull (models)")
+        await terminal.press("enter")
+        await terminal.until_shown("Pull a model", "Selected")
+        await terminal.press("escape", "3", "ctrl+p")
+        await terminal.type("Unload")
+        await terminal.until_shown("Unload (models)")
+        await terminal.press("enter")
+        await terminal.until_shown("Choose one, then u: Unload.", "Selected")
+    assert scripted.calls == []
+
+
+async def test_help_and_quit_are_in_reach_while_writing(scripted: ScriptedAppliance) -> None:
+    async with running(scripted) as terminal:
+        await terminal.press("3")
+        await terminal.until_shown("^p Commands", "^g Help", "^q Quit")
+        await terminal.press("ctrl+g")
+        await terminal.until_shown("Keys", "esc closes")
+        await terminal.press("escape", "f1")
+        await terminal.until_shown("? Help", "q Quit")
+        await terminal.press("f3", "ctrl+q")
+        await terminal.until(lambda: not terminal.app.is_running)
+
+
 async def test_it_follows_the_size_of_the_terminal(scripted: ScriptedAppliance) -> None:
     async with running(scripted) as terminal:
         for size in ((40, 10), (20, 5), (200, 60), (80, 24)):

@@ -109,6 +109,16 @@ async def test_alerts_show_the_worst_first_with_its_fix() -> None:
     assert text.index("✖ critical") < text.index("▲ warning") < text.index("· info")
 
 
+async def test_a_restart_is_a_warning_everywhere() -> None:
+    view = a_view(models=[a_loaded_model(num_restarts=1)], alerts=[])
+    text = await shown(AlertsPanel(), view=view, size=(60, 6))
+    assert "▲ warning the engine of smollm2:135m-instruct: 1 restart" in text
+    assert "edge-07 ▲1 ● live" in await shown(TopBar("models"), view=view, size=(80, 3))
+    details = ModelDetails()
+    details.ref = "smollm2:135m-instruct"
+    assert "▲ 1 restart, ready for 12 min · 2 running" in await shown(details, view=view, size=(80, 8))
+
+
 async def test_markup_in_foreign_text_is_text() -> None:
     alert = Alert(level="warning", what="[red]x[/red] [@click=app.quit]q[/]", fix="")
     assert "[red]x[/red]" in await shown(AlertsPanel(), view=a_view(alerts=[alert]))
@@ -177,6 +187,21 @@ async def test_jobs() -> None:
         JobList(), view=a_view(jobs=[failed]), size=(80, 6)
     )
     assert (await shown(JobList(), view=a_view(), size=(80, 6))).strip() == ""
+
+
+async def test_the_reason_of_a_failed_pull_can_be_read() -> None:
+    reason = (
+        "The model hub cannot be reached for hf://org/repo/m.gguf: huggingface.co: Name or service not known. "
+        "Without a hub in reach: edge pull smollm2:135m-instruct, or a file's path."
+    )
+    jobs = [
+        Job(id=str(i), kind="pull", subject="hf://org/repo/m.gguf", state="failed", error=reason, created=NOW + i)
+        for i in range(2)
+    ]
+    text = await shown(JobList(), view=a_view(jobs=jobs), size=(80, 12))
+    told = " ".join(text.replace("│", " ").split())
+    assert f"hf://org/repo/m.gguf: {reason}" in told
+    assert text.count("✖ failed") == 2
 
 
 async def test_the_log_adds_only_what_is_new_and_is_bounded() -> None:

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from edge.errors import EdgeError
 
-from ..actions import bindings_for
+from ..actions import bindings_for, bindings_while_writing
 from ..client import RuntimeClient
 from ..css import beside
 from ..format import clean_line, size_text
@@ -37,7 +37,7 @@ class ChatScreen(EdgeScreen):
 
     CSS = beside(__file__)
     WHERE = "chat"
-    BINDINGS: ClassVar[list[BindingType]] = [*bindings_for("chat")]
+    BINDINGS: ClassVar[list[BindingType]] = [*bindings_for("chat"), *bindings_while_writing()]
 
     def __init__(self, client: RuntimeClient, *, clock: Callable[[], float]) -> None:
         super().__init__()

@@ -10,6 +10,7 @@ from typing_extensions import override
 from runtime.api.schema import Alert, AlertLevel, DeviceStatus
 
 from ..format import fit
+from ..state import alerts_of
 from .panel import Panel
 from .pieces import MUTED, line, lines
 
@@ -30,10 +31,10 @@ class AlertsPanel(Panel):
 
     @override
     def body(self, status: DeviceStatus, width: int, height: int) -> Content:
-        if not status.alerts:
+        if not (found := alerts_of(status)):
             return line(("● nothing is wrong", "$success"))
         rows: list[Content] = []
-        alerts = sorted(status.alerts, key=lambda alert: _ORDER.index(alert.level))
+        alerts = sorted(found, key=lambda alert: _ORDER.index(alert.level))
         for i, alert in enumerate(alerts):
             rows_of_one = _alert(alert, width)
             if rows and len(rows) + len(rows_of_one) > height - (i < len(alerts) - 1):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from textwrap import wrap
+
 from textual.content import Content
 from typing_extensions import override
 
@@ -14,7 +16,11 @@ from .panel import Panel
 from .pieces import MUTED, line, lines
 
 _MAX_SHOWN = 3
+_MAX_REASON_LINES = 4
+"""Of the first failed pull; of the others there is one."""
 _STATE, _BAR, _FIGURES = 12, 12, 34
+_FRAME = 4
+"""Columns of a panel's border and padding."""
 
 
 class JobList(Panel):
@@ -26,14 +32,34 @@ class JobList(Panel):
     @override
     def watch_view(self, view: View) -> None:
         super().watch_view(view)
-        num_shown = min(_MAX_SHOWN, len(view.jobs))
-        self.display = num_shown > 0
-        self.styles.height = num_shown + 2
+        self.display = bool(view.jobs)
+        self._fit_height()
+
+    def on_resize(self) -> None:
+        """A reason takes more lines where they are shorter."""
+        self._fit_height()
+
+    def _fit_height(self) -> None:
+        # While it is out of the way it has no width of its own; it will have all of the screen's.
+        width = self.app.size.width - _FRAME  # pyright: ignore[reportUnknownMemberType]  # Textual leaves `app` without its parameter
+        self.styles.height = len(self._rows(width)) + 2
 
     @override
     def body(self, status: DeviceStatus, width: int, height: int) -> Content:
-        order = sorted(self.view.jobs, key=lambda job: job.state in FINISHED_JOB_STATES)
-        return lines(*(_row(job, width) for job in order[:_MAX_SHOWN]))
+        return lines(*self._rows(width))
+
+    def _rows(self, width: int) -> list[Content]:
+        order = sorted(self.view.jobs, key=lambda job: job.state in FINISHED_JOB_STATES)[:_MAX_SHOWN]
+        first_failed = next((job for job in order if job.state == "failed"), None)
+        return [row for job in order for row in (_failed(job, width) if job is first_failed else [_row(job, width)])]
+
+
+def _failed(job: Job, width: int) -> list[Content]:
+    """The reason over several lines: it says what to do."""
+    glyph, style = JOB_MARKS["failed"]
+    reason = f"{job.subject}: {job.error or 'no reason given'}"
+    first, *rest = wrap(reason, max(width - _STATE, 20), max_lines=_MAX_REASON_LINES, placeholder="…")
+    return [line((pad(f"{glyph} failed", _STATE), style), first), *(line(" " * _STATE, text) for text in rest)]
 
 
 def _row(job: Job, width: int) -> Content:

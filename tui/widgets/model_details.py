@@ -10,6 +10,7 @@ from runtime.api.schema import DeviceStatus, ModelInfo
 
 from ..css import beside
 from ..format import UNKNOWN, age_text, count_text, fit, size_text
+from ..state import restarts_text
 from .panel import Panel
 from .pieces import MUTED, label, line, lines
 
@@ -46,12 +47,11 @@ def _now(model: ModelInfo, width: int) -> Content:
         return line(("✖ ", "$text-error"), (fit(model.error or "no reason given", width - 2), "$text-error"))
     if model.state != "ready":
         return line(label("Now", _LABEL), "loading…" if model.state == "loading" else "not loaded")
-    restarts = f" · ▲ {model.num_restarts} restarts" if model.num_restarts else ""
     kv = f"KV {model.kv_cells_used:,}/{model.kv_cells:,}" if model.kv_cells else f"KV {UNKNOWN}"
     queue = f"{model.requests_active} running, {model.requests_waiting} waiting"
     memory = size_text(model.memory_bytes)
-    return line(
-        label("Now", _LABEL),
-        f"{queue} · {kv} · {memory} · ready for {age_text(model.loaded_s)}",
-        (restarts, "$warning"),
-    )
+    figures, age = f"{queue} · {kv} · {memory}", f"ready for {age_text(model.loaded_s)}"
+    if not model.num_restarts:
+        return line(label("Now", _LABEL), f"{figures} · {age}")
+    # First, so that a narrow terminal does not cut it off.
+    return line(label("Now", _LABEL), (f"▲ {restarts_text(model)}", "$warning"), f", {age} · {figures}")

@@ -10,7 +10,7 @@ from typing_extensions import override
 from ..actions import Where
 from ..css import beside
 from ..format import age_text, columns, fit
-from ..state import LINK_MARKS, View
+from ..state import LINK_MARKS, View, alerts_of
 from .pieces import line
 
 _TABS: tuple[tuple[Where, str], ...] = (
@@ -40,7 +40,7 @@ class TopBar(Widget):
         glyph, style = LINK_MARKS[view.link]
         age = f" {age_text(view.age_s)}" if view.link == "stale" else ""
         link = f"{glyph} {view.link}{age} "
-        alerts = [alert for alert in view.status.alerts if alert.level != "info"] if view.status else []
+        alerts = [alert for alert in alerts_of(view.status) if alert.level != "info"] if view.status else []
         marks = (f" ▲{len(alerts)}" if alerts else "") + (" read-only" if view.read_only else "")
         host = fit(view.status.hostname, max(0, width - columns(link + marks) - 1)) if view.status else ""
         return line(host, (marks, "bold $text-warning"), " ", (link, f"bold {style}"))
