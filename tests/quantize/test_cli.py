@@ -29,7 +29,7 @@ def test_a_run_prints_table_and_places(tiny: Path, tmp_path: Path) -> None:
     for words in ("PERPLEXITY", "KL MEAN", "SAME TOKEN", "source F32", "Q4_0 tensors: "):
         assert words in done.stdout
     assert "quantize to Q8_0 …" in done.stderr
-    assert "Ask it: edge " in done.stderr
+    assert 'Ask it: edge chat tiny-smollm:q8_0 "Who are you?"' in done.stderr
     assert sorted(p.name for p in out.iterdir()) == [
         "quality.png", "quality.svg", "report.json", "tiny-smollm-Q4_0.gguf", "tiny-smollm-Q8_0.gguf",
     ]  # fmt: skip
