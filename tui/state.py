@@ -142,6 +142,12 @@ def alerts_of(status: DeviceStatus) -> list[Alert]:
     return [*status.alerts, *restarted]
 
 
+def state_text(model: ModelInfo) -> str:
+    """``● ready``, or ``● ready ▲2`` where its engine was started again: at most ten columns for each state."""
+    mark = f" ▲{min(model.num_restarts, 9)}" if model.state == "ready" and model.num_restarts else ""
+    return f"{MODEL_MARKS[model.state][0]} {model.state}{mark}"
+
+
 def restarts_text(model: ModelInfo) -> str:
     """``1 restart``."""
     return f"{model.num_restarts:,} restart{'s' if model.num_restarts != 1 else ''}"

@@ -114,6 +114,8 @@ async def test_a_restart_is_a_warning_everywhere() -> None:
     text = await shown(AlertsPanel(), view=view, size=(60, 6))
     assert "▲ warning the engine of smollm2:135m-instruct: 1 restart" in text
     assert "edge-07 ▲1 ● live" in await shown(TopBar("models"), view=view, size=(80, 3))
+    for widget in (ModelsPanel(), ModelTable()):
+        assert "● ready ▲1 " in await shown(widget, view=view, size=(80, 8))
     details = ModelDetails()
     details.ref = "smollm2:135m-instruct"
     assert "▲ 1 restart, ready for 12 min · 2 running" in await shown(details, view=view, size=(80, 8))

@@ -11,7 +11,7 @@ from runtime.api.schema import ModelInfo
 
 from ..css import beside
 from ..format import UNKNOWN, fit, parameters_text, rate_text, size_text
-from ..state import MODEL_MARKS, View
+from ..state import View, state_text
 
 _COLUMNS = (("state", "State", 10), ("ref", "Model", 0), ("size", "Size", 7), ("quant", "Quant", 6),
             ("params", "Params", 6), ("memory", "Memory", 7), ("rate", "Tok/s", 6))  # fmt: skip
@@ -81,10 +81,9 @@ class ModelTable(DataTable[Text]):
 
 
 def _cells(model: ModelInfo, width_ref: int) -> tuple[Text, ...]:
-    glyph, _ = MODEL_MARKS[model.state]
     is_loaded = model.state == "ready"
     return (
-        Text(f"{glyph} {model.state}", style="bold" if is_loaded else ""),
+        Text(state_text(model), style="bold" if is_loaded else ""),
         Text(fit(model.ref, width_ref), style="bold" if is_loaded else ""),
         Text(size_text(model.size_bytes), justify="right"),
         Text(model.quantization or UNKNOWN),

@@ -8,7 +8,7 @@ from typing_extensions import override
 from runtime.api.schema import DeviceStatus, ModelInfo
 
 from ..format import pad, rate_text, size_text
-from ..state import MODEL_MARKS
+from ..state import MODEL_MARKS, state_text
 from .panel import Panel
 from .pieces import MUTED, line, lines
 
@@ -44,7 +44,7 @@ def _heading(width_ref: int) -> Content:
 
 
 def _row(model: ModelInfo, width_ref: int) -> Content:
-    glyph, style = MODEL_MARKS[model.state]
+    _, style = MODEL_MARKS[model.state]
     is_loaded = model.state == "ready"
     kv = f"{100 * model.kv_cells_used / model.kv_cells:.0f} %" if model.kv_cells else ""
     figures = (
@@ -54,7 +54,7 @@ def _row(model: ModelInfo, width_ref: int) -> Content:
         (kv if is_loaded else "", _KV),
     )
     return line(
-        (pad(f"{glyph} {model.state}", _STATE), style),
+        (pad(state_text(model), _STATE), style),
         (pad(model.ref, width_ref - 1) + " ", "bold" if is_loaded else ""),
         pad(model.quantization or "", _QUANT),
         "".join(text.rjust(width) for text, width in figures),
