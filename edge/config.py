@@ -98,11 +98,16 @@ def _convert(name: str, value: object, where: str) -> object:
     raise ConfigError(f"{label} must be {words}, got {value!r}.", hint="See the settings with: edge config.")
 
 
+_LEAST = {
+    "threads": 0, "context_tokens": 0, "state_bytes": 0, "max_sequences": 1, "step_tokens": 1, "max_queue": 1,
+    "max_body_bytes": 1024, "outbox_bytes": 1 << 16,
+}  # fmt: skip
+
+
 def _check(settings: Settings) -> Settings:
     if not 0 <= settings.port <= 65535:
         raise ConfigError(f"port must lie between 0 and 65535, got {settings.port}.")
-    for name, low in (("threads", 0), ("context_tokens", 0), ("state_bytes", 0), ("max_sequences", 1), ("step_tokens", 1),
-                      ("max_queue", 1), ("max_body_bytes", 1024), ("outbox_bytes", 1 << 16)):  # fmt: skip
+    for name, low in _LEAST.items():
         if getattr(settings, name) < low:
             raise ConfigError(f"{name} must be at least {low}, got {getattr(settings, name)}.")
     if settings.gateway_url and not settings.gateway_url.startswith(("http://", "https://")):

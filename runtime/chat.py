@@ -44,8 +44,8 @@ class ChatTemplate:
         self._tokens = {"bos_token": bos, "eos_token": eos}
         try:
             self._template = environment.from_string(source)
-        except TemplateError as e:
-            raise UnsupportedFormat(f"The model's chat template does not compile: {e}.") from e
+        except (TemplateError, RecursionError, MemoryError) as e:
+            raise UnsupportedFormat(f"The model's chat template does not compile: {e or type(e).__name__}.") from e
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The prompt's text, in which only the template's own markers spell control tokens.
@@ -58,9 +58,12 @@ class ChatTemplate:
         safe = [{k: self._defuse(v) for k, v in m.items()} for m in messages]
         try:
             text = self._template.render(messages=safe, add_generation_prompt=True, **self._tokens)
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as e:
+        except (
+            TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError,
+            MemoryError,
+        ) as e:  # fmt: skip
             raise InvalidRequest(
-                f"The model's chat template refuses these messages: {e}.",
+                f"The model's chat template refuses these messages: {e or type(e).__name__}.",
                 field="messages",
                 hint="Check the roles and their order.",
             ) from e

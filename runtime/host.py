@@ -91,6 +91,8 @@ class ModelHost:
         self.heartbeat: wire.Heartbeat | None = None
         self.num_restarts = 0
         self.ready_since: float | None = None
+        self._ready_at: float | None = None
+        """When the present worker became ready, also after its end."""
         self.last_used = time.monotonic()
         self._samples: deque[Sample] = deque()
         self._generations: dict[int, Generation] = {}
@@ -100,7 +102,7 @@ class ModelHost:
         self._changed = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
-        self._last_progress = 0.0
+        self._last_progress = self._last_accepted = 0.0
         self._last_steps: int = -1
 
     # ------------------------------------------------------------------ what others ask
@@ -159,12 +161,13 @@ class ModelHost:
         if self._transport is None or self.state != "ready":
             raise WorkerDied(self.ref, reason="it is not running")
         self._next_id += 1
+        frame = wire.encode_frame(make(self._next_id))
         self.last_used = time.monotonic()
         if not self._generations:
             self._last_progress = self.last_used  # the clock of a hang starts with work
         generation = Generation(self._next_id, self._cancel)
         self._generations[self._next_id] = generation
-        self._send(make(self._next_id))
+        self._transport.write(frame)
         return generation
 
     async def unload(self) -> None:
@@ -184,7 +187,10 @@ class ModelHost:
         while not stop.is_set():
             self._set_state("loading")
             try:
-                await self._start_process()
+                await self._start_process(self._load_message())
+            except EdgeError as e:
+                self._give_up(e)
+                return
             except OSError as e:
                 self._give_up(BackendError(f"The engine of '{self.ref}' cannot be started: {e}."))
                 return
@@ -192,9 +198,10 @@ class ModelHost:
             if stop.is_set() or self.state == "failed":
                 return
             deaths = 1 if self._lived_s() > LONG_LIFE_S else deaths + 1
+            died_loading = self._ready_at is None
             self.num_restarts += 1
             log.error("the worker of %s ended: %s", self.ref, reason)
-            if self.state == "loading" and deaths >= MAX_LOAD_DEATHS:
+            if died_loading and deaths >= MAX_LOAD_DEATHS:
                 hint = f"Its log: {self._log_path()}. Check the file: edge verify {self.ref}."
                 self._give_up(BackendError(f"The engine of '{self.ref}' ends while it loads ({reason}).", hint=hint))
                 return
@@ -208,9 +215,9 @@ class ModelHost:
         self._set_state("failed")
 
     def _lived_s(self) -> float:
-        return time.monotonic() - self.ready_since if self.ready_since is not None else 0.0
+        return time.monotonic() - self._ready_at if self._ready_at is not None else 0.0
 
-    async def _start_process(self) -> None:
+    async def _start_process(self, load: wire.Load) -> None:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         loop = asyncio.get_running_loop()
@@ -228,8 +235,8 @@ class ModelHost:
         self._transport, _ = await loop.create_connection(
             lambda: _FrameProtocol(self._on_message, self._on_lost), sock=ours
         )
-        self._last_progress, self._last_steps = time.monotonic(), -1
-        self._send(self._load_message())
+        self._last_progress, self._last_steps, self._ready_at = time.monotonic(), -1, None
+        self._send(load)
 
     def _log_path(self) -> Path:
         return self.settings.logs_dir / f"worker-{self.ref.replace(':', '-').replace('/', '-')}.log"
@@ -264,7 +271,7 @@ class ModelHost:
         if self.state == "ready" and self._generations and quiet > SILENCE_S:
             return f"no step in {SILENCE_S:.0f} s"
         waiting = [g.made for g in self._generations.values() if not g.is_accepted]
-        if waiting and time.monotonic() - min(waiting) > ACCEPT_S:
+        if waiting and time.monotonic() - max(min(waiting), self._last_accepted) > ACCEPT_S:
             return f"a prompt was not prepared in {ACCEPT_S:.0f} s"
         return None
 
@@ -296,7 +303,10 @@ class ModelHost:
         self._send(wire.Cancel(request_id))
 
     def _on_lost(self) -> None:
+        """The worker closed its end: it is gone or going. Who comes now waits for the next one."""
         self._transport = None
+        if self.state == "ready":
+            self._set_state("loading")
 
     def _on_message(self, message: wire.ToFront) -> None:
         match message:
@@ -308,7 +318,8 @@ class ModelHost:
             case wire.Loading():
                 self._last_progress = time.monotonic()
             case wire.Ready():
-                self.ready, self.ready_since, self._last_progress = message, time.monotonic(), time.monotonic()
+                now = time.monotonic()
+                self.ready, self.ready_since, self._ready_at, self._last_progress = message, now, now, now
                 self._samples.clear()
                 self._set_state("ready")
                 log.info("%s is ready after %.2f s", self.ref, message.load_s)
@@ -318,6 +329,8 @@ class ModelHost:
             if generation := self._generations.get(piece.id):
                 if piece.finish_reason is not None:
                     del self._generations[piece.id]
+                if not generation.is_accepted:
+                    self._last_accepted = time.monotonic()
                 generation.push(piece)
         for failure in step.failures:
             error = error_from_wire(failure, ref=self.ref)
@@ -325,6 +338,7 @@ class ModelHost:
                 self.error = error
                 self._set_state("failed")
             elif generation := self._generations.pop(failure.id, None):
+                self._last_accepted = time.monotonic()
                 generation.fail(error)
 
     def _on_heartbeat(self, beat: wire.Heartbeat) -> None:

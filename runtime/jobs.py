@@ -9,13 +9,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
-from edge.errors import EdgeError, JobNotFound
+from edge.errors import EdgeError, JobNotFound, QueueFull
 from runtime.api.schema import Job
 
 log = logging.getLogger("edge.jobs")
 
 MAX_JOBS = 200
+MAX_AT_ONCE = 2
+MAX_UNFINISHED = 16
 _RATE_WINDOW_S = 3.0
 
 
@@ -60,6 +63,8 @@ class Jobs:
         self._jobs: dict[str, Job] = {}
         self._controls: dict[str, JobControl] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        # Threads of their own: a pull that waits for a dead server must not hold what the API runs on.
+        self._threads = ThreadPoolExecutor(MAX_AT_ONCE, thread_name_prefix="job")
 
     def list(self) -> list[Job]:
         """Every job, the newest first."""
@@ -76,9 +81,15 @@ class Jobs:
         return self._jobs[job_id]
 
     def start(self, kind: str, subject: str, work: Callable[[JobControl], str]) -> Job:
-        """Run `work` on a thread. What it returns is the job's last message."""
+        """Run `work` on a thread, when one is free. What it returns is the job's last message.
+
+        Raises:
+            QueueFull: `MAX_UNFINISHED` jobs are not over yet.
+        """
+        if len(self._tasks) >= MAX_UNFINISHED:
+            raise QueueFull(retry_after_s=30)
         loop = asyncio.get_running_loop()
-        job = Job(id=secrets.token_hex(6), kind=kind, subject=subject, state="running", created=time.time())
+        job = Job(id=secrets.token_hex(6), kind=kind, subject=subject, state="queued", created=time.time())
         control = JobControl(job, lambda: loop.call_soon_threadsafe(self._changed, job))
         self._jobs[job.id], self._controls[job.id] = job, control
         self._forget_old()
@@ -90,7 +101,7 @@ class Jobs:
     def cancel(self, job_id: str) -> Job:
         """Ask a job to stop; one that is over stays as it ended."""
         job = self.get(job_id)
-        if job.state == "running":
+        if job.state in ("queued", "running"):
             self._controls[job_id].cancel()
         return job
 
@@ -100,11 +111,16 @@ class Jobs:
             control.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=10)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, job: Job, control: JobControl, work: Callable[[JobControl], str]) -> None:
+        def begin() -> str:
+            job.state = "running"
+            return "" if control.is_cancelled() else work(control)
+
         try:
-            job.message = await asyncio.to_thread(work, control)
-            job.state = "done"
+            job.message = await asyncio.get_running_loop().run_in_executor(self._threads, begin)
+            job.state = "cancelled" if control.is_cancelled() and not job.message else "done"
         except EdgeError as e:
             job.state = "cancelled" if control.is_cancelled() else "failed"
             job.error = None if control.is_cancelled() else str(e)

@@ -96,11 +96,13 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, on_signal: Callable[[], object]) -> None:
         super().__init__(config)
         self._on_signal = on_signal
+        self._was_asked = False
 
     @override
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit:
-            self.force_exit = True
+        if self._was_asked:
+            self.should_exit = self.force_exit = True
+        self._was_asked = True
         self._on_signal()
 
 
@@ -149,6 +151,7 @@ def serve(settings: Settings, logs: RecentLines, *, on_ready: Callable[[int], No
     check_bind(settings.host)
     sockets = [_tcp_socket(settings.host, settings.port)]
     try:
+        settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
         sockets.append(_unix_socket(settings.socket_path))
         store = ModelStore(settings.store_dir, seed=settings.seed)
         appliance = Appliance(settings, store, Telemetry(settings), logs)
@@ -160,9 +163,10 @@ def serve(settings: Settings, logs: RecentLines, *, on_ready: Callable[[int], No
     except OSError as e:
         raise EdgeError(f"The appliance cannot start: {e}.") from e
     finally:
+        if len(sockets) > 1:  # the path is ours to remove only where we bound it
+            settings.socket_path.unlink(missing_ok=True)
         for sock in sockets:
             sock.close()
-        settings.socket_path.unlink(missing_ok=True)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -130,9 +130,14 @@ class PromptMaker:
 
     def _tokens(self, message: wire.Generate) -> list[int]:
         if message.messages is not None:
+            if len(message.messages) > self._context_tokens:  # each takes a token at least
+                raise ContextOverflow(
+                    limit_tokens=self._context_tokens, prompt_tokens=len(message.messages), completion_tokens=0
+                )
             self._check_length(sum(len(m.content) for m in message.messages))
             messages = [{"role": m.role, "content": m.content} for m in message.messages]
             text = self._template.render(messages)
+            self._check_length(len(text))
             if self._bos and text.startswith(self._bos):
                 text = text[len(self._bos) :] if self._adds_bos() else text
             return encode_prompt(self._tokenizer, text)

@@ -34,6 +34,7 @@ _STATUS: tuple[tuple[type[EdgeError], int], ...] = ((InvalidRequest, 400), (Queu
 _ENCODINGS = ("gzip", "identity")
 
 AnyRequest = Request[Any, Any, Any]
+After = Annotated[int, Parameter(ge=0, le=(1 << 63) - 1, description="Number of the last entry seen.")]
 Limit = Annotated[int, Parameter(ge=1, le=MAX_PAGE, description="Most entries of one page.")]
 
 
@@ -107,7 +108,7 @@ async def last_metrics(device: str, ledger: Ledger) -> MetricList:
 
 
 @get("/fleet/v1/devices/{device:str}/requests")
-async def list_requests(device: str, ledger: Ledger, limit: Limit = 100, after: int = 0) -> RequestPage:
+async def list_requests(device: str, ledger: Ledger, limit: Limit = 100, after: After = 0) -> RequestPage:
     """The requests that a device served, in the order in which they arrived here."""
     await _require_device(ledger, device)
     return await asyncio.to_thread(ledger.requests, device, after=after, limit=limit)

@@ -68,9 +68,9 @@ def details_of(
         quantization=gguf.quantization,
         num_parameters=gguf.num_parameters,
         context_tokens=gguf.context_tokens,
-        license=license or gguf.text("general.license"),
+        license=_clean(license or gguf.text("general.license")),
         source=source,
-        title=gguf.text("general.name"),
+        title=_clean(gguf.text("general.name")),
         sampling=sampling or Sampling(),
         annotations={TENSOR_TYPES: listed},
     )
@@ -114,13 +114,13 @@ def details_from(manifest: Manifest, config: ModelConfig) -> ModelDetails:
     """Read the details back; a package made by others has fewer."""
     notes = manifest.annotations
     return ModelDetails(
-        architecture=notes.get(ARCHITECTURE) or config.descriptor.family,
-        quantization=config.config.quantization,
+        architecture=_clean(notes.get(ARCHITECTURE) or config.descriptor.family),
+        quantization=_clean(config.config.quantization),
         num_parameters=_whole_number(notes.get(PARAMETERS)),
         context_tokens=_whole_number(notes.get(CONTEXT)),
-        license=" AND ".join(config.descriptor.licenses) or None,
-        source=notes.get(SOURCE) or config.descriptor.source_url,
-        title=config.descriptor.title,
+        license=_clean(" AND ".join(config.descriptor.licenses)),
+        source=_clean(notes.get(SOURCE) or config.descriptor.source_url),
+        title=_clean(config.descriptor.title),
         format=config.config.format or "gguf",
         sampling=_sampling(notes.get(SAMPLING)),
     )
@@ -132,6 +132,11 @@ def _sampling(text: str | None) -> Sampling:
         return msgspec.json.decode(text, type=Sampling) if text and len(text) <= 4096 else Sampling()
     except msgspec.MsgspecError:
         return Sampling()
+
+
+def _clean(text: str | None) -> str | None:
+    """A text out of a model's file, fit for a terminal and a log: no control characters, no end."""
+    return "".join(c if c.isprintable() else "?" for c in text[:500]) if text else None
 
 
 def _whole_number(text: str | None) -> int | None:

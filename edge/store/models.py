@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from edge.errors import DigestMismatch, InvalidModelFile, ModelNotFound, StoreError, UnsupportedFormat
+from edge.errors import DigestMismatch, InvalidModelFile, InvalidReference, ModelNotFound, StoreError, UnsupportedFormat
 
 from .blobs import BlobStore, Staged
 from .details import ModelDetails, annotations_of, config_of, details_from
@@ -536,7 +536,10 @@ def models_of(index: Index) -> dict[ModelRef, Descriptor]:
     for entry in index.manifests:
         name = entry.annotations.get(REF_NAME)
         if name and entry.media_type == MANIFEST_TYPE and entry.artifact_type == ARTIFACT_TYPE:
-            found[ModelRef.parse(name)] = entry
+            try:
+                found[ModelRef.parse(name)] = entry
+            except InvalidReference as e:  # another tool's name for a model must not hide ours
+                log.warning("an entry of the index is passed over: %s", e.message)
     return found
 
 

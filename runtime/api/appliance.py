@@ -19,13 +19,14 @@ from litestar.datastructures import State
 
 from edge import __version__
 from edge.config import Settings
-from edge.errors import ModelNotFound
+from edge.errors import ModelNotFound, QueueFull
 from edge.hardware.memory import available_bytes, total_bytes, usable_cores
 from edge.store.models import ModelStore, StoredModel
 from edge.telemetry.host import temperature_c
 from edge.telemetry.service import Telemetry
 from edge.telemetry.span import RequestRecord
 from runtime.api import sse
+from runtime.api.responses import ClientClosed
 from runtime.api.schema import Alert, DeviceStatus, Job, ModelInfo, OutboxStatus, PullRequest
 from runtime.host import ModelHost
 from runtime.jobs import JobControl, Jobs
@@ -111,8 +112,8 @@ class Appliance:
     async def remove(self, ref: str) -> None:
         """Unload a model and take it out of the store."""
         model = await self.stored_model(ref)
-        await self.pool.forget(str(model.ref))
         await asyncio.to_thread(self.store.remove, str(model.ref))
+        await self.pool.forget(str(model.ref))
         await asyncio.to_thread(self.store.collect)
         log.info("removed %s", model.ref)
 
@@ -134,7 +135,7 @@ class Appliance:
     def record(self, record: RequestRecord) -> None:
         """Count a request and hand it to the telemetry."""
         self._num_requests += 1
-        if record.error_type not in (None, "cancelled"):
+        if record.error_type not in (None, "cancelled", ClientClosed.code):
             self._num_failed += 1
         if record.ttft_s is not None:
             self._ttft_s.append(record.ttft_s)
@@ -203,6 +204,8 @@ class Appliance:
 
     async def events(self) -> AsyncGenerator[bytes]:
         """A status each second and every job as it changes. A watcher who reads too slowly misses events."""
+        if len(self._watchers) >= MAX_WATCHERS:
+            raise QueueFull(retry_after_s=5)
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=64)
         self._watchers.add(queue)
         try:
@@ -231,13 +234,19 @@ class Appliance:
     async def _broadcast(self) -> None:
         while True:
             await asyncio.sleep(STATUS_INTERVAL_S)
-            if self._watchers:
-                self._publish(sse.event("status", msgspec.json.encode(await self.status())))
+            try:
+                if self._watchers:
+                    self._publish(sse.event("status", msgspec.json.encode(await self.status())))
+            except Exception:  # the supervisor of a task: the next second may be better
+                log.exception("no status")
 
     async def _keep_house(self) -> None:
         while True:
             await asyncio.sleep(5)
-            await self.pool.unload_idle()
+            try:
+                await self.pool.unload_idle()
+            except Exception:  # as above
+                log.exception("housekeeping failed")
 
 
 def _existing(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -9,17 +10,20 @@ from collections.abc import AsyncGenerator, Callable
 import msgspec
 from litestar import Request
 from litestar.datastructures import State
+from litestar.types import Receive
 
-from edge.errors import EdgeError, InvalidRequest
+from edge.errors import EdgeError, InvalidRequest, WorkerDied
 from edge.telemetry.span import Operation, RequestRecord
 from runtime import wire
 from runtime.api.appliance import Appliance
 from runtime.api.openai_schema import SamplingFields, TokenDetails, Usage
+from runtime.api.responses import until_disconnect
 from runtime.generation import Generation
 from runtime.host import ModelHost
 from runtime.request import SamplingParams
 
 HttpRequest = Request[object, object, State]
+Make = Callable[[int, SamplingParams], wire.Generate]
 
 
 class Call:
@@ -50,8 +54,8 @@ class Call:
         self._generation: Generation | None = None
         self._finished = False
 
-    async def start(self, make: Callable[[int, SamplingParams], wire.Generate]) -> AsyncGenerator[list[wire.Piece]]:
-        """Hand the request to the engine and wait until it is accepted.
+    async def start(self, receive: Receive, make: Make) -> AsyncGenerator[list[wire.Piece]]:
+        """Hand the request to the engine and wait until it is accepted, or the client goes away.
 
         Args:
             make: The request under an id, with these sampling parameters.
@@ -62,17 +66,26 @@ class Call:
         Raises:
             EdgeError: The model cannot be had, or the engine refuses the request.
         """
+        return await until_disconnect(receive, self._start(make))
+
+    async def _start(self, make: Make) -> AsyncGenerator[list[wire.Piece]]:
         try:
-            host = await self.appliance.pool.ready(self.body.model)
-            self._adopt(host)
-            params = self.body.params(host.model.details.sampling)
-            self._generation = host.submit(lambda request_id: make(request_id, params))
-            steps = self._steps(self._generation)
-            await anext(steps)  # the first step says that the engine accepted the request
+            try:
+                return await self._submit(make)
+            except WorkerDied:  # for another's fault, most likely: nothing was computed yet, so once more
+                return await self._submit(make)
         except BaseException as e:
             self.finish(e)
             raise
-        return steps
+
+    async def _submit(self, make: Make) -> AsyncGenerator[list[wire.Piece]]:
+        host = await self.appliance.pool.ready(self.body.model)
+        self._adopt(host)
+        params = self.body.params(host.model.details.sampling)
+        self._generation = host.submit(lambda request_id: make(request_id, params))
+        steps = self._steps(self._generation)
+        first = await anext(steps)  # says that the engine accepted the request; more may have come with it
+        return _with_first(first, steps)
 
     def _adopt(self, host: ModelHost) -> None:
         self.model = host.ref
@@ -147,3 +160,12 @@ def _error_type(error: BaseException | None, *, finished: bool) -> str | None:
     if error is not None:
         return "cancelled" if not isinstance(error, Exception) or isinstance(error, GeneratorExit) else "internal_error"
     return None if finished else "cancelled"
+
+
+async def _with_first(
+    first: list[wire.Piece], rest: AsyncGenerator[list[wire.Piece]]
+) -> AsyncGenerator[list[wire.Piece]]:
+    async with contextlib.aclosing(rest):
+        yield first
+        async for pieces in rest:
+            yield pieces

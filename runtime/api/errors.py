@@ -13,6 +13,7 @@ from litestar.status_codes import HTTP_500_INTERNAL_SERVER_ERROR
 
 from edge import errors
 from edge.errors import EdgeError
+from runtime.api.responses import ClientClosed
 from runtime.api.schema import Problem
 
 log = logging.getLogger("edge.api")
@@ -32,6 +33,7 @@ STATUS: dict[type[EdgeError], int] = {
     errors.ModelNotFound: 404,
     errors.JobNotFound: 404,
     errors.Cancelled: 409,
+    ClientClosed: 499,
     errors.QueueFull: 429,
     errors.BackendError: 500,
     errors.WorkerDied: 500,

@@ -26,7 +26,7 @@ from runtime.api.openai_schema import (
     Model,
     Models,
 )
-from runtime.api.parsing import parse_body
+from runtime.api.parsing import check_items, parse_body
 from runtime.api.responses import EventStream, until_disconnect
 
 
@@ -144,17 +144,23 @@ def warning_headers(warnings: list[str]) -> dict[str, str]:
     return {"x-edge-warnings": "".join(c if c.isprintable() else "?" for c in text)} if warnings else {}
 
 
+_MESSAGE_FIELDS = frozenset(f.encode_name for f in msgspec.structs.fields(ChatMessage))
+
+
 @post("/v1/chat/completions", status_code=200)
 async def chat_completions(request: HttpRequest, state: State) -> Response[ChatCompletion] | EventStream:
     """Answer a conversation."""
-    body, warnings = parse_body(await request.body(), ChatRequest)
+    content = await request.body()
+    body, warnings = parse_body(content, ChatRequest)
+    warnings += check_items(content, "messages", _MESSAGE_FIELDS, frozenset({"tool_calls", "function_call"}))
     max_tokens = body.max_completion_tokens or body.max_tokens or 0
     call = Call(appliance_of(state), request, body, operation="chat", max_tokens=max_tokens)
     messages = [_wire_message(m) for m in body.messages]
     steps = await call.start(
+        request.receive,
         lambda i, params: wire.Generate(
             i, messages, None, params, max_tokens, body.stops(), body.ignore_eos, body.return_token_ids
-        )
+        ),
     )
     if call.stream:
         role = b'{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
@@ -190,9 +196,10 @@ async def completions(request: HttpRequest, state: State) -> Response[Completion
     max_tokens = body.max_tokens or 16  # OpenAI's default for this endpoint
     call = Call(appliance_of(state), request, body, operation="text_completion", max_tokens=max_tokens)
     steps = await call.start(
+        request.receive,
         lambda i, params: wire.Generate(
             i, None, body.prompt, params, max_tokens, body.stops(), body.ignore_eos, body.return_token_ids
-        )
+        ),
     )
     if call.stream:
         return _stream(call, steps, warnings, kind="text_completion", choice=_text_choice)

@@ -14,7 +14,9 @@ T = TypeVar("T")
 Temperature = Annotated[float, msgspec.Meta(ge=0, le=2)]
 Probability = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
+TokenCount = Annotated[int, msgspec.Meta(ge=0, le=(1 << 31) - 1)]
 PositiveInt = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+LogitBias = Annotated[dict[str, Annotated[float, msgspec.Meta(ge=-100, le=100)]], msgspec.Meta(max_length=1024)]
 StopString = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
 StopList = Annotated[list[StopString], msgspec.Meta(max_length=16)]
 Seed = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
@@ -32,6 +34,7 @@ class ChatMessage(msgspec.Struct, kw_only=True):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[TextPart] | None = None
     name: str | None = None
+    """Taken without effect: templates of this version's models have no place for it."""
 
     def text(self) -> str:
         """The content as one text."""
@@ -55,11 +58,11 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     max_tokens: PositiveInt | None = None
     temperature: Temperature | None = None
     top_p: Probability | None = None
-    top_k: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    top_k: TokenCount | None = None
     min_p: Probability | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[str, Annotated[float, msgspec.Meta(ge=-100, le=100)]] | None = None
+    logit_bias: LogitBias | None = None
     stop: StopString | StopList | None = None
     seed: Seed | None = None
     n: int | None = None
@@ -99,7 +102,7 @@ class ChatRequest(SamplingFields, kw_only=True):
 class CompletionRequest(SamplingFields, kw_only=True):
     """`POST /v1/completions`."""
 
-    prompt: str | list[int]
+    prompt: str | list[TokenCount]
 
 
 class TokenDetails(msgspec.Struct, kw_only=True):
@@ -194,6 +197,6 @@ def _first(asked: T | None, advised: T | None, default: T) -> T:
 
 
 def _token_id(key: str) -> int:
-    if not key.isdecimal() or len(key) > 9:
+    if not (key.isascii() and key.isdecimal()) or len(key) > 9:
         raise InvalidRequest(f"logit_bias has the key {key!r}.", field="logit_bias", hint="Keys are token ids.")
     return int(key)

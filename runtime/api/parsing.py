@@ -60,6 +60,25 @@ def parse_body(body: bytes, kind: type[T]) -> tuple[T, list[str]]:
     return parsed, _check_others({k: v for k, v in raw.items() if k not in known})
 
 
+def check_items(body: bytes, list_name: str, known: frozenset[str], refused: frozenset[str]) -> list[str]:
+    """Warnings for fields of a list's objects that were left out of account. `body` was parsed already.
+
+    Raises:
+        InvalidRequest: A field of `refused` asks for something.
+    """
+    items = msgspec.json.decode(body, type=dict[str, msgspec.Raw])[list_name]
+    names: dict[str, None] = {}
+    for i, item in enumerate(msgspec.json.decode(items, type=list[dict[str, msgspec.Raw]])):
+        for name in item.keys() - known:
+            asks = bytes(item[name]) not in (b"null", b"[]")
+            if name in refused and asks:
+                field = f"{list_name}[{i}].{name}"
+                raise InvalidRequest(f"'{field}' is not supported by this version.", field=field, hint="Leave it out.")
+            if asks:
+                names[name] = None
+    return [f"unknown field '{name[:64]}' in {list_name} was ignored" for name in sorted(names)][:20]
+
+
 def _missing_field(message: str) -> str | None:
     return message.split("`")[1] if "missing required field `" in message else None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -52,13 +52,13 @@ class ModelList(msgspec.Struct, kw_only=True):
 
 
 class ModelRequest(msgspec.Struct, kw_only=True):
-    model: str
+    model: Annotated[str, msgspec.Meta(max_length=400)]
 
 
 class PullRequest(msgspec.Struct, kw_only=True):
-    source: str
+    source: Annotated[str, msgspec.Meta(min_length=1, max_length=2048)]
     """A catalog name, or ``hf://``, ``pypi://``, ``https://`` or a file's path."""
-    name: str | None = None
+    name: Annotated[str, msgspec.Meta(max_length=400)] | None = None
 
 
 class Job(msgspec.Struct, kw_only=True):

@@ -65,11 +65,19 @@ CASES: list[tuple[str, str, Any, int, str | None, str]] = [
     ("far too long a prompt", CHAT, chat(messages=[{"role": "user", "content": "x" * 2_000_000}]),
      400, "messages", "maximum context length is 8192 tokens"),
     ("too many tokens asked for", CHAT, chat(max_tokens=9000), 400, "messages", "maximum context length"),
+    ("top_k beyond any integer", CHAT, chat(top_k=1 << 64), 400, "top_k", "<="),
+    ("many logit_bias", CHAT, chat(logit_bias={str(i): 1 for i in range(2000)}), 400, "logit_bias", "length"),
+    ("logit_bias in other digits", CHAT, chat(logit_bias={"١٢": 1}), 400, "logit_bias", "token ids"),
+    ("a message of calls", CHAT, chat(messages=[{"role": "assistant", "tool_calls": [{}]}]),
+     400, "messages[0].tool_calls", "not supported"),
+    ("a crowd of empty messages", CHAT, chat(messages=[{"role": "user", "content": ""}] * 20_000),
+     400, "messages", "maximum context length"),
+    ("token beyond any integer", TEXT, {"model": DEFAULT_MODEL, "prompt": [1 << 64]}, 400, "prompt[0]", "<="),
     ("no prompt", TEXT, {"model": DEFAULT_MODEL}, 400, "prompt", "prompt"),
     ("empty prompt", TEXT, {"model": DEFAULT_MODEL, "prompt": ""}, 400, "prompt", "empty"),
     ("empty token prompt", TEXT, {"model": DEFAULT_MODEL, "prompt": []}, 400, "prompt", "empty"),
     ("unknown token", TEXT, {"model": DEFAULT_MODEL, "prompt": [1, 10**8]}, 400, "prompt", "token"),
-    ("negative token", TEXT, {"model": DEFAULT_MODEL, "prompt": [-1]}, 400, "prompt", "token"),
+    ("negative token", TEXT, {"model": DEFAULT_MODEL, "prompt": [-1]}, 400, "prompt[0]", ">= 0"),
     ("prompts of texts", TEXT, {"model": DEFAULT_MODEL, "prompt": ["a", "b"]}, 400, "prompt[0]", "str"),
     ("echo", TEXT, {"model": DEFAULT_MODEL, "prompt": "a", "echo": True}, 400, "echo", "not supported"),
     ("suffix", TEXT, {"model": DEFAULT_MODEL, "prompt": "a", "suffix": "b"}, 400, "suffix", "not supported"),
@@ -129,6 +137,7 @@ def test_unknown_paths_and_methods(appliance: RunningAppliance, method: str, pat
         ("GET", "/edge/v1/jobs/none", None, 404, "job_not_found"),
         ("GET", "/edge/v1/logs?lines=-1", None, 400, "invalid_request"),
         ("POST", "/edge/v1/models/pull", {"source": 3}, 400, "invalid_request"),
+        ("POST", "/edge/v1/models/pull", {"source": "x" * 5000}, 400, "invalid_request"),
     ],
 )
 def test_the_admin_api_answers_with_problem_details(
@@ -148,6 +157,21 @@ def test_a_body_over_the_limit_is_refused_while_it_is_read(appliance: RunningApp
         reply = http.post(CHAT, content=b" " * (17 << 20))
     assert reply.status_code == 413
     assert reply.json()["error"]["code"] == "body_too_large"
+
+
+@pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"}])
+def test_pages_of_other_sites_are_refused(appliance: RunningAppliance, headers: dict[str, str]) -> None:
+    with appliance.client() as http:
+        reply = http.post(CHAT, json=chat_body("Hi"), headers=headers)
+    assert reply.status_code == 403
+    assert reply.json()["error"]["code"] == "forbidden"
+
+
+def test_unknown_fields_of_messages_are_listed(appliance: RunningAppliance) -> None:
+    body = chat_body("Hi", max_tokens=1)
+    body["messages"][0]["mood"] = "good"
+    with appliance.client() as http:
+        assert http.post(CHAT, json=body).json()["warnings"] == ["unknown field 'mood' in messages was ignored"]
 
 
 def test_unknown_fields_are_listed(appliance: RunningAppliance) -> None:

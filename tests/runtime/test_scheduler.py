@@ -256,5 +256,23 @@ def test_common_prefix_is_what_a_loop_finds(a: list[int], b: list[int], limit: i
     assert common_prefix(a, b, limit=limit) == n
 
 
+def test_a_seed_decides_whatever_else_is_computed() -> None:
+    def answers(*, others: int) -> tuple[str, str, str]:
+        backend = ScriptedBackend(capabilities(slots=8, cells=5000, step=64))
+        engine = Engine(backend, sink := CollectingSink(), max_queue=20)
+        for i in range(others):
+            engine.submit(Request(RequestId(100 + i), (1, 2, i + 3), 20, GREEDY, ignore_eos=True))
+        for i, seed in enumerate((7, 7, 8)):
+            params = SamplingParams(temperature=1.0, seed=seed)
+            engine.submit(Request(RequestId(i), (9, 9, 9), 20, params, ignore_eos=True))
+        while engine.advance():
+            pass
+        return sink.texts[RequestId(0)], sink.texts[RequestId(1)], sink.texts[RequestId(2)]
+
+    first, again, other = answers(others=0)
+    assert first == again != other
+    assert answers(others=4) == (first, again, other)
+
+
 def test_nothing_to_do_is_no_batch() -> None:
     assert Scheduler(Limits(2, 100, 16)).schedule() is None

@@ -1,0 +1,107 @@
+"""Starting, stopping, failing: what happens to the others."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import httpx
+
+from edge.store.details import ModelDetails
+from edge.store.models import ModelStore, PackageFile
+from tests.support import DEFAULT_MODEL, SEED, chat_body, run_edge, running_appliance, wait_until
+
+
+def test_a_second_appliance_leaves_the_first_ones_socket(home: Path) -> None:
+    with running_appliance(home) as first:
+        second = run_edge("serve", "--port", "0", home=home)
+        assert second.returncode == 2
+        assert "already" in second.stderr
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(first.socket)), base_url="http://edge") as http:
+            assert http.get("/livez").status_code == 200
+
+
+def test_a_model_that_cannot_be_served_fails_at_once_and_leaves_no_process(home: Path) -> None:
+    seeded = ModelStore(home / "store", seed=SEED).get(DEFAULT_MODEL)
+    files = [PackageFile(seeded.weights, name) for name in ("a.gguf", "b.gguf")]
+    ModelStore(home / "store").add("two:x", files, ModelDetails())
+    with running_appliance(home) as appliance, appliance.client() as http:
+        for _ in range(3):
+            reply = http.post("/v1/chat/completions", json=chat_body("Hi", model="two:x"))
+            assert reply.status_code == 400
+            assert "weight files" in reply.json()["error"]["message"]
+        assert appliance.worker_pids() == []
+        infos = http.get("/edge/v1/models").json()["models"]
+        assert next(i for i in infos if i["ref"] == "two:x")["state"] == "failed"
+
+
+def test_loads_and_unloads_beside_requests_leave_one_worker(home: Path) -> None:
+    with running_appliance(home) as appliance:
+        until = time.monotonic() + 5
+
+        def ask() -> None:
+            with appliance.client() as http:
+                while time.monotonic() < until:
+                    http.post("/v1/chat/completions", json=chat_body("Hi", max_tokens=2))
+
+        askers = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in askers:
+            thread.start()
+        with appliance.client() as http:
+            while time.monotonic() < until:
+                http.post("/edge/v1/models/unload", json={"model": DEFAULT_MODEL})
+            for thread in askers:
+                thread.join()
+            http.post("/v1/chat/completions", json=chat_body("Hi", max_tokens=2)).raise_for_status()
+            assert len(appliance.worker_pids()) == 1
+            http.post("/edge/v1/models/unload", json={"model": DEFAULT_MODEL}).raise_for_status()
+            assert appliance.worker_pids() == []
+
+
+def test_slow_pulls_do_not_hold_the_api(home: Path) -> None:
+    with running_appliance(home) as appliance, appliance.client() as http, socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(32)
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        jobs = [http.post("/edge/v1/models/pull", json={"source": f"{url}/{i}.gguf"}) for i in range(8)]
+        assert {j.status_code for j in jobs} == {202}
+        http.post("/v1/chat/completions", json=chat_body("Hi", max_tokens=2)).raise_for_status()
+        states = {j["state"] for j in http.get("/edge/v1/jobs").json()["jobs"]}
+        assert states == {"queued", "running"}
+
+
+def test_the_events_outlive_a_damaged_index(home: Path) -> None:
+    with running_appliance(home) as appliance, appliance.client() as http, http.stream("GET", "/edge/v1/events") as r:
+        lines = r.iter_lines()
+        assert "status" in next(lines)
+        index = home / "store" / "index.json"
+        whole = index.read_bytes()
+        index.write_bytes(b"{")
+        wait_until(lambda: "no status" in appliance.log(), what="the failure to be noticed")
+        index.write_bytes(whole)
+        assert sum("event: status" in line for line, _ in zip(lines, range(12), strict=False)) >= 2
+
+
+def test_a_second_signal_ends_at_once(home: Path) -> None:
+    with running_appliance(home) as appliance, appliance.client() as http:
+        body = chat_body("Write.", max_tokens=7000, stream=True, ignore_eos=True)
+        with http.stream("POST", "/v1/chat/completions", json=body) as r:
+            next(r.iter_lines())
+            appliance.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: "stopping" in appliance.log())
+            appliance.process.send_signal(signal.SIGTERM)
+            assert appliance.process.wait(15) is not None
+
+
+def test_a_hung_load_and_a_stopped_worker_do_not_stop_the_front(home: Path) -> None:
+    with running_appliance(home) as appliance, appliance.client() as http:
+        http.post("/v1/chat/completions", json=chat_body("Hi", max_tokens=2)).raise_for_status()
+        (worker,) = appliance.worker_pids()
+        os.kill(worker, signal.SIGSTOP)
+        assert http.get("/livez").status_code == 200
+        os.kill(worker, signal.SIGKILL)
+        http.post("/v1/chat/completions", json=chat_body("Hi", max_tokens=2)).raise_for_status()
