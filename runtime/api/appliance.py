@@ -195,7 +195,9 @@ class Appliance:
         if memory_share < LOW_MEMORY_SHARE:
             alerts.append(Alert(level="warning", what="memory is nearly used up", fix="edge unload MODEL"))
         if (error := self.outbox().last_error) is not None:
-            alerts.append(Alert(level="warning", what=f"telemetry: {error}", fix="edge telemetry status"))
+            alerts.append(
+                Alert(level="warning", what=f"telemetry: {error}", fix="start the gateway, or correct EDGE_GATEWAY_URL")
+            )
         if not models:
             alerts.append(Alert(level="info", what="no models yet", fix=f"edge pull {self.settings.default_model}"))
         return alerts
