@@ -34,14 +34,15 @@ class RecentLines(logging.Handler):
 
 def set_up(directory: Path, *, verbose: bool) -> RecentLines:
     """Send the log of this process to a file in `directory`, to stderr, and to the handler that is returned. Where
-    the file cannot be written, the log goes on without it and says so."""
+    the file cannot be written, the log goes on without it and says so. Directories made here are this user's alone."""
     recent = RecentLines()
     terminal = logging.StreamHandler(sys.stderr)
     terminal.setLevel(logging.INFO if verbose else logging.WARNING)
     handlers: list[logging.Handler] = [recent, terminal]
     failure: OSError | None = None
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, exist_ok=True)
         handlers.append(
             logging.handlers.RotatingFileHandler(
                 directory / "edge.log", maxBytes=_MAX_FILE_BYTES, backupCount=_KEPT_FILES, encoding="utf-8"

@@ -151,7 +151,6 @@ def serve(settings: Settings, logs: RecentLines, *, on_ready: Callable[[int], No
     check_bind(settings.host)
     sockets = [_tcp_socket(settings.host, settings.port)]
     try:
-        settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
         sockets.append(_unix_socket(settings.socket_path))
         store = ModelStore(settings.store_dir, seed=settings.seed)
         appliance = Appliance(settings, store, Telemetry(settings), logs)
