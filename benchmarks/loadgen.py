@@ -68,10 +68,11 @@ class _Received:
 
 
 def body_of(ask: Ask, model: str, history: list[dict[str, str]]) -> bytes:
-    """The JSON of a request: greedy, of a fixed length, streamed. The same bytes go to every server."""
+    """The JSON of a request: greedy, streamed, of a fixed length unless it may end. The same for every server."""
     prompt = {"messages": [*history, {"role": "user", "content": ask.text}]} if ask.is_turn else {"prompt": ask.text}
     return msgspec.json.encode(
-        {"model": model, **prompt, "max_tokens": ask.max_tokens, "temperature": 0, "ignore_eos": True, "stream": True,
+        {"model": model, **prompt, "max_tokens": ask.max_tokens, "temperature": 0, "ignore_eos": not ask.may_end,
+         "stream": True,
          "stream_options": {"include_usage": True}}
     )  # fmt: skip
 

@@ -47,13 +47,23 @@ class Sample(msgspec.Struct, frozen=True):
     others_cores: float
     first_token_s: list[float]
     gaps_s: list[float]
-    texts: list[str]
+    num_requests: int
     errors: list[str]
 
     @property
     def is_disturbed(self) -> bool:
         """Whether others used more than `QUIET_CORES`."""
         return self.others_cores > QUIET_CORES
+
+
+class Answers(msgspec.Struct, frozen=True):
+    """What a server said to a workload's requests where it might end when it liked. Not a measure: past the model's
+    own end of an answer the servers go on in different ways, so the measured texts say little about agreement."""
+
+    workload: str
+    clients: int
+    server: str
+    texts: list[str]
 
 
 class Footprint(msgspec.Struct, frozen=True):
@@ -145,7 +155,7 @@ def _sample(place: Place, server: Server, outcome: Outcome, metrics: dict[str, f
         others_cores=costs["others_cores"],
         first_token_s=[t for a in answers if (t := a.first_token_s) is not None],
         gaps_s=[g for a in answers for g in a.gaps_s],
-        texts=[a.text for a in answers],
+        num_requests=len(answers),
         errors=[a.error for a in answers if a.error],
     )
 
@@ -220,13 +230,16 @@ class Bench:
         self.peer = peer
         self.conditions = conditions
         self.samples: list[Sample] = []
+        self._servers: dict[str, Server] = {}
         self.footprints: list[Footprint] = []
+        self.answers: list[Answers] = []
 
     def run(self, workload: Workload, *, clients: tuple[int, ...], rounds: int) -> None:
         """All rows of a workload."""
         with self._measuring(workload) as measure:
             for number in clients:
                 self._rounds(workload, number, rounds, measure)
+                self._compare_answers(workload, number)
 
     @contextmanager
     def _measuring(self, workload: Workload) -> Generator[Measure]:
@@ -240,11 +253,21 @@ class Bench:
         else:
             with ExitStack() as stack:
                 servers = {c.name: stack.enter_context(self._running(workload, c)) for c in (self.ours, self.peer)}
+                self._servers = servers
                 for server in servers.values():
                     generate_load(server, [[Ask("Once upon a time", 8)]], limit_s=60)
                 stack.enter_context(spinning(workload.busy_cores))
                 yield lambda place, who, asks: measure_load(place, servers[who.name], asks)
                 self.footprints += [self._footprint(workload, s) for s in servers.values()]
+
+    def _compare_answers(self, workload: Workload, clients: int) -> None:
+        if workload.kind != "load" or workload.busy_cores:
+            return
+        asks = Place(workload, clients, -1, 0).asks(self.conditions.seed)
+        asks = [[msgspec.structs.replace(a, may_end=True) for a in mine] for mine in asks]
+        for name, server in self._servers.items():
+            outcome = generate_load(server, asks, limit_s=workload.limit_s)
+            self.answers.append(Answers(workload.name, clients, name, [a.text for a in outcome.answers]))
 
     def _running(self, workload: Workload, contender: Contender) -> AbstractContextManager[Server]:
         threads = self._threads(workload, contender)

@@ -30,8 +30,9 @@ def merged(reports: Sequence[Report]) -> Report:
         for s in report.samples
     ]
     memory = [f for r in reports for f in r.memory]
-    rows = make_rows(samples, ours=OUR_NAME, peer=PEER_NAME)
-    return msgspec.structs.replace(reports[0], samples=samples, memory=memory, rows=rows)
+    answers = [a for r in reports for a in r.answers]
+    rows = make_rows(samples, answers, ours=OUR_NAME, peer=PEER_NAME)
+    return msgspec.structs.replace(reports[0], samples=samples, answers=answers, memory=memory, rows=rows)
 
 
 @click.command()

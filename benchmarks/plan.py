@@ -9,11 +9,16 @@ MAX_REQUESTS = 4096
 
 
 class Ask(msgspec.Struct, frozen=True):
-    """One request: a text to go on with, or the next turn of the client's conversation."""
+    """One request: a text to go on with, or the next turn of the client's conversation.
+
+    Attributes:
+        may_end: Whether the model may end its answer before `max_tokens`.
+    """
 
     text: str
     max_tokens: int
     is_turn: bool = False
+    may_end: bool = False
 
 
 class Plan(msgspec.Struct, frozen=True):

@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 from rich.table import Table
 
-from .comparison import Verdict, agreement, geometric_mean, judge, median, percentile, same_server_spread
-from .measure import Footprint, Sample
+from .comparison import Agreement, Verdict, agreement, geometric_mean, judge, median, percentile, same_server_spread
+from .measure import Answers, Footprint, Sample
 from .peers import BenchError
 
 
@@ -69,6 +69,7 @@ class Report(msgspec.Struct, frozen=True):
     rows: list[Row]
     memory: list[Footprint]
     samples: list[Sample]
+    answers: list[Answers]
 
 
 Round = list[Sample]
@@ -106,25 +107,26 @@ def _side(samples: Sequence[Sample], metric: str) -> Side:
         gap_p50=percentile(gaps, 0.5),
         gap_p95=percentile(gaps, 0.95),
         cpu_per_token=sum(s.cpu_s for s in samples) / output if output else math.nan,
-        num_prompt=prompt / max(1, sum(len(s.texts) for s in samples)),
+        num_prompt=prompt / max(1, sum(s.num_requests for s in samples)),
         cached_share=sum(s.num_cached for s in samples) / prompt if prompt else math.nan,
         errors=sum(len(s.errors) for s in samples),
     )
 
 
-def _texts(rounds: Sequence[Round], name: str) -> list[str]:
-    ordered = [s for samples in rounds for s in sorted(samples, key=lambda s: s.prompts) if s.server == name]
-    return [t for s in ordered for t in s.texts]
+def _agreement(answers: Sequence[Answers], sample: Sample, ours: str, peer: str) -> Agreement:
+    mine = [a for a in answers if (a.workload, a.clients) == (sample.workload, sample.clients)]
+    ours_texts = [t for a in mine if a.server == ours for t in a.texts]
+    return agreement(ours_texts, [t for a in mine if a.server == peer for t in a.texts])
 
 
-def _row(rounds: Sequence[Round], metric: str, ours: str, peer: str) -> Row:
+def _row(rounds: Sequence[Round], answers: Sequence[Answers], metric: str, ours: str, peer: str) -> Row:
     clean = [r for r in rounds if not any(s.is_disturbed for s in r)]
     used = clean or list(rounds)
     flat = [s for r in used for s in r]
     ratios = [_ratio(r, metric, ours, peer) for r in used]
     spread = same_server_spread(_repeats(used, metric, (ours, peer)), rounds=len(used))
     ratio = median(ratios)
-    same = agreement(_texts(used, ours), _texts(used, peer))
+    same = _agreement(answers, flat[0], ours, peer)
     return Row(
         workload=flat[0].workload,
         clients=flat[0].clients,
@@ -143,13 +145,13 @@ def _row(rounds: Sequence[Round], metric: str, ours: str, peer: str) -> Row:
     )
 
 
-def make_rows(samples: Sequence[Sample], *, ours: str, peer: str) -> list[Row]:
+def make_rows(samples: Sequence[Sample], answers: Sequence[Answers], *, ours: str, peer: str) -> list[Row]:
     """A row for each workload, number of clients and metric, in the order in which they were measured."""
     groups: dict[tuple[str, int], dict[int, Round]] = defaultdict(lambda: defaultdict(list))
     for s in samples:
         groups[s.workload, s.clients][s.round].append(s)
     return [
-        _row(list(rounds.values()), metric, ours, peer)
+        _row(list(rounds.values()), answers, metric, ours, peer)
         for rounds in groups.values()
         for metric in next(iter(rounds.values()))[0].metrics
     ]

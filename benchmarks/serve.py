@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 
 import click
 from rich.console import Console
@@ -61,9 +63,10 @@ def _report(bench: Bench, ours: Ours, peer: LlamaServer, threads: int, started: 
         versions={"slm-edge": _commit(), "llama-server": peer.version()},
         model=ours.model,
         started=started,
-        rows=make_rows(bench.samples, ours=ours.name, peer=peer.name),
+        rows=make_rows(bench.samples, bench.answers, ours=ours.name, peer=peer.name),
         memory=bench.footprints,
         samples=bench.samples,
+        answers=bench.answers,
     )
 
 
@@ -72,6 +75,10 @@ def _flags(contender: Ours | LlamaServer, threads: int) -> list[str]:
     command = contender.command(0, context_tokens=0, threads=threads)[1:]
     hidden = {"--port", "-m", "--host", "-c", "--context-tokens"}
     return [w for i, w in enumerate(command) if w not in hidden and command[i - 1] not in hidden]
+
+
+def _leave(_signal: int, _frame: FrameType | None) -> None:
+    sys.exit(143)  # by way of the blocks that stop the servers
 
 
 @click.command()
@@ -110,6 +117,7 @@ def serve(workloads: tuple[str, ...], *, quick: bool, clients: tuple[int, ...], 
     conditions = Conditions(
         threads, seed, wait_s, extra_rounds, until, lambda line: progress.print(line, markup=False, soft_wrap=True)
     )
+    signal.signal(signal.SIGTERM, _leave)
     report: Report | None = None
     written: list[Path] = []
     try:
