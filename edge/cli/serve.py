@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 
 import click
 
@@ -50,13 +52,14 @@ def _announce(settings: Settings, port: int) -> None:
 
 
 def _try_next(url: str, model: str) -> list[str]:
+    edge = "edge" if shutil.which("edge") else sys.argv[0]  # as in a clone, where nobody put .venv/bin on the PATH
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "What is a lighthouse for?"}]})
     return [
         "Try, in another terminal:",
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\",
         f"    -d '{body}'",
-        '  edge chat "What is a lighthouse for?"',
-        "  edge tui",
+        f'  {edge} chat "What is a lighthouse for?"',
+        f"  {edge} tui",
         "",
         "or from Python (pip install openai):",
         "  from openai import OpenAI",
