@@ -90,5 +90,5 @@ def agreement(ours: Sequence[str], theirs: Sequence[str]) -> Agreement:
     pairs = list(zip(ours, theirs, strict=False))
     if not pairs:
         return Agreement(0, math.nan, math.nan)
-    shares = [common_prefix(a, b) / max(1, min(len(a), len(b))) for a, b in pairs]
+    shares = [1.0 if a == b else common_prefix(a, b) / max(1, min(len(a), len(b))) for a, b in pairs]
     return Agreement(len(pairs), sum(a == b for a, b in pairs) / len(pairs), statistics.fmean(shares))

@@ -134,7 +134,7 @@ def question(rng: random.Random) -> str:
 
 def _prompt(rng: random.Random, num_tokens: int) -> str:
     """Something to read, and a question about it."""
-    return f"{passage(rng, num_tokens - _QUESTION_TOKENS)}\nQuestion: {question(rng)}\nAnswer:"
+    return f"{passage(rng, num_tokens - _QUESTION_TOKENS)}\nQuestion: {question(rng)}\nAnswer: The"
 
 
 def _each(clients: int, requests: int, make: Callable[[], Ask]) -> Clients:
@@ -154,7 +154,7 @@ def long(clients: int, rng: random.Random) -> Clients:
 def prefix(clients: int, rng: random.Random) -> Clients:
     """One document of 800 tokens that nobody has seen, and a question of its own in each request; 32 out."""
     shared = passage(rng, 800)
-    return _each(clients, 2, lambda: Ask(f"{shared}\nQuestion: {question(rng)}\nAnswer:", 32))
+    return _each(clients, 2, lambda: Ask(f"{shared}\nQuestion: {question(rng)}\nAnswer: The", 32))
 
 
 def repeat(clients: int, rng: random.Random) -> Clients:
@@ -170,7 +170,7 @@ def chat(clients: int, rng: random.Random) -> Clients:
 def one_document(clients: int, rng: random.Random) -> Clients:
     """Two questions on a document of 800 tokens, to be asked before and after a restart; two tokens out."""
     shared = passage(rng, 800)
-    return _each(clients, 2, lambda: Ask(f"{shared}\nQuestion: {question(rng)}\nAnswer:", 2))
+    return _each(clients, 2, lambda: Ask(f"{shared}\nQuestion: {question(rng)}\nAnswer: The", 2))
 
 
 def one_word(clients: int, rng: random.Random) -> Clients:

@@ -92,4 +92,5 @@ def test_common_prefix() -> None:
 def test_agreement_counts_equal_answers_and_how_far_the_others_agree() -> None:
     result = agreement(["same", "abcd"], ["same", "abXX"])
     assert (result.num_answers, result.equal_share, result.prefix_share) == (2, 0.5, 0.75)
+    assert agreement([""], [""]).prefix_share == 1.0
     assert math.isnan(agreement([], []).equal_share)
