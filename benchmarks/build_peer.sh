@@ -26,7 +26,6 @@ trap 'exit 130' INT TERM
 sdist=${1:-}
 if [ -z "$sdist" ]; then
   echo "Fetching llama-cpp-python $version" >&2
-  # Its metadata is of no interest: without build isolation pip compiles nothing to learn it.
   "$python" -m pip --disable-pip-version-check download --quiet --no-deps --no-binary :all: \
     --dest "$work" "llama-cpp-python==$version" >&2
   sdist=$(ls "$work"/llama_cpp_python-*.tar.gz)
