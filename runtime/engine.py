@@ -291,6 +291,10 @@ class Engine:
 
     def _draw(self, sequence: Sequence, logits: NDArray[np.float32], best: int) -> TokenId:
         params = sequence.request.params
+        if sequence.request.ignore_eos:  # forbidden rather than passed over, as llama-server does
+            logits = logits.copy()
+            logits[list(self._backend.tokenizer.eog_tokens)] = -np.inf
+            best = int(logits.argmax())
         if params.is_greedy and np.isfinite(logits[best]):
             return best
         answer = self._answers[sequence.request.id]

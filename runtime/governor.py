@@ -23,7 +23,7 @@ _TAKEN_SHARE = 0.3
 
 @dataclass(frozen=True, slots=True)
 class CpuTimes:
-    """Seconds of processor time since the machine's start, and of this process."""
+    """Seconds of processor time since the machine's start, and of this process and the front that started it."""
 
     at: float
     busy_s: float
@@ -34,8 +34,11 @@ def read_cpu_times() -> CpuTimes:
     """The kernel's counters now (proc(5), /proc/stat): user, nice, system, irq, softirq and steal are busy."""
     fields = [int(f) for f in Path("/proc/stat").read_text("ascii").split("\n", 1)[0].split()[1:9]]
     own = os.times()
-    busy = (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
-    return CpuTimes(time.monotonic(), busy, own.user + own.system)
+    ticks = os.sysconf("SC_CLK_TCK")
+    front = Path(f"/proc/{os.getppid()}/stat").read_text("ascii", "replace").rpartition(")")[2].split()
+    front_s = (int(front[11]) + int(front[12])) / ticks  # utime and stime, proc(5)
+    busy = (sum(fields) - fields[3] - fields[4]) / ticks
+    return CpuTimes(time.monotonic(), busy, own.user + own.system + front_s)
 
 
 class Governor:

@@ -18,6 +18,9 @@ from runtime.states import MIN_STATE_TOKENS, SavedState, SavedStates, common_pre
 
 MIN_SHARED_TOKENS = 32
 """A prefix shorter than this is not worth waiting for, nor worth a copy between slots."""
+MAX_IDLE_CELLS = 256
+"""Cells that slots without a sequence may hold while others run. Attention looks at every used cell of the cache:
+1,500 idle ones made a one-token step of the default model 19 % longer. Saved, they come back in a millisecond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +146,7 @@ class Scheduler:
         """Plan the next step, or None where nothing can be computed."""
         self._clock += 1
         self._admit()
+        self._trim_idle()
         chunks = self._decode_chunks()
         chunks += self._prefill_chunks(self.limits.step_tokens - len(chunks))
         if not chunks:
@@ -274,6 +278,8 @@ class Scheduler:
     def _make_room(self, cells: int, *, keep: set[int]) -> bool:
         """Drop idle slots' cells, longest unused first, until `cells` more fit."""
         free = self.limits.num_cells - self._cells_used() - self._reserved()
+        if free >= cells:
+            return True
         idle = sorted(
             (s for s in self._slots if s.sequence is None and s.tokens and s.index not in keep),
             key=lambda s: s.last_used,
@@ -284,6 +290,17 @@ class Scheduler:
             free += len(slot.tokens)
             self._drop_cells(slot)
         return free >= cells
+
+    def _trim_idle(self) -> None:
+        """While something runs, move what idle slots hold beyond a little to the saved states, longest unused first."""
+        if not self.running or not self.limits.state_cells:
+            return
+        idle = [s for s in self._slots if s.sequence is None and s.tokens]
+        excess = sum(len(s.tokens) for s in idle) - MAX_IDLE_CELLS
+        for slot in sorted(idle, key=lambda s: s.last_used) if excess > 0 else ():
+            if excess > 0:
+                excess -= len(slot.tokens)
+                self._drop_cells(slot)
 
     def _drop_cells(self, slot: Slot) -> None:
         """Empty a slot; what it held is saved where that is worth it."""

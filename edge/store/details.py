@@ -118,7 +118,7 @@ def details_from(manifest: Manifest, config: ModelConfig) -> ModelDetails:
         quantization=_clean(config.config.quantization),
         num_parameters=_whole_number(notes.get(PARAMETERS)),
         context_tokens=_whole_number(notes.get(CONTEXT)),
-        license=_clean(" AND ".join(config.descriptor.licenses)),
+        license=_clean(" AND ".join(config.descriptor.licenses) or None),
         source=_clean(notes.get(SOURCE) or config.descriptor.source_url),
         title=_clean(config.descriptor.title),
         format=config.config.format or "gguf",
@@ -136,7 +136,7 @@ def _sampling(text: str | None) -> Sampling:
 
 def _clean(text: str | None) -> str | None:
     """A text out of a model's file, fit for a terminal and a log: no control characters, no end."""
-    return "".join(c if c.isprintable() else "?" for c in text[:500]) if text else None
+    return "".join(c if c.isprintable() else "?" for c in text[:500]) if text is not None else None
 
 
 def _whole_number(text: str | None) -> int | None:

@@ -44,6 +44,7 @@ refs = st.builds(
 )
 digests = st.binary(max_size=8).map(digest_bytes)
 texts = st.text(max_size=20)
+printable = st.text(st.characters(exclude_categories=("C", "Z")), max_size=20)
 file_names = st.from_regex(r"[a-z0-9]{1,8}(/[a-z0-9]{1,8}){0,2}\.gguf", fullmatch=True)
 
 
@@ -102,13 +103,13 @@ def test_a_manifest_refers_to_all_of_its_blobs(manifest: Manifest) -> None:
     refs,
     st.builds(
         ModelDetails,
-        architecture=st.none() | texts.filter(bool),
-        quantization=st.none() | texts,
+        architecture=st.none() | printable.filter(bool),
+        quantization=st.none() | printable,
         num_parameters=st.none() | st.integers(0, 1 << 50),
         context_tokens=st.none() | st.integers(0, 1 << 30),
-        license=st.none() | texts.filter(bool),
-        source=st.none() | texts.filter(bool),
-        title=st.none() | texts,
+        license=st.none() | printable.filter(bool),
+        source=st.none() | printable.filter(bool),
+        title=st.none() | printable,
     ),
 )
 def test_details_come_back_from_the_package(ref: ModelRef, details: ModelDetails) -> None:
@@ -270,3 +271,12 @@ def test_our_annotations_carry_our_prefix() -> None:
     details = ModelDetails(architecture="llama", num_parameters=1, context_tokens=2, source="x")
     assert all(key.startswith(OURS) for key in annotations_of(details))
     assert msgspec.json.decode(config_of(ModelRef("a"), details, []).encode())["config"]["format"] == "gguf"
+
+
+@given(manifests())
+def test_what_could_steer_a_terminal_is_taken_out_of_a_packages_texts(manifest: Manifest) -> None:
+    details = ModelDetails(title="\x1b]0;title\x07", license="MIT\n[bold]")
+    config = config_of(ModelRef("m", "x"), details, [])
+    found = details_from(manifest, config)
+    assert found.title == "?]0;title?"
+    assert found.license == "MIT?[bold]"

@@ -76,7 +76,7 @@ async def test_load_ask_stop_and_unload(appliance: RunningAppliance) -> None:
         await live.pilot.press("escape")
         await live.until(lambda: " s …" not in screen_text(live.app))
         await live.pilot.press("f4")
-        await live.until_shown("● following", "edge.pool")
+        await live.until_shown("● following", "is ready")
         await live.until(lambda: live.app.view.models[0].requests_active == 0)
         await live.pilot.press("f2", "u")
         await live.until_shown("○ unloaded")
