@@ -47,10 +47,13 @@ class Generation:
         self._wake: asyncio.Future[None] | None = None
         self.made = time.monotonic()
         self.is_accepted = False
+        self._num_pushed = self._num_at_tick = 0
+        self._timer: asyncio.TimerHandle | None = None
 
     def push(self, piece: wire.Piece) -> None:
         """Take a step's result."""
         self.is_accepted = True
+        self._num_pushed += 1
         self._pieces.append(piece)
         self._done = self._done or piece.finish_reason is not None
         self._notify()
@@ -71,20 +74,35 @@ class Generation:
             self._done = True
             self._cancel(self.id)
 
-    async def steps(self) -> AsyncIterator[list[wire.Piece]]:
-        """What came since the last look, until the answer ends.
+    async def steps(self, *, silence_s: float = 15.0) -> AsyncIterator[list[wire.Piece]]:
+        """What came since the last look, until the answer ends; an empty list after `silence_s` without anything.
 
         Raises:
             EdgeError: The request failed.
         """
-        while True:
-            if not self._pieces and not self._done:
-                self._wake = asyncio.get_running_loop().create_future()
-                await self._wake
-            pieces, self._pieces = self._pieces, []
-            if pieces:
-                yield pieces
-            if self._done and not self._pieces:
-                if self._error is not None:
-                    raise self._error
-                return
+        loop = asyncio.get_running_loop()
+        # One timer for the whole stream: a task or a timer for each token would cost more than its text.
+        timer = loop.call_later(silence_s, self._tick, loop, silence_s)
+        try:
+            while True:
+                if not self._pieces and not self._done:
+                    self._wake = loop.create_future()
+                    await self._wake
+                pieces, self._pieces = self._pieces, []
+                if pieces or not self._done:
+                    yield pieces
+                if self._done and not self._pieces:
+                    if self._error is not None:
+                        raise self._error
+                    return
+        finally:
+            timer.cancel()
+            if self._timer is not None:
+                self._timer.cancel()
+
+    def _tick(self, loop: asyncio.AbstractEventLoop, silence_s: float) -> None:
+        """Wake a reader to whom nothing came since the last tick."""
+        if self._num_pushed == self._num_at_tick:
+            self._notify()
+        self._num_at_tick = self._num_pushed
+        self._timer = loop.call_later(silence_s, self._tick, loop, silence_s)

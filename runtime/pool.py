@@ -16,6 +16,8 @@ log = logging.getLogger("edge.pool")
 READY_WAIT_S = 120.0
 """How long a request waits for its model before it is told to come back."""
 
+MAX_KNOWN_NAMES = 1000
+
 
 class Pool:
     """The models of a store, loaded on first use."""
@@ -24,6 +26,8 @@ class Pool:
         self._settings = settings
         self._store = store
         self._hosts: dict[str, ModelHost] = {}
+        self._known: dict[str, tuple[tuple[int, int], ModelHost]] = {}
+        """Hosts by what people typed, and the version of the store that said so: no file is read for most requests."""
         self._stopping = False
 
     def hosts(self) -> list[ModelHost]:
@@ -36,12 +40,25 @@ class Pool:
         Raises:
             ModelNotFound: It is not in the store.
         """
+        version = self._store_version()
+        if (known := self._known.get(ref)) is not None and known[0] == version:
+            return known[1]
         model = await asyncio.to_thread(self._store.get, ref)
         name = str(model.ref)
         host = self._hosts.get(name)
         if host is None or (host.model.digest != model.digest and host.state in ("unloaded", "failed")):
             host = self._hosts[name] = ModelHost(self._settings, model)
+        if len(self._known) < MAX_KNOWN_NAMES:
+            self._known[ref] = (version, host)
         return host
+
+    def _store_version(self) -> tuple[int, int]:
+        """Changes with every change of the store: its index is replaced whole."""
+        try:
+            stat = (self._store.root / "index.json").stat()
+        except OSError:
+            return 0, 0
+        return stat.st_ino, stat.st_mtime_ns
 
     async def ready(self, ref: str, *, timeout_s: float = READY_WAIT_S) -> ModelHost:
         """A host that answers; where memory lacks, models that nobody uses give way, the longest unused first.
@@ -81,6 +98,7 @@ class Pool:
 
     async def forget(self, ref: str) -> None:
         """Unload a model that leaves the store."""
+        self._known.clear()
         if host := self._hosts.pop(ref, None):
             await host.unload()
 

@@ -9,7 +9,6 @@ from litestar import Response, delete, get, post
 from litestar.datastructures import State
 from litestar.params import Parameter
 
-from runtime.api import sse
 from runtime.api.appliance import appliance_of
 from runtime.api.call import HttpRequest
 from runtime.api.parsing import parse_body
@@ -112,7 +111,7 @@ async def logs(state: State, lines: Annotated[int, Parameter(ge=1, le=5000)] = 2
 @get("/edge/v1/events")
 async def events(state: State) -> Response[bytes]:
     """Server-sent events: `status` each second, `job` at each change of one."""
-    return EventStream(sse.with_pings(appliance_of(state).events()), on_close=lambda: None)
+    return EventStream(appliance_of(state).events(), on_close=lambda: None)
 
 
 HANDLERS = [

@@ -84,7 +84,9 @@ class Call:
         params = self.body.params(host.model.details.sampling)
         self._generation = host.submit(lambda request_id: make(request_id, params))
         steps = self._steps(self._generation)
-        first = await anext(steps)  # says that the engine accepted the request; more may have come with it
+        while not (first := await anext(steps)):
+            pass  # nobody to send a ping to yet
+        # The first says that the engine accepted the request; more may have come with it.
         return _with_first(first, steps)
 
     def _adopt(self, host: ModelHost) -> None:
@@ -93,9 +95,10 @@ class Call:
 
     async def _steps(self, generation: Generation) -> AsyncGenerator[list[wire.Piece]]:
         async for pieces in generation.steps():
-            self._last = pieces[-1]
-            if self._first_token is None and pieces[-1].num_output:
-                self._first_token = time.perf_counter()
+            if pieces:
+                self._last = pieces[-1]
+                if self._first_token is None and pieces[-1].num_output:
+                    self._first_token = time.perf_counter()
             yield pieces
 
     def usage(self) -> Usage:

@@ -36,7 +36,7 @@ async def _collect(call: Call, steps: AsyncGenerator[list[wire.Piece]]) -> tuple
     reason = "stop"
     async for pieces in steps:
         texts += [p.text for p in pieces]
-        reason = pieces[-1].finish_reason or reason
+        reason = next((p.finish_reason for p in pieces if p.finish_reason), reason)
     return "".join(texts), reason
 
 
@@ -69,6 +69,9 @@ async def _events(
         if first:
             yield sse.data(first)
         async for pieces in steps:
+            if not pieces:
+                yield sse.PING
+                continue
             out = b"".join(sse.data(format_event(p.text, None)) for p in pieces if p.text)
             if reason := pieces[-1].finish_reason:
                 out += sse.data(format_event(None, reason)) + tail() + sse.DONE
@@ -135,7 +138,7 @@ def _stream(
 
     first = head + b',"choices":[' + first_choice + b"]}" if first_choice else b""
     events = _events(call, steps, first=first, format_event=format_event, tail=tail)
-    return EventStream(sse.with_pings(events), on_close=lambda: call.finish(None), headers=warning_headers(warnings))
+    return EventStream(events, on_close=lambda: call.finish(None), headers=warning_headers(warnings))
 
 
 def warning_headers(warnings: list[str]) -> dict[str, str]:

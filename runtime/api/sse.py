@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
-
 PING = b": ping\n\n"
-PING_INTERVAL_S = 15.0
+"""A comment, sent where a stream is silent for long: proxies and clients cut silent connections."""
 DONE = b"data: [DONE]\n\n"
 
 
@@ -18,28 +15,3 @@ def data(body: bytes) -> bytes:
 def event(name: str, body: bytes) -> bytes:
     """A named event."""
     return b"event: " + name.encode() + b"\n" + data(body)
-
-
-async def with_pings(source: AsyncIterator[bytes], *, interval_s: float = PING_INTERVAL_S) -> AsyncGenerator[bytes]:
-    """A stream with a comment wherever it is silent for `interval_s`: proxies and clients cut silent connections."""
-    pending: asyncio.Task[bytes] | None = None
-    try:
-        while True:
-            pending = pending or asyncio.ensure_future(anext(source))
-            done, _ = await asyncio.wait([pending], timeout=interval_s)
-            if not done:
-                yield PING
-                continue
-            try:
-                chunk = pending.result()
-            except StopAsyncIteration:
-                return
-            finally:
-                pending = None
-            yield chunk
-    finally:
-        if pending is not None:
-            pending.cancel()
-            await asyncio.wait([pending])
-        if isinstance(source, AsyncGenerator):
-            await source.aclose()
