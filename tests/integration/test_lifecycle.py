@@ -90,7 +90,8 @@ def test_a_second_signal_ends_at_once(home: Path) -> None:
     with running_appliance(home) as appliance, appliance.client() as http:
         body = chat_body("Write.", max_tokens=7000, stream=True, ignore_eos=True)
         with http.stream("POST", "/v1/chat/completions", json=body) as r:
-            next(r.iter_lines())
+            lines = r.iter_lines()  # kept: an iterator that is thrown away closes the connection
+            next(lines)
             appliance.process.send_signal(signal.SIGTERM)
             wait_until(lambda: "stopping" in appliance.log())
             appliance.process.send_signal(signal.SIGTERM)
