@@ -7,6 +7,7 @@ import queue
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,12 +82,12 @@ class EngineStats:
     output_tokens: int
 
 
-class Sink:
+class Sink(Protocol):
     """Where answers go. Called on the engine's thread, once a step; must not block."""
 
     def deliver(self, deltas: list[Delta], failures: list[Failure]) -> None:
         """Take the results of a step."""
-        raise NotImplementedError
+        ...
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ import click
 
 from edge.cli.connection import address_of, connection_options, with_client
 from edge.cli.main import settings_from
-from edge.cli.options import complete_models
+from edge.cli.options import complete_models, plain
 from edge.errors import InvalidRequest, ModelNotFound
 from tui.client import ChatMessage, ChatParams, RuntimeClient, Usage
 
@@ -134,17 +134,12 @@ async def _answer(
             if delta.content:
                 first = first or time.perf_counter()
                 parts.append(delta.content)
-                click.echo(printable(delta.content), nl=False)
+                click.echo(plain(delta.content, keep="\n\t"), nl=False)
             usage = delta.usage or usage
     click.echo()
     if stats and usage is not None and first is not None:
         _print_stats(usage, first - started, time.perf_counter() - first)
     return "".join(parts)
-
-
-def printable(text: str) -> str:
-    """An answer without what could steer the terminal: models repeat what they were given."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def _print_stats(usage: Usage, ttft_s: float, decode_s: float) -> None:

@@ -111,3 +111,9 @@ def human_size(size_bytes: float) -> str:
             return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
         size_bytes /= 1000
     return f"{size_bytes:.1f} TB"
+
+
+def plain(text: str, *, keep: str = "") -> str:
+    """The text without what a terminal would obey, but for the characters of `keep`: names come from clients and files,
+    and models repeat what they were given."""
+    return "".join(c if c.isprintable() or c in keep else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-import msgspec
 
 from edge.cli.connection import address_of, connection_options, with_client
+from edge.cli.models import print_json
 from edge.cli.options import complete_models
 from runtime.api.schema import ModelInfo
 
@@ -27,10 +27,6 @@ def _print_models(models: list[ModelInfo]) -> None:
     Console().print(table)
 
 
-def _print_json(value: object) -> None:
-    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
-
-
 @click.command("ps")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @connection_options
@@ -39,7 +35,7 @@ def ps(as_json: bool, url: str | None, socket: Path | None) -> None:
     models = with_client(address_of(url, socket), lambda client: client.models())
     models = [m for m in models if m.state != "unloaded"]
     if as_json:
-        _print_json(models)
+        print_json(models)
     elif models:
         _print_models(models)
     else:
@@ -59,7 +55,7 @@ def load(model: str, as_json: bool, url: str | None, socket: Path | None) -> Non
     """
     click.echo(f"loading {model} …", err=True)
     info = with_client(address_of(url, socket), lambda client: client.load(model))
-    _print_json(info) if as_json else _print_models([info])
+    print_json(info) if as_json else _print_models([info])
 
 
 @click.command("unload")
@@ -69,4 +65,4 @@ def load(model: str, as_json: bool, url: str | None, socket: Path | None) -> Non
 def unload(model: str, as_json: bool, url: str | None, socket: Path | None) -> None:
     """Unload MODEL from the running appliance; its memory is free when this returns."""
     info = with_client(address_of(url, socket), lambda client: client.unload(model))
-    _print_json(info) if as_json else click.echo(f"{info.ref} is {info.state}")
+    print_json(info) if as_json else click.echo(f"{info.ref} is {info.state}")

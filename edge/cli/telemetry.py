@@ -13,7 +13,7 @@ import msgspec
 
 from edge.cli.connection import with_client
 from edge.cli.main import settings_from
-from edge.cli.options import human_size, json_option
+from edge.cli.options import human_size, json_option, plain
 from edge.config import Settings
 from edge.errors import GatewayUnavailable, ServerUnavailable
 from edge.telemetry.outbox import Row, read_rows
@@ -204,8 +204,3 @@ def _value(value: Mapping[str, Any]) -> str:
         items: Sequence[Mapping[str, Any]] = value["arrayValue"].get("values", ())
         return ",".join(_value(item) for item in items)
     return plain(str(next(iter(value.values()), "")))
-
-
-def plain(text: str) -> str:
-    """The text without what a terminal would obey: names of models come from clients."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)

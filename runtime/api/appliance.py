@@ -19,7 +19,7 @@ from litestar.datastructures import State
 
 from edge import __version__
 from edge.config import Settings
-from edge.errors import ModelNotFound, QueueFull
+from edge.errors import QueueFull
 from edge.hardware.memory import available_bytes, total_bytes, usable_cores
 from edge.store.models import ModelStore, StoredModel
 from edge.telemetry.host import temperature_c
@@ -288,7 +288,5 @@ def _add_runtime(info: ModelInfo, host: ModelHost) -> None:
 
 def appliance_of(state: State) -> Appliance:
     """The appliance of an application."""
-    appliance = state.appliance
-    if not isinstance(appliance, Appliance):
-        raise ModelNotFound("?")
+    appliance: Appliance = state.appliance
     return appliance
