@@ -16,14 +16,15 @@ class Chunk:
     Attributes:
         start: Position of the first token.
         tokens: What is computed, in order.
-        wants_logits: Whether the scores after the last token are needed.
+        num_logits: The scores after each of the last so many tokens are needed: one where the next token is drawn,
+            one more for each guessed token.
     """
 
     sequence: Sequence
     slot: int
     start: int
     tokens: list[TokenId]
-    wants_logits: bool
+    num_logits: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,4 +88,4 @@ class Batch:
 
     @property
     def num_logits(self) -> int:
-        return sum(c.wants_logits for c in self.chunks)
+        return sum(c.num_logits for c in self.chunks)

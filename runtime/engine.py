@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from edge.errors import BackendError, ContextOverflow, EdgeError, QueueFull
 from runtime.backends.base import Backend
-from runtime.batch import Batch
+from runtime.batch import Batch, Chunk
 from runtime.governor import Governor
 from runtime.request import FinishReason, Request, RequestId, TokenId
 from runtime.sampler import make_rng, sample
 from runtime.scheduler import Limits, Scheduler, SchedulerStats
 from runtime.sequence import Sequence
+from runtime.speculate import Drafter
 from runtime.tokenizer import Detokenizer, StopMatcher
 
 log = logging.getLogger("edge.engine")
@@ -102,6 +103,11 @@ class _Answer:
     started: float | None = None
     first_token: float | None = None
 
+    def last_text(self) -> str:
+        """What was held back and comes out at the end, unless a stop string is in it."""
+        tail = self.stops.push(self.detokenizer.finish())
+        return tail.text + ("" if tail.stopped else self.stops.finish())
+
 
 @dataclass(frozen=True, slots=True)
 class _Submit:
@@ -120,18 +126,20 @@ class Engine:
     Args:
         max_queue: Requests that may wait before others fail with `QueueFull`.
         governor: Chooses the threads of each step; without one they stay as the backend was opened.
+        drafter: Guesses tokens where the backend can take guesses back.
         clock: Seconds, monotonic.
     """
 
     def __init__(
         self, backend: Backend, sink: Sink, *, max_queue: int, governor: Governor | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        drafter: Drafter | None = None, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         can = backend.capabilities
         self._backend = backend
         self._sink = sink
         self._clock = clock
         self._governor = governor
+        self._drafter = drafter if can.partial_reuse else None
         self._threads = 0
         self._max_queue = max_queue
         self.context_tokens = can.context_tokens
@@ -281,14 +289,36 @@ class Engine:
         best: list[TokenId] = logits.argmax(axis=1).tolist() if len(logits) else []
         row = 0
         for chunk in batch.chunks:
-            self._scheduler.update(chunk)
-            if len(chunk.tokens) > 1 or chunk.sequence.num_output == 0:
+            if chunk.sequence.num_output == 0:
                 self._prompt_tokens += len(chunk.tokens)
-            if not chunk.wants_logits:
-                continue
-            token = self._draw(chunk.sequence, logits[row], best[row])
-            row += 1
-            self._append(chunk.sequence, token)
+            rows = range(row, row + chunk.num_logits)
+            row = rows.stop
+            self._advance_sequence(chunk, logits, best, rows)
+
+    def _advance_sequence(self, chunk: Chunk, logits: NDArray[np.float32], best: list[TokenId], rows: range) -> None:
+        """Draw the next token, and one more for each guess that the draw before it confirms.
+
+        A guess never changes what is drawn: each token is drawn from the model's scores after those before it, as
+        without guesses (Leviathan et al. 2023, arXiv:2211.17192, for a draft that is certain of its guess).
+        """
+        sequence = chunk.sequence
+        guesses = chunk.tokens[len(chunk.tokens) - len(rows) + 1 :]
+        sequence.draft = []
+        text, reason, num_drawn = "", None, 0
+        for row in rows:
+            token = self._draw(sequence, logits[row], best[row])
+            more, reason = self._append(sequence, token)
+            text += more
+            num_drawn += 1
+            if reason is not None or guesses[num_drawn - 1 : num_drawn] != [token]:
+                break
+        self._scheduler.update(chunk, num_rejected=len(rows) - num_drawn)
+        if reason is not None:
+            self._finish(sequence, text, reason)
+        elif num_drawn:
+            self._deltas.append(self._delta(sequence, text))
+            if self._drafter is not None:
+                sequence.draft = self._drafter.propose(sequence)
 
     def _draw(self, sequence: Sequence, logits: NDArray[np.float32], best: int) -> TokenId:
         params = sequence.request.params
@@ -301,38 +331,31 @@ class Engine:
         answer = self._answers[sequence.request.id]
         return sample(logits, params, answer.rng, generated=sequence.tokens[sequence.num_prompt :])
 
-    def _append(self, sequence: Sequence, token: TokenId) -> None:
+    def _append(self, sequence: Sequence, token: TokenId) -> tuple[str, FinishReason | None]:
+        """Add a token to an answer; the text that became certain, and why the answer ends with it, if it does."""
         request = sequence.request
         answer = self._answers[request.id]
-        now = self._clock()
         if answer.first_token is None:
-            answer.first_token = now
+            answer.first_token = self._clock()
         sequence.tokens.append(token)
         self._output_tokens += 1
         tokenizer = self._backend.tokenizer
         if token in tokenizer.eog_tokens and not request.ignore_eos:
-            self._finish(answer, "", FinishReason.STOP)
-            return
+            return answer.last_text(), FinishReason.STOP
         emission = answer.stops.push(answer.detokenizer.push(tokenizer.piece(token)))
         if emission.stopped:
-            self._finish(answer, emission.text, FinishReason.STOP, matched=True)
-        elif sequence.num_output >= request.max_tokens:
-            self._finish(answer, emission.text, FinishReason.LENGTH)
-        else:
-            self._deltas.append(self._delta(sequence, emission.text))
+            return emission.text, FinishReason.STOP
+        if sequence.num_output >= request.max_tokens:
+            return emission.text + answer.last_text(), FinishReason.LENGTH
+        return emission.text, None
 
-    def _finish(self, answer: _Answer, text: str, reason: FinishReason, *, matched: bool = False) -> None:
-        """End a sequence; what was held back comes out, unless a stop string ended it."""
-        sequence = answer.sequence
-        if not matched:
-            tail = answer.stops.push(answer.detokenizer.finish())
-            text += tail.text + ("" if tail.stopped else answer.stops.finish())
+    def _finish(self, sequence: Sequence, text: str, reason: FinishReason) -> None:
+        answer = self._answers.pop(sequence.request.id)
         now = self._clock()
         started, first = answer.started or now, answer.first_token or now
         timings = Timings(started - answer.arrived, first - started, now - answer.arrived)
         self._deltas.append(self._delta(sequence, text, reason=reason, timings=timings))
         self._scheduler.retire(sequence, reason=reason)
-        del self._answers[sequence.request.id]
 
     @staticmethod
     def _delta(

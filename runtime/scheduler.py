@@ -148,21 +148,24 @@ class Scheduler:
         self._admit()
         self._trim_idle()
         chunks = self._decode_chunks()
-        chunks += self._prefill_chunks(self.limits.step_tokens - len(chunks))
+        chunks += self._prefill_chunks(self.limits.step_tokens - sum(len(c.tokens) for c in chunks))
         if not chunks:
             return None
         chunks.sort(key=lambda c: c.slot)
         ops, self._ops = tuple(self._ops), []
         return Batch(ops, tuple(chunks))
 
-    def update(self, chunk: Chunk) -> None:
-        """Book a chunk as computed."""
+    def update(self, chunk: Chunk, *, num_rejected: int = 0) -> None:
+        """Book a chunk as computed; the cells of its last `num_rejected` tokens, which were guessed wrong, are cut."""
         sequence = chunk.sequence
         slot = self._slots[chunk.slot]
         if slot.sequence is not sequence:
             return
-        slot.tokens.extend(chunk.tokens)
-        sequence.num_computed = chunk.start + len(chunk.tokens)
+        kept = len(chunk.tokens) - num_rejected
+        slot.tokens.extend(chunk.tokens[:kept])
+        sequence.num_computed = chunk.start + kept
+        if num_rejected:
+            self._ops.append(Truncate(chunk.slot, sequence.num_computed))
 
     # ------------------------------------------------------------------ admission
 
@@ -339,14 +342,26 @@ class Scheduler:
     # ------------------------------------------------------------------ chunks
 
     def _decode_chunks(self) -> list[Chunk]:
-        """One token for every decoding sequence; the youngest gives way where the cells do not reach."""
+        """What every decoding sequence has pending; the youngest gives way where the cells do not reach."""
         while not self._make_room(0, keep=set()) and len(self.running) > 1:
             self._preempt(max(self.running, key=lambda s: s.arrival))
-        return [
-            Chunk(s, s.slot, s.num_computed, s.tokens[-1:], wants_logits=True)
-            for s in self.running
-            if s.slot is not None and s.num_pending == 1
-        ]
+        decoding = [s for s in self.running if not s.is_prefilling]
+        room = self.limits.step_tokens - len(decoding)
+        chunks: list[Chunk] = []
+        for s in decoding:
+            chunk = self._chunk(s, min(s.num_pending, 1 + room))
+            room -= len(chunk.tokens) - 1
+            chunks.append(chunk)
+        return [self._with_draft(c, room // len(chunks)) for c in chunks]
+
+    def _with_draft(self, chunk: Chunk, room: int) -> Chunk:
+        """The chunk with the guesses for which there is room, in the step and in the cells that nobody needs."""
+        draft = chunk.sequence.draft
+        if not draft or not chunk.num_logits or not self.limits.partial_reuse:
+            return chunk
+        free = self.limits.num_cells - self._cells_used() - self._reserved()
+        draft = draft[: max(0, min(room, free // len(self.running)))]
+        return Chunk(chunk.sequence, chunk.slot, chunk.start, chunk.tokens + draft, num_logits=1 + len(draft))
 
     def _prefill_chunks(self, room: int) -> list[Chunk]:
         """Share the budget: a quarter to the prompt that waits longest, the rest to the shortest remainders.
@@ -372,4 +387,4 @@ class Scheduler:
         assert sequence.slot is not None
         start = sequence.num_computed
         tokens = sequence.tokens[start : start + length]
-        return Chunk(sequence, sequence.slot, start, tokens, wants_logits=start + length == len(sequence.tokens))
+        return Chunk(sequence, sequence.slot, start, tokens, num_logits=int(start + length == len(sequence.tokens)))

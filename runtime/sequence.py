@@ -7,6 +7,9 @@ from enum import Enum, auto
 
 from runtime.request import FinishReason, Request, TokenId
 
+MAX_STEP_TOKENS = 64
+"""Most tokens of a decoding sequence in one step; with more to compute, it takes its share as a prompt does."""
+
 
 class Status(Enum):
     """Where a sequence stands."""
@@ -24,6 +27,8 @@ class Sequence:
         tokens: The prompt, then what was generated.
         num_computed: Tokens whose keys and values are in the cache; at most ``len(tokens)``.
         num_cached: Prompt tokens that were reused instead of computed when it was first admitted.
+        draft: Guesses at the tokens that come next: computed with the next step where there is room, and kept as far as
+            they prove right.
         slot: Its place in the KV cache while it runs.
         arrival: Position in the order of arrival; kept over a preemption.
     """
@@ -33,6 +38,7 @@ class Sequence:
     tokens: list[TokenId] = field(default_factory=list[TokenId])
     num_computed: int = 0
     num_cached: int = 0
+    draft: list[TokenId] = field(default_factory=list[TokenId])
     slot: int | None = None
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
@@ -51,9 +57,10 @@ class Sequence:
 
     @property
     def num_pending(self) -> int:
-        """Tokens that are known and not yet computed: 1 while decoding, more while the prompt is read."""
+        """Tokens that are known and not yet computed: 1 while decoding, more where a grammar forced some, and while
+        the prompt is read."""
         return len(self.tokens) - self.num_computed
 
     @property
     def is_prefilling(self) -> bool:
-        return self.num_pending > 1
+        return self.num_pending > (MAX_STEP_TOKENS if self.num_output else 1)

@@ -140,12 +140,13 @@ class ScriptedBackend(Backend):
         for chunk in batch.chunks:
             cells = self.cells[chunk.slot]
             assert chunk.start == len(cells), "a chunk goes on where its slot ends"
-            cells.extend(chunk.tokens)
+            for i, token in enumerate(chunk.tokens, 1):
+                cells.append(token)
+                if i > len(chunk.tokens) - chunk.num_logits:
+                    row = np.zeros(self._vocab_size, np.float32)
+                    row[self.next_token(cells)] = 1.0
+                    rows.append(row)
             self.num_computed += len(chunk.tokens)
-            if chunk.wants_logits:
-                row = np.zeros(self._vocab_size, np.float32)
-                row[self.next_token(cells)] = 1.0
-                rows.append(row)
         assert sum(map(len, self.cells.values())) <= self._capabilities.num_cells, "more cells than there are"
         return np.stack(rows) if rows else np.empty((0, self._vocab_size), np.float32)
 
@@ -334,7 +335,7 @@ class GreedyLaw:
     @staticmethod
     def _chunk(slot: int, start: int, tokens: list[TokenId]) -> Chunk:
         sequence = Sequence(Request(RequestId(slot), tuple(tokens), 1), slot)
-        return Chunk(sequence, slot, start, tokens, wants_logits=True)
+        return Chunk(sequence, slot, start, tokens, num_logits=1)
 
     def _rounding(self) -> float:
         """Largest change of a likely token's score between a text alone and the same text in a used cache, where its

@@ -67,7 +67,7 @@ class Backend(Protocol):
         """Run one step: the cache changes in order, then the chunks.
 
         Returns:
-            Scores after the chunks that want them, in their order, shape ``(num_logits, vocab)``. Valid until the
+            Scores after the tokens whose scores are wanted, in order, shape ``(num_logits, vocab)``. Valid until the
             next call.
 
         Raises:

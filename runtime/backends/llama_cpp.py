@@ -159,7 +159,7 @@ class _NativeBatch:
             self.positions[at:end] = range(chunk.start, chunk.start + len(chunk.tokens))
             self.slots[at:end] = chunk.slot
             self.logits[at:end] = 0
-            self.logits[end - 1] = chunk.wants_logits
+            self.logits[end - chunk.num_logits : end] = 1
             at = end
         self.native.n_tokens = at
 

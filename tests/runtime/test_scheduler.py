@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typing_extensions import override
 
 from edge.errors import BackendError, ContextOverflow, QueueFull
 from runtime.backends.base import Capabilities
 from runtime.batch import Batch
 from runtime.engine import Engine
-from runtime.request import FinishReason, Request, RequestId, SamplingParams
+from runtime.request import FinishReason, Request, RequestId, SamplingParams, TokenId
 from runtime.scheduler import MIN_SHARED_TOKENS, Limits, Scheduler
+from runtime.sequence import Sequence
+from runtime.speculate import Drafter
 from runtime.states import SavedStates, common_prefix
 from tests.support import CollectingSink, ScriptedBackend
 
@@ -53,15 +56,16 @@ def capabilities(*, slots: int, cells: int, step: int, partial: bool = True, sta
     step=st.sampled_from([8, 16, 64]),
     partial=st.booleans(),
     states=st.sampled_from([0, 90, 300, 5000]),
+    guesses=st.lists(st.integers(0, 5), max_size=40),
 )
 @settings(max_examples=300, deadline=None)
 def test_any_schedule_gives_the_answers_of_requests_alone(
-    plan: list[Arrival], slots: int, cells: int, step: int, partial: bool, states: int
+    plan: list[Arrival], slots: int, cells: int, step: int, partial: bool, states: int, guesses: list[int]
 ) -> None:
     can = capabilities(slots=slots, cells=cells, step=max(step, slots), partial=partial, states=states)
     backend = ScriptedBackend(can)
     sink = CollectingSink()
-    engine = Engine(backend, sink, max_queue=100)
+    engine = Engine(backend, sink, max_queue=100, drafter=ScriptedDrafter(backend, guesses) if guesses else None)
     for now in range(4000):
         for i, a in enumerate(plan):
             if a.at == now:
@@ -72,11 +76,27 @@ def test_any_schedule_gives_the_answers_of_requests_alone(
             break
     else:
         raise AssertionError("a request starved")
+    engine.submit(Request(RequestId(-1), (96,), 1, GREEDY))  # what is still to be cut goes with the next step
+    while engine.advance():
+        pass
     stats = engine.stats().queues
     assert (stats.num_running, stats.num_waiting) == (0, 0)
     assert stats.cells_used == sum(map(len, backend.cells.values())), "the books and the cache differ"
     for i, a in enumerate(plan):
         check_answer(backend, sink, RequestId(i), a)
+
+
+class ScriptedDrafter(Drafter):
+    """Guesses what the backend will say, as far as the plan goes, and then something else."""
+
+    def __init__(self, backend: ScriptedBackend, plan: list[int]) -> None:
+        self._backend = backend
+        self._plan = plan
+
+    @override
+    def propose(self, sequence: Sequence) -> list[TokenId]:
+        number = self._plan[self._backend.num_steps % len(self._plan)]
+        return [*self._backend.expected(sequence.tokens, max_tokens=number), 0, 1]
 
 
 def check_answer(backend: ScriptedBackend, sink: CollectingSink, request_id: RequestId, a: Arrival) -> None:
