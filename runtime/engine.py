@@ -17,7 +17,7 @@ from runtime.backends.base import Backend
 from runtime.batch import Batch, Chunk
 from runtime.governor import Governor
 from runtime.request import FinishReason, Request, RequestId, TokenId
-from runtime.sampler import make_rng, sample
+from runtime.sampler import Sampler
 from runtime.scheduler import Limits, Scheduler, SchedulerStats
 from runtime.sequence import Sequence
 from runtime.speculate import Drafter
@@ -93,10 +93,10 @@ class Sink(Protocol):
 
 @dataclass(slots=True)
 class _Answer:
-    """The engine's side of one request: random numbers, text, times."""
+    """The engine's side of one request: sampler, text, times."""
 
     sequence: Sequence
-    rng: np.random.Generator
+    sampler: Sampler
     stops: StopMatcher
     arrived: float
     detokenizer: Detokenizer = field(default_factory=Detokenizer)
@@ -143,6 +143,7 @@ class Engine:
         self._threads = 0
         self._max_queue = max_queue
         self.context_tokens = can.context_tokens
+        self._eog_tokens = list(backend.tokenizer.eog_tokens)
         self._scheduler = Scheduler(
             Limits(
                 can.num_slots,
@@ -245,8 +246,8 @@ class Engine:
         except EdgeError as e:
             self._failures.append(Failure(request.id, e))
             return
-        rng = make_rng(request.params.seed)
-        self._answers[request.id] = _Answer(sequence, rng, StopMatcher(request.stop), message.at)
+        sampler = Sampler(request.params, num_prompt=len(request.prompt), breakers=request.breakers)
+        self._answers[request.id] = _Answer(sequence, sampler, StopMatcher(request.stop), message.at)
         self._deltas.append(self._delta(sequence, ""))
 
     # ------------------------------------------------------------------ one step
@@ -320,16 +321,15 @@ class Engine:
             if self._drafter is not None:
                 sequence.draft = self._drafter.propose(sequence)
 
-    def _draw(self, sequence: Sequence, logits: NDArray[np.float32], best: int) -> TokenId:
-        params = sequence.request.params
-        if sequence.request.ignore_eos:  # forbidden rather than passed over, as llama-server does
-            logits = logits.copy()
-            logits[list(self._backend.tokenizer.eog_tokens)] = -np.inf
-            best = int(logits.argmax())
-        if params.is_greedy and np.isfinite(logits[best]):
+    def _draw(self, sequence: Sequence, logits: NDArray[np.float32], best: TokenId) -> TokenId:
+        """The next token after these scores, which are overwritten, `best` being the best of them."""
+        request = sequence.request
+        if request.ignore_eos:  # forbidden rather than passed over, as llama-server does
+            logits[self._eog_tokens] = -np.inf
+            best = int(logits.argmax()) if best in self._eog_tokens else best
+        if request.params.is_greedy and np.isfinite(logits[best]):
             return best
-        answer = self._answers[sequence.request.id]
-        return sample(logits, params, answer.rng, generated=sequence.tokens[sequence.num_prompt :])
+        return self._answers[request.id].sampler.draw(logits, sequence.tokens)
 
     def _append(self, sequence: Sequence, token: TokenId) -> tuple[str, FinishReason | None]:
         """Add a token to an answer; the text that became certain, and why the answer ends with it, if it does."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NewType
 
 RequestId = NewType("RequestId", int)
 TokenId = int
+
+Breakers = Mapping[TokenId, tuple[tuple[TokenId, ...], ...]]
+"""Tokens that begin a sequence breaker of DRY, each with what may follow it to complete one."""
+NO_BREAKERS: Breakers = {}
 
 
 class FinishReason(StrEnum):
@@ -19,32 +24,62 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is drawn from the scores.
+    """How the next token is drawn from the scores. The fields stand in the order in which they act.
 
     Attributes:
-        temperature: 0 means the best token, always.
-        top_k: Keep the k best; 0 keeps all.
-        top_p: Keep the smallest set of best tokens whose probabilities reach this sum.
-        min_p: Keep tokens at least this likely, relative to the best.
+        logit_bias: Added to the scores, by token id.
+        repeat_penalty: Divides the positive scores of the last tokens and multiplies the negative ones; 1 does nothing.
+        repeat_last_n: How many tokens of prompt and answer that concerns; negative is all.
         presence_penalty: Taken off the score of every token generated before.
         frequency_penalty: Taken off the score of a token once for each time it was generated before.
+        dry_multiplier: Taken off the score of a token that would prolong a repetition; 0 does nothing.
+        dry_base: That grows by this factor with each repeated token beyond `dry_allowed_length`.
+        dry_allowed_length: Repeated tokens that are let pass.
+        dry_penalty_last_n: How many tokens of prompt and answer are searched for repetitions; negative is all.
+        dry_sequence_breakers: Texts across which nothing counts as repeated.
+        top_k: Keep the k best; 0 keeps all.
+        typical_p: Keep the tokens of most usual surprise that reach this probability together; 1 keeps all.
+        top_p: Keep the smallest set of best tokens whose probabilities reach this sum.
+        min_p: Keep tokens at least this likely, relative to the best.
+        xtc_probability: How often the best tokens are excluded.
+        xtc_threshold: Those that are this likely, but for the least likely of them; above 0.5 none are.
+        temperature: Divides the scores that are left; 0 means the best token of all, always.
         seed: Start of the sequence's own random numbers; None draws one.
-        logit_bias: Added to the scores, by token id.
+        logprobs: Report the model's own log-probability of each token, and this many of the best beside it.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    logit_bias: tuple[tuple[TokenId, float], ...] = ()
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = 64
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    top_k: int = 0
+    typical_p: float = 1.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    temperature: float = 1.0
     seed: int | None = None
-    logit_bias: tuple[tuple[TokenId, float], ...] = ()
+    logprobs: int | None = None
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the scores are changed before anything is drawn from them."""
+        return bool(
+            self.logit_bias or self.repeat_penalty != 1 or self.presence_penalty or self.frequency_penalty
+            or self.dry_multiplier
+        )  # fmt: skip
 
     @property
     def is_greedy(self) -> bool:
         """Whether the answer is plain argmax over the model's own scores."""
-        return self.temperature == 0 and not (self.presence_penalty or self.frequency_penalty or self.logit_bias)
+        return self.temperature == 0 and not self.has_penalties
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +93,7 @@ class Request:
         stop: Strings that end the answer and are not part of it.
         ignore_eos: Go on past the model's own end, up to `max_tokens` (benchmarks).
         return_tokens: Give the token ids, of prompt and answer, with the last delta.
+        breakers: The tokens of `SamplingParams.dry_sequence_breakers`.
     """
 
     id: RequestId
@@ -67,3 +103,4 @@ class Request:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     return_tokens: bool = False
+    breakers: Breakers = field(default_factory=lambda: NO_BREAKERS)

@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from functools import cached_property
 from pathlib import Path
 
 from edge.errors import BackendError, ContextOverflow, EdgeError, InvalidRequest, QueueFull
@@ -24,7 +25,8 @@ from runtime.backends.base import Backend
 from runtime.chat import CHATML, ChatTemplate, encode_prompt
 from runtime.engine import Delta, Engine, Failure, Sink
 from runtime.governor import Governor
-from runtime.request import Request, RequestId
+from runtime.penalties import find_breakers
+from runtime.request import NO_BREAKERS, Breakers, Request, RequestId, SamplingParams
 
 log = logging.getLogger("edge.worker")
 
@@ -106,6 +108,7 @@ class PromptMaker:
             facts.chat_template or CHATML, markers=facts.control_texts, bos=facts.bos, eos=facts.eos
         )
         self._bos = facts.bos
+        self._breakers_of: dict[tuple[str, ...], Breakers] = {}
 
     def request(self, message: wire.Generate) -> Request:
         """The tokens and limits of one request.
@@ -125,8 +128,21 @@ class PromptMaker:
             )
         return Request(
             RequestId(message.id), tuple(tokens), max_tokens, message.params, tuple(message.stop), message.ignore_eos,
-            message.return_tokens,
+            message.return_tokens, self._breakers(message.params),
         )  # fmt: skip
+
+    def _breakers(self, params: SamplingParams) -> Breakers:
+        """The tokens of the sequence breakers; those of the last request are kept, since few ask for others."""
+        if not params.dry_multiplier:
+            return NO_BREAKERS
+        texts = params.dry_sequence_breakers
+        if texts not in self._breakers_of:
+            self._breakers_of = {texts: find_breakers(texts, self._tokenizer, self._pieces)}
+        return self._breakers_of[texts]
+
+    @cached_property
+    def _pieces(self) -> list[bytes]:
+        return [self._tokenizer.piece(t) for t in range(self._vocab_size)]
 
     def _tokens(self, message: wire.Generate) -> list[int]:
         if message.messages is not None:

@@ -14,6 +14,13 @@ T = TypeVar("T")
 Temperature = Annotated[float, msgspec.Meta(ge=0, le=2)]
 Probability = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
+RepeatPenalty = Annotated[float, msgspec.Meta(gt=0, le=100)]
+LastN = Annotated[int, msgspec.Meta(ge=-1, le=(1 << 31) - 1)]
+DryMultiplier = Annotated[float, msgspec.Meta(ge=0, le=100)]
+DryBase = Annotated[float, msgspec.Meta(ge=1, le=100)]
+DryBreakers = Annotated[
+    list[Annotated[str, msgspec.Meta(min_length=1, max_length=40)]], msgspec.Meta(min_length=1, max_length=16)
+]
 TokenCount = Annotated[int, msgspec.Meta(ge=0, le=(1 << 31) - 1)]
 PositiveInt = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 LogitBias = Annotated[dict[str, Annotated[float, msgspec.Meta(ge=-100, le=100)]], msgspec.Meta(max_length=1024)]
@@ -60,6 +67,19 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     top_p: Probability | None = None
     top_k: TokenCount | None = None
     min_p: Probability | None = None
+    typical_p: Probability | None = None
+    repeat_penalty: RepeatPenalty | None = None
+    """llama-server's, over the last `repeat_last_n` tokens, by default 64."""
+    repetition_penalty: RepeatPenalty | None = None
+    """vLLM's, over all tokens."""
+    repeat_last_n: LastN | None = None
+    dry_multiplier: DryMultiplier | None = None
+    dry_base: DryBase | None = None
+    dry_allowed_length: TokenCount | None = None
+    dry_penalty_last_n: LastN | None = None
+    dry_sequence_breakers: DryBreakers | None = None
+    xtc_probability: Probability | None = None
+    xtc_threshold: Probability | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: LogitBias | None = None
@@ -73,17 +93,45 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     """Give the token ids of prompt and answer, as vLLM does."""
 
     def params(self, makers: Sampling) -> SamplingParams:
-        """The sampling parameters: the request's, else what the model's makers advise, else OpenAI's defaults."""
+        """The sampling parameters: the request's, else what the model's makers advise, else those that cut nothing.
+
+        Raises:
+            InvalidRequest: Two fields contradict each other, or a token id of `logit_bias` is none.
+        """
+        plain = SamplingParams()
+        repeat_penalty, repeat_last_n = self._repetition(plain)
         return SamplingParams(
-            temperature=_first(self.temperature, makers.temperature, 1.0),
-            top_k=_first(self.top_k, makers.top_k, 0),
-            top_p=_first(self.top_p, makers.top_p, 1.0),
-            min_p=_first(self.min_p, makers.min_p, 0.0),
+            logit_bias=tuple((_token_id(k), v) for k, v in (self.logit_bias or {}).items()),
+            repeat_penalty=repeat_penalty,
+            repeat_last_n=repeat_last_n,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
+            dry_multiplier=self.dry_multiplier or 0.0,
+            dry_base=_first(self.dry_base, plain.dry_base),
+            dry_allowed_length=_first(self.dry_allowed_length, plain.dry_allowed_length),
+            dry_penalty_last_n=_first(self.dry_penalty_last_n, plain.dry_penalty_last_n),
+            dry_sequence_breakers=tuple(self.dry_sequence_breakers or plain.dry_sequence_breakers),
+            top_k=_first(self.top_k, makers.top_k, plain.top_k),
+            typical_p=_first(self.typical_p, plain.typical_p),
+            top_p=_first(self.top_p, makers.top_p, plain.top_p),
+            min_p=_first(self.min_p, makers.min_p, plain.min_p),
+            xtc_probability=self.xtc_probability or 0.0,
+            xtc_threshold=_first(self.xtc_threshold, plain.xtc_threshold),
+            temperature=_first(self.temperature, makers.temperature, plain.temperature),
             seed=None if self.seed is None else self.seed % (1 << 63),
-            logit_bias=tuple((_token_id(k), v) for k, v in (self.logit_bias or {}).items()),
         )
+
+    def _repetition(self, plain: SamplingParams) -> tuple[float, int]:
+        """The repetition penalty and its window, of whichever server's name was used."""
+        if self.repeat_penalty is None:
+            window = plain.repeat_last_n if self.repetition_penalty is None else -1
+            return _first(self.repetition_penalty, plain.repeat_penalty), _first(self.repeat_last_n, window)
+        if self.repetition_penalty not in (None, self.repeat_penalty):
+            hint = "They are two servers' names of one penalty: send one of them."
+            raise InvalidRequest(
+                "'repeat_penalty' and 'repetition_penalty' differ.", field="repetition_penalty", hint=hint
+            )
+        return self.repeat_penalty, _first(self.repeat_last_n, plain.repeat_last_n)
 
     def stops(self) -> list[str]:
         """The stop strings."""
@@ -192,8 +240,9 @@ class Models(msgspec.Struct, kw_only=True):
     data: list[Model]
 
 
-def _first(asked: T | None, advised: T | None, default: T) -> T:
-    return next(v for v in (asked, advised, default) if v is not None)
+def _first(*values: T | None) -> T:
+    """The first that was given; the last one always is."""
+    return next(v for v in values if v is not None)
 
 
 def _token_id(key: str) -> int:

@@ -27,6 +27,13 @@ _REFUSED: dict[str, tuple[object, ...]] = {
     "grammar": (None, ""),
     "structured_outputs": (None,),
     "truncation": (None, "disabled"),
+    # samplers of llama-server that are not here
+    "mirostat": (None, 0),
+    "dynatemp_range": (None, 0),
+    "top_n_sigma": (None, 0, -1),
+    "adaptive_target": (None, -1),
+    "min_keep": (None, 0),
+    "samplers": (None, []),
 }
 _HINTS = {
     ".role": "Roles: system, developer, user, assistant, tool, function.",

@@ -68,7 +68,7 @@ class Backend(Protocol):
 
         Returns:
             Scores after the tokens whose scores are wanted, in order, shape ``(num_logits, vocab)``. Valid until the
-            next call.
+            next call, and the caller's to write into.
 
         Raises:
             BackendError: The step failed; the cache is then undefined and must be cleared.
