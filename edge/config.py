@@ -45,6 +45,8 @@ class Settings:
     """Memory for computed prompts that left a model's cache; 0 means a sixteenth of what is available."""
     max_queue: int = 256
     """Requests that may wait for one model before others are refused."""
+    request_timeout_s: float = 1800.0
+    """A request that has no whole answer after this time ends with an error; it may ask for less by `timeout_s`."""
     max_body_bytes: int = 16 << 20
     keep_alive_s: float = 900.0
     """An unused model is unloaded after this time; a negative value keeps it."""
@@ -71,6 +73,11 @@ class Settings:
     @property
     def logs_dir(self) -> Path:
         return self.home / "logs"
+
+    @property
+    def poison_dir(self) -> Path:
+        """Requests that ended an engine twice."""
+        return self.home / "poison"
 
     @property
     def telemetry_db(self) -> Path:
@@ -100,7 +107,7 @@ def _convert(name: str, value: object, where: str) -> object:
 
 _LEAST = {
     "threads": 0, "context_tokens": 0, "state_bytes": 0, "max_sequences": 1, "step_tokens": 1, "max_queue": 1,
-    "max_body_bytes": 1024, "outbox_bytes": 1 << 16,
+    "max_body_bytes": 1024, "request_timeout_s": 1, "outbox_bytes": 1 << 16,
 }  # fmt: skip
 
 

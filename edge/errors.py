@@ -209,13 +209,40 @@ class WorkerDied(BackendError):
 
     code = "worker_died"
 
-    def __init__(self, ref: str, *, reason: str) -> None:
+    def __init__(self, ref: str, *, reason: str, hint: str | None = None) -> None:
         super().__init__(
             f"The engine of '{ref}' ended in the middle of this request ({reason}).",
-            hint="It is being restarted; send the request again.",
+            hint=hint or "It is being restarted; send the request again.",
         )
         self.ref = ref
         self.reason = reason
+
+
+class RequestPoisoned(EdgeError):
+    """A request that ended the engine twice, the second time when it was alone there."""
+
+    code = "request_poisoned"
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(
+            "This request ended the engine twice, the second time alone, and is refused.",
+            hint=f"It is kept for the operator: edge replay {request_id}; "
+            f"allow it again with: edge replay {request_id} --remove.",
+        )
+        self.request_id = request_id
+
+
+class DeadlineExceeded(EdgeError):
+    """A request that had no whole answer in time."""
+
+    code = "deadline_exceeded"
+
+    def __init__(self, *, timeout_s: float) -> None:
+        super().__init__(
+            f"The answer was not complete after {timeout_s:g} s.",
+            hint="Ask for fewer tokens, or allow more time with 'timeout_s' or the setting request_timeout_s.",
+        )
+        self.timeout_s = timeout_s
 
 
 class ServerStopping(EdgeError):

@@ -83,6 +83,18 @@ class EngineStats:
     output_tokens: int
 
 
+class Observer(Protocol):
+    """Hears what the engine is at, on its thread: who looks after a death wants to know. Must not block."""
+
+    def begin_step(self, ids: list[RequestId], num_tokens: int) -> None:
+        """A step with these requests begins."""
+        ...
+
+    def idle(self) -> None:
+        """There is nothing to do."""
+        ...
+
+
 class Sink(Protocol):
     """Where answers go. Called on the engine's thread, once a step; must not block."""
 
@@ -127,12 +139,14 @@ class Engine:
         max_queue: Requests that may wait before others fail with `QueueFull`.
         governor: Chooses the threads of each step; without one they stay as the backend was opened.
         drafter: Guesses tokens where the backend can take guesses back.
+        observer: Hears of each step before it is computed.
         clock: Seconds, monotonic.
     """
 
     def __init__(
         self, backend: Backend, sink: Sink, *, max_queue: int, governor: Governor | None = None,
-        drafter: Drafter | None = None, clock: Callable[[], float] = time.monotonic,
+        drafter: Drafter | None = None, observer: Observer | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         can = backend.capabilities
         self._backend = backend
@@ -140,6 +154,7 @@ class Engine:
         self._clock = clock
         self._governor = governor
         self._drafter = drafter if can.partial_reuse else None
+        self._observer = observer
         self._threads = 0
         self._max_queue = max_queue
         self.context_tokens = can.context_tokens
@@ -185,6 +200,8 @@ class Engine:
         """
         while not self._stopping:
             if not self._scheduler.has_work:
+                if self._observer is not None:
+                    self._observer.idle()
                 self._handle(self._inbox.get())
                 self._coalesce()
             self.advance()
@@ -254,6 +271,8 @@ class Engine:
 
     def _compute(self, batch: Batch) -> None:
         now = self._clock()
+        if self._observer is not None:
+            self._observer.begin_step([c.sequence.request.id for c in batch.chunks], batch.num_tokens)
         for chunk in batch.chunks:
             answer = self._answers[chunk.sequence.request.id]
             if answer.started is None:

@@ -38,8 +38,13 @@ class Generation:
     Holds the whole answer if need be (it is bounded by `max_tokens`), so a slow reader never holds the engine.
     """
 
-    def __init__(self, request_id: int, cancel: Callable[[int], None]) -> None:
-        self.id = request_id
+    def __init__(self, message: wire.Generate, cancel: Callable[[int], None]) -> None:
+        self.id = message.id
+        self.message = message
+        self.num_output = 0
+        """Tokens of the answer that arrived."""
+        self.expiry: asyncio.TimerHandle | None = None
+        """Ends it at its deadline."""
         self._cancel = cancel
         self._pieces: list[wire.Piece] = []
         self._error: EdgeError | None = None
@@ -54,6 +59,7 @@ class Generation:
         """Take a step's result."""
         self.is_accepted = True
         self._num_pushed += 1
+        self.num_output = piece.num_output
         self._pieces.append(piece)
         self._done = self._done or piece.finish_reason is not None
         self._notify()

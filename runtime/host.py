@@ -6,22 +6,38 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+import psutil
 from typing_extensions import override
 
 from edge.config import Settings
-from edge.errors import BackendError, EdgeError, ModelLoading, ServerStopping, WorkerDied
+from edge.errors import (
+    BackendError,
+    DeadlineExceeded,
+    EdgeError,
+    ModelLoading,
+    QueueFull,
+    RequestPoisoned,
+    ServerStopping,
+    WorkerDied,
+)
+from edge.hardware.memory import oom_kills
 from edge.store.models import StoredModel
 from runtime import wire
+from runtime.blackbox import BlackBox
 from runtime.generation import Generation, error_from_wire
+from runtime.poison import PoisonCabinet, case_of
+from runtime.quarantine import Fingerprint, Quarantine, Suspect, fingerprint
 
 log = logging.getLogger("edge.host")
 
@@ -30,6 +46,14 @@ LOAD_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 10.0
 SILENCE_S = 120.0
 """A worker that holds requests and completes no step for this long is hung; a step takes seconds at worst."""
+MIN_SILENCE_S = 10.0
+"""No worker is given up sooner: a busy machine may keep it waiting."""
+SLOWNESS = 10.0
+"""How many times slower than the slowest step so far, by its width, a step may be before it counts as hung."""
+DRAIN_S = 20.0
+"""How long a suspect waits for the requests under way to end, before it runs beside them."""
+MAX_UNSENT_BYTES = 64 << 20
+"""Requests that the worker has not read yet; it is far behind, or hung."""
 ACCEPT_S = 60.0
 """A prompt whose template and tokens take this long has caught the worker's text thread in a loop."""
 LONG_LIFE_S = 60.0
@@ -78,10 +102,28 @@ class Sample:
     output_tokens: int
 
 
-class ModelHost:
-    """One model of the store and the worker that serves it, if one does."""
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a worker ended.
 
-    def __init__(self, settings: Settings, model: StoredModel) -> None:
+    Attributes:
+        reason: In words.
+        is_fault: Whether a request may have caused it; false for what came from outside.
+    """
+
+    reason: str
+    is_fault: bool
+    hint: str | None = None
+
+
+class ModelHost:
+    """One model of the store and the worker that serves it, if one does.
+
+    Args:
+        poison: Requests that are refused, of all models.
+    """
+
+    def __init__(self, settings: Settings, model: StoredModel, poison: PoisonCabinet) -> None:
         self.settings = settings
         self.model = model
         self.ref = str(model.ref)
@@ -102,8 +144,23 @@ class ModelHost:
         self._changed = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
-        self._last_progress = self._last_accepted = 0.0
+        self._last_progress = self._last_beat = 0.0
         self._last_steps: int = -1
+        self._poison = poison
+        self._quarantine = Quarantine()
+        self._box: BlackBox | None = None
+        self._oom_kills: deque[int | None] = deque(maxlen=3)
+        """What the kernel counted at the last looks: a death is seen a little later than it is counted."""
+        self._num_waiting = 0
+        """Requests that wait for the worker to be ready."""
+        self._leaving: dict[int, Generation] = {}
+        """Cancelled while the worker was at them: it may still be."""
+        self._door = asyncio.Lock()
+        """Held while a suspect runs alone; others wait in line."""
+        self._alone: tuple[int, Fingerprint, Suspect] | None = None
+        self._emptied = asyncio.Event()
+        self._num_answered = 0
+        """Requests that the present worker answered to the end."""
 
     # ------------------------------------------------------------------ what others ask
 
@@ -133,6 +190,8 @@ class ModelHost:
             EdgeError: The load failed.
         """
         self.last_used = time.monotonic()
+        self._check_room()
+        self._num_waiting += 1
         try:
             async with asyncio.timeout(timeout_s):
                 await self._start_supervisor()
@@ -140,6 +199,8 @@ class ModelHost:
                     await self._changed.wait()
         except TimeoutError as e:
             raise ModelLoading(self.ref, retry_after_s=10) from e
+        finally:
+            self._num_waiting -= 1
         if self.state != "ready":
             raise self.error or ServerStopping("The model was unloaded.")
 
@@ -152,23 +213,92 @@ class ModelHost:
         self._set_state("loading")
         self._supervisor = asyncio.create_task(self._supervise(self._stop), name=f"worker {self.ref}")
 
-    def submit(self, make: Callable[[int], wire.Generate]) -> Generation:
-        """Send a request to the worker, which must be ready.
+    async def start(self, make: Callable[[int], wire.Generate], *, timeout_s: float, allowed_s: float) -> Generation:
+        """Send a request to the worker. One that may have ended it before waits until it can run alone.
+
+        Args:
+            make: The request, under an id.
+            timeout_s: What is left of the time it may take.
+            allowed_s: All of that time, for the error that says so.
 
         Raises:
-            WorkerDied: It ended a moment ago.
+            RequestPoisoned: It ended the worker twice.
+            QueueFull: Too much is waiting.
+            DeadlineExceeded: It could not be sent in time.
+            EdgeError: The worker is gone and does not come back.
         """
+        self._next_id += 1
+        message = make(self._next_id)
+        suspect = self._judge(message)
+        if suspect is None and self.state == "ready" and not self._door.locked():
+            return self._submit(message, timeout_s=timeout_s, allowed_s=allowed_s)
+        deadline = time.monotonic() + timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._pass_door(suspect)
+        except TimeoutError as e:
+            raise DeadlineExceeded(timeout_s=allowed_s) from e
+        try:
+            generation = self._submit(message, timeout_s=deadline - time.monotonic(), allowed_s=allowed_s)
+        except BaseException:
+            self._door.release()
+            raise
+        if suspect is None:
+            self._door.release()
+        else:
+            self._alone = (message.id, *suspect)
+        return generation
+
+    def _judge(self, message: wire.Generate) -> tuple[Fingerprint, Suspect] | None:
+        """What is known against a request, if something is."""
+        if self._quarantine.is_empty and self._poison.is_empty:
+            return None
+        who = fingerprint(message, digest=str(self.model.digest))
+        self._poison.check(who)
+        suspect = self._quarantine.suspect(who)
+        return None if suspect is None else (who, suspect)
+
+    async def _pass_door(self, suspect: tuple[Fingerprint, Suspect] | None) -> None:
+        """Wait in line, hold the door, and see that the worker is ready, and empty where a suspect comes."""
+        self._check_room()
+        self._num_waiting += 1
+        try:
+            await self._door.acquire()
+        finally:
+            self._num_waiting -= 1
+        try:
+            if suspect is not None and self._generations:
+                self._emptied.clear()
+                await _wait(self._emptied, DRAIN_S)
+            await self.wait_ready(LOAD_TIMEOUT_S)
+        except BaseException:
+            self._door.release()
+            raise
+
+    def _check_room(self) -> None:
+        most = self.settings.max_queue + self.settings.max_sequences
+        unsent = self._transport.get_write_buffer_size() if self._transport is not None else 0
+        if len(self._generations) + self._num_waiting >= most or unsent > MAX_UNSENT_BYTES:
+            raise QueueFull(retry_after_s=5)
+
+    def _submit(self, message: wire.Generate, *, timeout_s: float, allowed_s: float) -> Generation:
         if self._transport is None or self.state != "ready":
             raise WorkerDied(self.ref, reason="it is not running")
-        self._next_id += 1
-        frame = wire.encode_frame(make(self._next_id))
+        self._check_room()
+        frame = wire.encode_frame(message)
         self.last_used = time.monotonic()
         if not self._generations:
             self._last_progress = self.last_used  # the clock of a hang starts with work
-        generation = Generation(self._next_id, self._cancel)
-        self._generations[self._next_id] = generation
+        generation = Generation(message, self._cancel)
+        error = DeadlineExceeded(timeout_s=allowed_s)
+        generation.expiry = asyncio.get_running_loop().call_later(timeout_s, partial(self._expire, generation, error))
+        self._generations[message.id] = generation
         self._transport.write(frame)
         return generation
+
+    def _expire(self, generation: Generation, error: DeadlineExceeded) -> None:
+        self._cancel(generation.id)
+        generation.fail(error)
 
     async def unload(self) -> None:
         """End the worker and give its memory back. Requests it still holds end with an error."""
@@ -183,6 +313,12 @@ class ModelHost:
 
     async def _supervise(self, stop: asyncio.Event) -> None:
         """Keep a worker running until `stop` is set. A load that fails, or crashes again and again, ends it."""
+        try:
+            await self._keep_running(stop)
+        finally:
+            self._drop_box()
+
+    async def _keep_running(self, stop: asyncio.Event) -> None:
         deaths = 0
         while not stop.is_set():
             self._set_state("loading")
@@ -194,20 +330,48 @@ class ModelHost:
             except OSError as e:
                 self._give_up(BackendError(f"The engine of '{self.ref}' cannot be started: {e}."))
                 return
-            reason = await self._watch(stop)
+            ending = await self._watch(stop)
             if stop.is_set() or self.state == "failed":
                 return
-            deaths = 1 if self._lived_s() > LONG_LIFE_S else deaths + 1
+            reason = ending.reason
+            deaths = 1 if self._num_answered or self._lived_s() > LONG_LIFE_S else deaths + 1
             died_loading = self._ready_at is None
             self.num_restarts += 1
             log.error("the worker of %s ended: %s", self.ref, reason)
+            await self._find_guilty(ending)
             if died_loading and deaths >= MAX_LOAD_DEATHS:
                 hint = f"Its log: {self._log_path()}. Check the file: edge verify {self.ref}."
                 self._give_up(BackendError(f"The engine of '{self.ref}' ends while it loads ({reason}).", hint=hint))
                 return
             self._set_state("loading")
-            self._fail_all(WorkerDied(self.ref, reason=reason))
+            self._fail_all(WorkerDied(self.ref, reason=reason, hint=ending.hint))
             await _wait(stop, BACKOFF_S[min(deaths - 1, len(BACKOFF_S) - 1)])
+
+    async def _find_guilty(self, ending: Ending) -> None:
+        """Suspect who was in the step that died; refuse, and keep on the disk, who did it twice."""
+        box, self._box = self._box, None
+        if box is None:
+            return
+        touched = box.read().ids
+        box.close()
+        held = self._leaving | self._generations
+        present = {i: fingerprint(held[i].message, digest=str(self.model.digest)) for i in touched if i in held}
+        if not ending.is_fault or not present:
+            return
+        step = {who: held[i].num_output for i, who in present.items()}
+        convicted = self._quarantine.blame(step, reason=ending.reason)
+        if convicted is None:
+            log.warning("%d requests were in that step; they run alone when they come again", len(step))
+            return
+        (number, who), *_ = present.items()
+        log.error("the request %s ended the worker of %s twice: see `edge replay %s`", who, self.ref, who)
+        case = case_of(
+            who, held[number].message, model=self.ref, digest=str(self.model.digest),
+            reasons=list(convicted.reasons), time=time.time(),
+        )  # fmt: skip
+        await asyncio.to_thread(self._poison.keep, case)
+        if (generation := self._take(number)) is not None:
+            generation.fail(RequestPoisoned(who))
 
     def _give_up(self, error: EdgeError) -> None:
         self.error = error
@@ -218,14 +382,17 @@ class ModelHost:
         return time.monotonic() - self._ready_at if self._ready_at is not None else 0.0
 
     async def _start_process(self, load: wire.Load) -> None:
+        self._drop_box()
+        box = self._box = BlackBox.create()
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         loop = asyncio.get_running_loop()
         try:
             with _open_log(self._log_path()) as log_file:
                 self._process = await asyncio.create_subprocess_exec(
-                    sys.executable, "-m", "runtime.worker", str(theirs.fileno()), str(os.getpid()),
-                    pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL, stdout=log_file, stderr=log_file,
+                    sys.executable, "-m", "runtime.worker", str(theirs.fileno()), str(box.fd), str(os.getpid()),
+                    pass_fds=[theirs.fileno(), box.fd], stdin=asyncio.subprocess.DEVNULL, stdout=log_file,
+                    stderr=log_file,
                 )  # fmt: skip
         except OSError:
             ours.close()
@@ -236,7 +403,15 @@ class ModelHost:
             lambda: _FrameProtocol(self._on_message, self._on_lost), sock=ours
         )
         self._last_progress, self._last_steps, self._ready_at = time.monotonic(), -1, None
+        self._num_answered = 0
+        self._oom_kills.clear()
+        self._oom_kills.append(oom_kills())
         self._send(load)
+
+    def _drop_box(self) -> None:
+        if self._box is not None:
+            self._box.close()
+            self._box = None
 
     def _log_path(self) -> Path:
         return self.settings.logs_dir / f"worker-{self.ref.replace(':', '-').replace('/', '-')}.log"
@@ -249,31 +424,73 @@ class ModelHost:
             state_bytes=s.state_bytes,
         )  # fmt: skip
 
-    async def _watch(self, stop: asyncio.Event) -> str:
-        """Wait for the process to end, and end it where it hangs or is not wanted. Why it ended, in words."""
+    async def _watch(self, stop: asyncio.Event) -> Ending:
+        """Wait for the process to end, and end it where it hangs or is not wanted."""
         assert self._process is not None
         ended = asyncio.create_task(self._process.wait())
         stopped = asyncio.create_task(stop.wait())
         why: str | None = None
+        suspicion = None
         while not ended.done() and why is None:
             await asyncio.wait([ended, stopped], timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
-            why = "it was unloaded" if stopped.done() else self._hung()
+            # Twice in a row: the first look after this process itself was held up judges by what it has not read yet.
+            before, suspicion = suspicion, self._hung()
+            why = "it was unloaded" if stopped.done() else suspicion and before
         stopped.cancel()
-        await self._end_process(kindly=stop.is_set())
+        from_outside = why is not None and self._is_stopped()
+        await self._end_process(kindly=stop.is_set() and self.state == "ready")
         await ended
-        code = self._process.returncode
-        return why or (f"signal {-code}" if code is not None and code < 0 else f"exit code {code}")
+        if why is not None:
+            return Ending(f"{why}, it was stopped from outside" if from_outside else why, not from_outside)
+        return self._ending(self._process.returncode or 0)
+
+    def _ending(self, code: int) -> Ending:
+        if code != -signal.SIGKILL:
+            return Ending(f"signal {-code}" if code < 0 else f"exit code {code}", code != 0)
+        now = oom_kills()
+        if now is None or now != self._oom_kills[0]:
+            hint = "It is being restarted. Unload a model, or set fewer context_tokens, where this comes again."
+            return Ending("the kernel ended it for lack of memory", True, hint)
+        return Ending(f"signal {signal.SIGKILL}, from outside", False)
 
     def _hung(self) -> str | None:
-        quiet = time.monotonic() - self._last_progress
-        if self.state == "loading" and quiet > LOAD_TIMEOUT_S:
-            return f"no progress of the load in {LOAD_TIMEOUT_S:.0f} s"
-        if self.state == "ready" and self._generations and quiet > SILENCE_S:
-            return f"no step in {SILENCE_S:.0f} s"
-        waiting = [g.made for g in self._generations.values() if not g.is_accepted]
-        if waiting and time.monotonic() - max(min(waiting), self._last_accepted) > ACCEPT_S:
+        """Why the worker counts as hung, if it does."""
+        self._oom_kills.append(oom_kills())
+        now = time.monotonic()
+        quiet = now - self._last_progress
+        if self.state == "loading":
+            limit = MIN_SILENCE_S if self._is_stopped() else LOAD_TIMEOUT_S
+            return f"no progress of the load in {limit:.0f} s" if quiet > limit else None
+        if self.state != "ready" or self._box is None:
+            return None
+        if now - self._last_beat > MIN_SILENCE_S:
+            return f"no sign of life in {MIN_SILENCE_S:.0f} s"
+        return self._stuck(now, quiet)
+
+    def _stuck(self, now: float, quiet: float) -> str | None:
+        assert self._box is not None
+        doing = self._box.read()
+        self._leaving = {i: g for i, g in self._leaving.items() if i in doing.ids}
+        limit = SILENCE_S
+        if doing.slowest_token_s:
+            limit = min(SILENCE_S, max(MIN_SILENCE_S, SLOWNESS * doing.step_tokens * doing.slowest_token_s))
+        if doing.step_began and now - doing.step_began > limit:
+            return f"a step was not done in {limit:.0f} s"
+        if doing.text_began and now - doing.text_began > ACCEPT_S:
             return f"a prompt was not prepared in {ACCEPT_S:.0f} s"
+        if self._generations and quiet > SILENCE_S:
+            return f"no step in {SILENCE_S:.0f} s"
         return None
+
+    def _is_stopped(self) -> bool:
+        """Whether somebody stopped the process (SIGSTOP, a debugger)."""
+        try:
+            return self._process is not None and psutil.Process(self._process.pid).status() in (
+                psutil.STATUS_STOPPED,
+                psutil.STATUS_TRACING_STOP,
+            )
+        except psutil.NoSuchProcess:
+            return False
 
     async def _end_process(self, *, kindly: bool) -> None:
         process = self._process
@@ -299,8 +516,33 @@ class ModelHost:
             self._transport.write(wire.encode_frame(message))
 
     def _cancel(self, request_id: int) -> None:
-        self._generations.pop(request_id, None)
+        if (generation := self._take(request_id)) is not None:
+            self._leaving[request_id] = generation
         self._send(wire.Cancel(request_id))
+
+    def _take(self, request_id: int) -> Generation | None:
+        """Let go of a request: it is over."""
+        generation = self._generations.pop(request_id, None)
+        if generation is not None and generation.expiry is not None:
+            generation.expiry.cancel()
+        if not self._generations:
+            self._emptied.set()
+        self._open_door(request_id)
+        return generation
+
+    def _open_door(self, request_id: int) -> None:
+        """Let others in, if this one had to be alone."""
+        if self._alone is not None and self._alone[0] == request_id:
+            self._alone = None
+            self._door.release()
+
+    def _acquit(self, request_id: int, *, num_output: int, is_finished: bool) -> None:
+        """Let others in as soon as the one that had to be alone is past the point of the death."""
+        if self._alone is not None and self._alone[0] == request_id:
+            _, who, suspect = self._alone
+            if is_finished or num_output >= suspect.alone_until:
+                self._quarantine.clear(who)
+                self._open_door(request_id)
 
     def _on_lost(self) -> None:
         """The worker closed its end: it is gone or going. Who comes now waits for the next one."""
@@ -319,7 +561,8 @@ class ModelHost:
                 self._last_progress = time.monotonic()
             case wire.Ready():
                 now = time.monotonic()
-                self.ready, self.ready_since, self._ready_at, self._last_progress = message, now, now, now
+                self.ready, self.ready_since, self._ready_at = message, now, now
+                self._last_progress = self._last_beat = now
                 self._samples.clear()
                 self._set_state("ready")
                 log.info("%s is ready after %.2f s", self.ref, message.load_s)
@@ -327,23 +570,23 @@ class ModelHost:
     def _on_step(self, step: wire.Step) -> None:
         for piece in step.pieces:
             if generation := self._generations.get(piece.id):
-                if piece.finish_reason is not None:
-                    del self._generations[piece.id]
-                if not generation.is_accepted:
-                    self._last_accepted = time.monotonic()
+                is_finished = piece.finish_reason is not None
+                self._acquit(piece.id, num_output=piece.num_output, is_finished=is_finished)
+                if is_finished:
+                    self._num_answered += 1
+                    self._take(piece.id)
                 generation.push(piece)
         for failure in step.failures:
             error = error_from_wire(failure, ref=self.ref)
             if failure.id == 0:
                 self.error = error
                 self._set_state("failed")
-            elif generation := self._generations.pop(failure.id, None):
-                self._last_accepted = time.monotonic()
+            elif generation := self._take(failure.id):
                 generation.fail(error)
 
     def _on_heartbeat(self, beat: wire.Heartbeat) -> None:
         self.heartbeat = beat
-        now = time.monotonic()
+        now = self._last_beat = time.monotonic()
         if beat.steps != self._last_steps:
             self._last_steps, self._last_progress = beat.steps, now
         self._samples.append(Sample(now, beat.prompt_tokens, beat.output_tokens))
@@ -351,9 +594,10 @@ class ModelHost:
             self._samples.popleft()
 
     def _fail_all(self, error: EdgeError) -> None:
-        generations, self._generations = self._generations, {}
-        for generation in generations.values():
-            generation.fail(error)
+        self._leaving.clear()
+        for request_id in list(self._generations):
+            if generation := self._take(request_id):
+                generation.fail(error)
 
     def _set_state(self, state: State) -> None:
         self.state = state

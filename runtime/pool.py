@@ -10,6 +10,7 @@ from edge.config import Settings
 from edge.errors import DoesNotFit, ServerStopping
 from edge.store.models import ModelStore
 from runtime.host import ModelHost
+from runtime.poison import PoisonCabinet
 
 log = logging.getLogger("edge.pool")
 
@@ -26,6 +27,7 @@ class Pool:
         self._settings = settings
         self._store = store
         self._hosts: dict[str, ModelHost] = {}
+        self._poison = PoisonCabinet(settings.poison_dir)
         self._known: dict[str, tuple[tuple[int, int], ModelHost]] = {}
         """Hosts by what people typed, and the version of the store that said so: no file is read for most requests."""
         self._stopping = False
@@ -47,7 +49,7 @@ class Pool:
         name = str(model.ref)
         host = self._hosts.get(name)
         if host is None or (host.model.digest != model.digest and host.state in ("unloaded", "failed")):
-            host = self._hosts[name] = ModelHost(self._settings, model)
+            host = self._hosts[name] = ModelHost(self._settings, model, self._poison)
         if len(self._known) < MAX_KNOWN_NAMES:
             self._known[ref] = (version, host)
         return host

@@ -22,6 +22,7 @@ from edge.errors import BackendError, ContextOverflow, EdgeError, InvalidRequest
 from edge.hardware.memory import available_bytes, usable_cores
 from runtime import wire
 from runtime.backends.base import Backend
+from runtime.blackbox import BlackBox
 from runtime.chat import CHATML, ChatTemplate, encode_prompt
 from runtime.engine import Delta, Engine, Failure, Sink
 from runtime.governor import Governor
@@ -33,6 +34,11 @@ log = logging.getLogger("edge.worker")
 HEARTBEAT_S = 1.0
 MAX_CHARS_PER_TOKEN = 32
 """A prompt with more characters than this for each token of context is refused without being tokenized."""
+MAX_GROWTH_BYTES = 1 << 30
+"""Memory of its own that a worker may take beyond what it has after the load and what saved states may take."""
+MAX_FILES = 256
+OOM_SCORE = 500
+"""Half of the machine's memory on top of its own use: the kernel ends a worker, not the front, which can say so."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -180,8 +186,9 @@ class PromptMaker:
 class Worker:
     """One model, its engine and its connection."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, box: BlackBox) -> None:
         self._connection = connection
+        self._box = box
 
     def serve(self, load: wire.Load) -> None:
         """Load the model, say so, and answer until told to stop. A load that fails is told and ends the process."""
@@ -193,7 +200,9 @@ class Worker:
             self._connection.send(wire.Step([], [failed(0, e)]))
             sys.exit(1)
         governor = Governor(max_threads=load.threads or usable_cores(), cores=usable_cores())
-        self._engine = Engine(backend, SocketSink(self._connection), max_queue=load.max_queue, governor=governor)
+        self._engine = Engine(
+            backend, SocketSink(self._connection), max_queue=load.max_queue, governor=governor, observer=self._box
+        )
         can, facts = backend.capabilities, backend.facts
         self._connection.send(
             wire.Ready(
@@ -201,6 +210,7 @@ class Worker:
                 can.num_slots, facts.vocab_size, facts.chat_template is not None, _build(), time.monotonic() - started,
             )
         )  # fmt: skip
+        limit_memory(load.state_bytes or available_bytes() // 16)
         threading.Thread(target=self._read, name="reader", daemon=True).start()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         self._engine.run()
@@ -241,10 +251,12 @@ class Worker:
         os._exit(0)  # the front is gone, and with it everybody who could want an answer
 
     def _submit(self, message: wire.Generate) -> None:
+        self._box.begin_text(message.id)
         try:
             self._engine.submit(self._prompts.request(message))
         except EdgeError as e:
             self._connection.send(wire.Step([], [failed(message.id, e)]))
+        self._box.end_text()
 
     def _beat(self) -> None:
         page = resource.getpagesize()
@@ -274,6 +286,32 @@ def die_with_parent(parent_pid: int) -> None:
         os._exit(0)
 
 
+def limit_process() -> None:
+    """Few files, no core dumps, and first in the kernel's line when memory runs out."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_FILES if hard == resource.RLIM_INFINITY else min(MAX_FILES, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    path = Path("/proc/self/oom_score_adj")
+    try:
+        path.write_text(str(max(OOM_SCORE, int(path.read_text("ascii")))), "ascii")
+    except OSError as e:  # a container may hide it; the kernel then chooses by size, which is the worker too
+        log.warning("the kernel was not told to end this process first: %s", e)
+
+
+def limit_memory(state_bytes: int) -> None:
+    """Bound what the process may take from now on (RLIMIT_DATA: not the weights, which are mapped from their file)."""
+    used = next(
+        int(line.split()[1]) << 10
+        for line in Path("/proc/self/status").read_text("ascii").splitlines()
+        if line.startswith("VmData:")
+    )
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    most = used + state_bytes + MAX_GROWTH_BYTES
+    if hard == resource.RLIM_INFINITY or most < hard:
+        resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+
+
 def _die(args: threading.ExceptHookArgs) -> None:
     """A thread that ends by surprise would leave the process deaf or silent: the front restarts it instead."""
     log.critical("thread failed", exc_info=args.exc_value)
@@ -281,9 +319,10 @@ def _die(args: threading.ExceptHookArgs) -> None:
 
 
 def main() -> None:
-    """`python -m runtime.worker FD PARENT_PID`: serve on an inherited socket."""
-    fd, parent = int(sys.argv[1]), int(sys.argv[2])
+    """`python -m runtime.worker SOCKET_FD BLACKBOX_FD PARENT_PID`: serve on an inherited socket."""
+    fd, box_fd, parent = (int(arg) for arg in sys.argv[1:4])
     die_with_parent(parent)
+    limit_process()
     for asked in (signal.SIGINT, signal.SIGTERM):  # a terminal or a service manager signals us too; the front drains
         signal.signal(asked, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -293,7 +332,7 @@ def main() -> None:
     first = connection.receive()
     if not isinstance(first, wire.Load):
         sys.exit(2)
-    Worker(connection).serve(first)
+    Worker(connection, BlackBox(box_fd)).serve(first)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,15 @@ def _reclaimable(directory: Path) -> int:
     return stat.get("total_inactive_file", stat.get("inactive_file", 0))
 
 
+def oom_kills(root: Path = Path("/")) -> int | None:
+    """Processes that the kernel ended for lack of memory since it booted; None where it does not say (before 4.13)."""
+    try:
+        lines = (root / "proc/vmstat").read_text("ascii").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
+
+
 def total_bytes(root: Path = Path("/")) -> int:
     """Memory of the machine, or the tightest control group's limit where that is less."""
     limits = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -20,7 +21,11 @@ from runtime.api.openai_schema import SamplingFields, TokenDetails, Usage
 from runtime.api.responses import until_disconnect
 from runtime.generation import Generation
 from runtime.host import ModelHost
+from runtime.pool import READY_WAIT_S
 from runtime.request import SamplingParams
+
+MAX_ATTEMPTS = 3
+"""How often a request is given to the engine, where that ends before anything of the answer was passed on."""
 
 HttpRequest = Request[object, object, State]
 Make = Callable[[int, SamplingParams], wire.Generate]
@@ -49,6 +54,7 @@ class Call:
         self._trace_parent = http.headers.get("traceparent")
         self._started_ns = time.time_ns()
         self._started = time.perf_counter()
+        self.allowed_s = min(body.timeout_s or math.inf, appliance.settings.request_timeout_s)
         self._first_token: float | None = None
         self._last: wire.Piece | None = None
         self._generation: Generation | None = None
@@ -70,30 +76,54 @@ class Call:
 
     async def _start(self, make: Make) -> AsyncGenerator[list[wire.Piece]]:
         try:
-            try:
-                return await self._submit(make)
-            except WorkerDied:  # for another's fault, most likely: nothing was computed yet, so once more
-                return await self._submit(make)
+            steps = self._steps(make)
+            while not (first := await anext(steps)):
+                pass  # nobody to send a ping to yet
+            # The first says that the engine accepted the request; more may have come with it.
+            return _with_first(first, steps)
         except BaseException as e:
             self.finish(e)
             raise
 
-    async def _submit(self, make: Make) -> AsyncGenerator[list[wire.Piece]]:
-        host = await self.appliance.pool.ready(self.body.model)
+    async def _steps(self, make: Make) -> AsyncGenerator[list[wire.Piece]]:
+        """What each step gives. Where the engine ends, for another's fault most likely, and nothing of the answer was
+        passed on yet, the request starts again; so an answer that is not streamed comes in one piece."""
+        for attempts_left in reversed(range(MAX_ATTEMPTS)):
+            is_passed_on = False
+            held: list[wire.Piece] = []
+            try:
+                async with contextlib.aclosing(self._watched(await self._submit(make))) as steps:
+                    async for pieces in steps:
+                        if self.stream:
+                            is_passed_on = is_passed_on or any(p.num_output for p in pieces)
+                            yield pieces
+                        else:
+                            held += pieces
+            except WorkerDied:
+                if is_passed_on or not attempts_left:
+                    raise
+            else:
+                if held:
+                    yield held
+                return
+
+    async def _submit(self, make: Make) -> Generation:
+        host = await self.appliance.pool.ready(self.body.model, timeout_s=min(READY_WAIT_S, self._left_s()))
         self._adopt(host)
         params = self.body.params(host.model.details.sampling)
-        self._generation = host.submit(lambda request_id: make(request_id, params))
-        steps = self._steps(self._generation)
-        while not (first := await anext(steps)):
-            pass  # nobody to send a ping to yet
-        # The first says that the engine accepted the request; more may have come with it.
-        return _with_first(first, steps)
+        self._generation = await host.start(
+            lambda request_id: make(request_id, params), timeout_s=self._left_s(), allowed_s=self.allowed_s
+        )
+        return self._generation
+
+    def _left_s(self) -> float:
+        return max(0.0, self.allowed_s - (time.perf_counter() - self._started))
 
     def _adopt(self, host: ModelHost) -> None:
         self.model = host.ref
         self.fingerprint = f"fp_{host.model.digest.hex[:12]}"
 
-    async def _steps(self, generation: Generation) -> AsyncGenerator[list[wire.Piece]]:
+    async def _watched(self, generation: Generation) -> AsyncGenerator[list[wire.Piece]]:
         async for pieces in generation.steps():
             if pieces:
                 self._last = pieces[-1]

@@ -37,6 +37,8 @@ STATUS: dict[type[EdgeError], int] = {
     errors.QueueFull: 429,
     errors.BackendError: 500,
     errors.WorkerDied: 500,
+    errors.RequestPoisoned: 422,
+    errors.DeadlineExceeded: 504,
     errors.MissingExtra: 501,
     errors.ToolMissing: 501,
     errors.SourceUnavailable: 502,

@@ -87,6 +87,8 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     seed: Seed | None = None
     n: int | None = None
     user: str | None = None
+    timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86400)] | None = None
+    """End with an error where the answer is not complete after this time; the appliance's own limit holds as well."""
     ignore_eos: bool = False
     """Go on past the model's own end, up to the token limit; for benchmarks."""
     return_token_ids: bool = False

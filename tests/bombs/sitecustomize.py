@@ -1,0 +1,48 @@
+"""Requests that harm the worker, for tests of the fence around it.
+
+A process of the product whose PYTHONPATH names this directory runs this file first. In a worker, a stop string chooses
+the harm; in every other process nothing is changed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+if "runtime.worker" in sys.orig_argv:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from runtime.backends.llama_cpp import LlamaBackend
+    from runtime.batch import Batch
+    from runtime.sequence import Sequence
+
+    _eaten: list[bytearray] = []
+    _decode = LlamaBackend.decode
+
+    def _eat() -> None:
+        """Take memory until there is none."""
+        while True:
+            block = bytearray(64 << 20)
+            block[::4096] = b"x" * len(block[::4096])
+            _eaten.append(block)
+
+    def _harm(sequence: Sequence) -> None:
+        for word in sequence.request.stop:
+            kind, _, at = word.partition("@")
+            if sequence.num_output < int(at or 0):
+                continue
+            if kind == "bomb:abort":
+                os.abort()
+            elif kind == "bomb:hang":
+                time.sleep(1000)
+            elif kind == "bomb:eat":
+                _eat()
+
+    def _harmful_decode(self: LlamaBackend, batch: Batch) -> NDArray[np.float32]:
+        for chunk in batch.chunks:
+            _harm(chunk.sequence)
+        return _decode(self, batch)
+
+    LlamaBackend.decode = _harmful_decode
