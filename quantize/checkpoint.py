@@ -16,13 +16,20 @@ from numpy.typing import NDArray
 from edge.errors import InvalidModelFile, RecipeError, UnsupportedFormat
 from edge.formats.safetensors import SafeTensor, read_safetensors
 
-FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
-"""The model types that can be converted, with the class their checkpoints name."""
+FAMILIES = {
+    "llama": ("LlamaForCausalLM",),
+    "mistral": ("MistralForCausalLM",),
+    "bert": ("BertModel", "BertForMaskedLM", "BertForSequenceClassification"),
+}
+"""The model types that can be converted, with the classes their checkpoints may name; the first is the default."""
 
 FAMILY_NAMES = "Llama (also SmolLM, TinyLlama and other models of type 'llama') and Mistral"
+"""Families that generate text, and so can be quantized and judged by what they generate."""
 
 _SMALL_JSON_BYTES = 16 << 20
 _TOKENIZER_BYTES = 128 << 20  # The largest in the field, of 262,144 tokens, is 33 MB.
+_COUNTERS = (".position_ids",)
+"""Tensors that number their own places: integers that old versions of transformers stored beside the weights."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
@@ -83,6 +90,32 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
         return self.rope.rope_theta or self.rope_theta or 10000.0
 
 
+class BertSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What `config.json` says of a BERT encoder. Defaults are those of transformers' `BertConfig`."""
+
+    model_type: str
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=1000)]
+    num_attention_heads: Count
+    vocab_size: Count
+    max_position_embeddings: Count = 512
+    type_vocab_size: Count = 2
+    layer_norm_eps: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 1e-12
+    hidden_act: str = "gelu"
+    position_embedding_type: str = "absolute"
+    architectures: list[str] = []
+    id2label: dict[str, str] | None = None
+
+    @property
+    def is_reranker(self) -> bool:
+        """Whether it judges a pair of texts by one number."""
+        return "BertForSequenceClassification" in self.architectures
+
+
+Settings = ModelSettings | BertSettings
+
+
 def read_json(path: Path, *, limit_bytes: int = _SMALL_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in a file of bounded size.
 
@@ -107,23 +140,42 @@ def _check_family(config: Mapping[str, Any]) -> None:
             f"Checkpoints of type {model_type!r} cannot be converted.",
             hint=f"Supported families: {FAMILY_NAMES}. A GGUF of the model can be quantized whatever its family.",
         )
-    classes = cast("list[object]", config.get("architectures") or [FAMILIES[model_type]])
-    if FAMILIES[model_type] not in classes:
-        raise UnsupportedFormat(
-            f"A checkpoint for {classes} cannot be converted.", hint=f"Supported: {', '.join(FAMILIES.values())}."
-        )
+    classes = cast("list[object]", config.get("architectures") or FAMILIES[model_type])
+    if not set(FAMILIES[model_type]).intersection(map(str, classes)):
+        supported = ", ".join(name for names in FAMILIES.values() for name in names)
+        raise UnsupportedFormat(f"A checkpoint for {classes} cannot be converted.", hint=f"Supported: {supported}.")
     if config.get("quantization_config"):
         raise UnsupportedFormat(
             "The checkpoint is already quantized (quantization_config).", hint="Start from the original weights."
         )
 
 
-def _settings_of(config: Mapping[str, Any]) -> ModelSettings:
+def _settings_of(config: Mapping[str, Any]) -> Settings:
     _check_family(config)
     try:
-        settings = msgspec.convert(config, ModelSettings)
+        if config["model_type"] == "bert":
+            return _checked_encoder(msgspec.convert(config, BertSettings))
+        return _checked_decoder(msgspec.convert(config, ModelSettings))
     except msgspec.ValidationError as e:
         raise InvalidModelFile("config.json", str(e)) from e
+
+
+def _checked_encoder(settings: BertSettings) -> BertSettings:
+    if settings.hidden_size % settings.num_attention_heads:
+        raise InvalidModelFile("config.json", "its heads do not divide evenly")
+    if settings.position_embedding_type != "absolute":
+        raise UnsupportedFormat(f"Positions of type '{settings.position_embedding_type}' cannot be converted.")
+    if settings.hidden_act not in ("gelu", "gelu_new", "gelu_pytorch_tanh"):
+        raise UnsupportedFormat(f"The activation '{settings.hidden_act}' does not belong to this family.")
+    # Without id2label transformers makes a classifier of two classes.
+    if settings.is_reranker and len(settings.id2label or ("0", "1")) != 1:
+        raise UnsupportedFormat(
+            "A classifier of several classes cannot be converted.", hint="A reranker has one label (num_labels = 1)."
+        )
+    return settings
+
+
+def _checked_decoder(settings: ModelSettings) -> ModelSettings:
     if settings.num_attention_heads % settings.num_kv_heads or settings.head_size % 2:
         raise InvalidModelFile("config.json", "its heads do not divide evenly")
     if settings.rope.kind not in ("default", "linear", "llama3"):
@@ -174,7 +226,7 @@ class Checkpoint:
 
     directory: Path
     config: Mapping[str, Any]
-    settings: ModelSettings
+    settings: Settings
     tensors: Mapping[str, CheckpointTensor]
 
     @property
@@ -183,7 +235,15 @@ class Checkpoint:
 
     def files(self) -> list[Path]:
         """Everything a conversion reads, sorted by name."""
-        texts = ("*.json", "*.jinja", "tokenizer.model", "README.md", "LICENSE*", "additional_chat_templates/*.jinja")
+        texts = (
+            "*.json",
+            "1_Pooling/config.json",
+            "*.jinja",
+            "tokenizer.model",
+            "README.md",
+            "LICENSE*",
+            "additional_chat_templates/*.jinja",
+        )
         found = {path for pattern in texts for path in self.directory.glob(pattern) if path.is_file()}
         return sorted(found | {t.path for t in self.tensors.values()})
 
@@ -265,6 +325,8 @@ def _tensors(directory: Path) -> dict[str, CheckpointTensor]:
         for stored in sorted(read_safetensors(path).tensors, key=lambda t: t.name):
             if stored.name in tensors:
                 raise InvalidModelFile(path.name, f"tensor '{stored.name}' is also in {tensors[stored.name].path.name}")
+            if stored.name.endswith(_COUNTERS):
+                continue
             if stored.dtype not in _DTYPES:
                 raise UnsupportedFormat(
                     f"Tensor '{stored.name}' is stored as {stored.dtype}.", hint="Supported: F32, F16 and BF16."

@@ -15,7 +15,7 @@ from edge.store.details import Sampling
 from edge.store.digest import Digest, StreamingHash, digest_bytes
 from edge.store.models import ModelStore
 
-from .checkpoint import FAMILY_NAMES, Checkpoint, open_checkpoint
+from .checkpoint import FAMILY_NAMES, BertSettings, Checkpoint, open_checkpoint
 from .recipe import model_name
 
 FLOAT_TYPES = frozenset({"F32", "F16", "BF16", "F64"})
@@ -98,6 +98,17 @@ def _from_store(ref: str, store: ModelStore) -> Source:
     )
 
 
+def _refuse_encoder(source: Source) -> Source:
+    """A quantized model is judged by the text that it goes on with, and an encoder makes none."""
+    model = source.model
+    if isinstance(model.settings, BertSettings) if isinstance(model, Checkpoint) else model.pooling is not None:
+        raise UnsupportedFormat(
+            f"{source.label} makes embeddings or scores, and no text to judge its quality by.",
+            hint="Take it as it is: edge pull. A checkpoint directory is converted to F16.",
+        )
+    return source
+
+
 def open_source(text: str, store: ModelStore) -> Source:
     """Find and check what a user named. A path that exists wins over a reference of the store.
 
@@ -108,7 +119,7 @@ def open_source(text: str, store: ModelStore) -> Source:
     """
     path = Path(text)
     if path.is_dir():
-        return _from_directory(path)
+        return _refuse_encoder(_from_directory(path))
     if path.suffix.lower() in _PICKLE_SUFFIXES:
         raise UnsupportedFormat(
             f"{path.name} is a pickle: loading one runs whatever code it holds, so it is refused.",
@@ -119,9 +130,9 @@ def open_source(text: str, store: ModelStore) -> Source:
             f"{path.name} holds tensors without the model's configuration.", hint="Name the directory it lies in."
         )
     if path.is_file():
-        return _from_gguf(path, path.name)
+        return _refuse_encoder(_from_gguf(path, path.name))
     try:
-        return _from_store(text, store)
+        return _refuse_encoder(_from_store(text, store))
     except (ModelNotFound, InvalidReference) as e:
         raise ModelNotFound(
             text,

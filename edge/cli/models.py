@@ -33,6 +33,7 @@ def model_json(model: StoredModel) -> dict[str, object]:
         "quantization": model.quantization,
         "num_parameters": model.num_parameters,
         "context_tokens": model.context_tokens,
+        "pooling": model.details.pooling,
         "license": model.license,
         "source": model.source,
         "made_from": model.manifest.annotations.get(QUANTIZED_FROM),
@@ -126,9 +127,10 @@ def show(ref: str, *, store_dir: Path | None, as_json: bool) -> None:
         "type": model.quantization,
         "parameters": None if model.num_parameters is None else f"{model.num_parameters:,}",
         "context": None if model.context_tokens is None else f"{model.context_tokens:,} tokens",
+        "makes": _made_by(model),
         "licence": model.license,
         **_origin(model),
-        "sampling": _sampling(model),
+        **({"sampling": _sampling(model)} if model.details.pooling is None else {}),
         "added": _date(model.created),
         "size": human_size(model.size_bytes),
     }
@@ -165,6 +167,17 @@ def _report_lines(report: dict[str, object]) -> list[str]:
         )
         lines.append(f" {mark} {v.type:<8} {human_size(v.size_bytes):>9}  {'  '.join(figures)}")
     return lines + [f"   note: {note}" for note in parsed.notes]
+
+
+def _made_by(model: StoredModel) -> str:
+    """What the model answers with."""
+    match model.details.pooling:
+        case None:
+            return "text"
+        case "rank":
+            return "scores of pairs of texts (/v1/rerank)"
+        case pooling:
+            return f"embeddings, pooled by {pooling} (/v1/embeddings)"
 
 
 def _sampling(model: StoredModel) -> str:

@@ -95,13 +95,25 @@ def or_files(names: Sequence[str], incomplete: str) -> list[CompletionItem]:
 
 
 def how_to_ask(model: StoredModel, *, prompt: str) -> str:
-    """The command that tries a model out: a chat, or a completion where the model has no template of a chat."""
-    if read_gguf(model.weights).text("tokenizer.chat_template"):
+    """The command that tries a model out: a chat where the model has a template of one, else what it is made for."""
+    if model.details.pooling is None and read_gguf(model.weights).text("tokenizer.chat_template"):
         return f'edge chat {model.ref} "{prompt}"'
     settings = settings_from()
-    body = json.dumps({"model": str(model.ref), "prompt": "Once upon a time", "max_tokens": 100})
-    address = f"http://{settings.host}:{settings.port}/v1/completions"
+    path, question = _question_for(model.details.pooling)
+    body = json.dumps({"model": str(model.ref), **question})
+    address = f"http://{settings.host}:{settings.port}/v1/{path}"
     return f"edge serve, then: curl {address} -H 'Content-Type: application/json' -d '{body}'"
+
+
+def _question_for(pooling: str | None) -> tuple[str, dict[str, object]]:
+    """Path and body of a request that a model without a chat template can answer."""
+    match pooling:
+        case None:
+            return "completions", {"prompt": "Once upon a time", "max_tokens": 100}
+        case "rank":
+            return "rerank", {"query": "What floats?", "documents": ["A boat.", "A stone."]}
+        case _:
+            return "embeddings", {"input": "A boat on the sea."}
 
 
 def human_size(size_bytes: float) -> str:

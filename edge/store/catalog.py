@@ -28,6 +28,9 @@ class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     container_sha256: str | None = None
     """Of the package that the file lies in, where there is one."""
     container_size_bytes: int = 0
+    title: str = ""
+    """Of a checkpoint directory, which is converted on the way: what the model is called. `sha256` and `size_bytes`
+    are those of the GGUF that this makes."""
     sampling: Sampling = Sampling()
 
     @property

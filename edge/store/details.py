@@ -18,6 +18,7 @@ from .manifest import OURS, Manifest, ModelConfig, ModelDescriptor, ModelFs, Mod
 ARCHITECTURE = f"{OURS}architecture"
 PARAMETERS = f"{OURS}parameters"
 CONTEXT = f"{OURS}context-tokens"
+POOLING = f"{OURS}pooling"
 SOURCE = f"{OURS}source"
 SAMPLING = f"{OURS}sampling"
 QUANTIZED_FROM = f"{OURS}quantized-from"
@@ -44,6 +45,9 @@ class ModelDetails:
     """As ``Q4_K_M``."""
     num_parameters: int | None = None
     context_tokens: int | None = None
+    pooling: str | None = None
+    """As `GgufFile.pooling`: the model makes vectors (``mean``, ``cls``, ``last``) or ranks pairs (``rank``), and no
+    text."""
     license: str | None = None
     """SPDX expression where possible."""
     source: str | None = None
@@ -68,6 +72,7 @@ def details_of(
         quantization=gguf.quantization,
         num_parameters=gguf.num_parameters,
         context_tokens=gguf.context_tokens,
+        pooling=gguf.pooling,
         license=_clean(license or gguf.text("general.license")),
         source=source,
         title=_clean(gguf.text("general.name")),
@@ -104,6 +109,7 @@ def annotations_of(details: ModelDetails) -> dict[str, str]:
         ARCHITECTURE: details.architecture,
         PARAMETERS: details.num_parameters,
         CONTEXT: details.context_tokens,
+        POOLING: details.pooling,
         SOURCE: details.source,
         SAMPLING: None if details.sampling == Sampling() else msgspec.json.encode(details.sampling).decode(),
     }
@@ -118,6 +124,7 @@ def details_from(manifest: Manifest, config: ModelConfig) -> ModelDetails:
         quantization=_clean(config.config.quantization),
         num_parameters=_whole_number(notes.get(PARAMETERS)),
         context_tokens=_whole_number(notes.get(CONTEXT)),
+        pooling=_clean(notes.get(POOLING)),
         license=_clean(" AND ".join(config.descriptor.licenses) or None),
         source=_clean(notes.get(SOURCE) or config.descriptor.source_url),
         title=_clean(config.descriptor.title),

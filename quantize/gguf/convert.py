@@ -1,7 +1,7 @@
-"""A Llama-family checkpoint into one GGUF, tensor by tensor; nothing is held but the tensor being written.
+"""A checkpoint into one GGUF, tensor by tensor; nothing is held but the tensor being written.
 
-Source: `conversion/llama.py` and `conversion/base.py` of llama.cpp at the revision inside llama-cpp-python 0.3.36.
-Names, order, types and metadata are the same, so that the tests can compare whole files.
+Source: `conversion/llama.py`, `conversion/bert.py` and `conversion/base.py` of llama.cpp at the revision inside
+llama-cpp-python 0.3.36. Names, order, types and metadata are the same, so that the tests can compare whole files.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.errors import InvalidModelFile, MissingExtra, RecipeError
-from quantize.checkpoint import Checkpoint, CheckpointTensor, ModelSettings, load_values
+from quantize.checkpoint import BertSettings, Checkpoint, CheckpointTensor, ModelSettings, load_values
 
+from . import bert
 from .vocabulary import Vocabulary, read_vocabulary
 
-VERSION = 1
+VERSION = 2
 """Of what this module writes; part of the key under which a result is cached."""
 
 _F16_MAX = 65504.0
@@ -62,7 +63,7 @@ def _inner_shapes(settings: ModelSettings) -> dict[str, tuple[int, ...]]:
     }
 
 
-def expected_tensors(settings: ModelSettings) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _llama_tensors(settings: ModelSettings) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name in the checkpoint -> name in the GGUF and shape, for every tensor the family has."""
     vocab = (settings.vocab_size, settings.hidden_size)
     shapes = {"model.embed_tokens.weight": vocab, "model.norm.weight": (settings.hidden_size,), "lm_head.weight": vocab}
@@ -101,10 +102,25 @@ def permute_heads(values: NDArray[Any], num_heads: int) -> NDArray[Any]:
     return values.reshape(num_heads, 2, rows // num_heads // 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 
 
-def _heads_of(name: str, settings: ModelSettings) -> int:
+def _heads_of(name: str, settings: ModelSettings | BertSettings) -> int:
+    if isinstance(settings, BertSettings):
+        return 0
     if ".q_proj." in name:
         return settings.num_attention_heads
     return settings.num_kv_heads if ".k_proj." in name else 0
+
+
+def _known_as(name: str, settings: ModelSettings | BertSettings) -> str | None:
+    """The name by which a tensor is looked up; None for one that a model does without."""
+    if isinstance(settings, BertSettings):
+        return bert.known_as(name, settings)
+    is_needless = name.endswith(_IGNORED) or (name == "lm_head.weight" and settings.tie_word_embeddings)
+    return None if is_needless else name
+
+
+def expected_tensors(settings: ModelSettings | BertSettings) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name in the checkpoint -> name in the GGUF and shape, for every tensor the family has."""
+    return bert.expected_tensors(settings) if isinstance(settings, BertSettings) else _llama_tensors(settings)
 
 
 def _planned(checkpoint: Checkpoint, *, use_f16: bool) -> list[_Planned]:
@@ -116,17 +132,20 @@ def _planned(checkpoint: Checkpoint, *, use_f16: bool) -> list[_Planned]:
     settings, plan = checkpoint.settings, list[_Planned]()
     expected = expected_tensors(settings)
     for name, tensor in checkpoint.tensors.items():
-        if name.endswith(_IGNORED) or (name == "lm_head.weight" and settings.tie_word_embeddings):
+        known = _known_as(name, settings)
+        if known is None:
             continue
-        if name not in expected:
-            raise InvalidModelFile(tensor.path.name, f"it has the tensor '{name}', which a Llama model does not")
-        target, shape = expected.pop(name)
+        if known not in expected:
+            kind = settings.model_type.capitalize()
+            raise InvalidModelFile(tensor.path.name, f"it has the tensor '{name}', which a {kind} model does not")
+        target, shape = expected.pop(known)
         if tensor.stored.shape != shape:
             raise InvalidModelFile(
                 tensor.path.name,
                 f"tensor '{name}' has the shape {tensor.stored.shape}, and config.json makes it {shape}",
             )
-        dtype = np.dtype(np.float16 if use_f16 and len(shape) > 1 else np.float32)
+        is_f16 = use_f16 and len(shape) > 1 and target not in bert.KEPT_F32
+        dtype = np.dtype(np.float16 if is_f16 else np.float32)
         plan.append(_Planned(target, shape, dtype, tensor, _heads_of(name, settings)))
     if expected:
         raise InvalidModelFile(
@@ -205,7 +224,17 @@ def _describe(writer: Any, checkpoint: Checkpoint, *, name: str | None, num_para
     metadata.set_gguf_meta_model(writer)
 
 
-def _parametrize(writer: Any, settings: ModelSettings, *, use_f16: bool) -> None:
+def _parametrize(writer: Any, checkpoint: Checkpoint, *, use_f16: bool) -> None:
+    gguf, settings = _gguf(), checkpoint.settings
+    file_type = gguf.LlamaFileType.MOSTLY_F16 if use_f16 else gguf.LlamaFileType.ALL_F32
+    if isinstance(settings, BertSettings):
+        version = gguf.GGML_QUANT_VERSION
+        bert.parametrize(writer, checkpoint, settings, file_type=file_type, quantization_version=version)
+    else:
+        _parametrize_llama(writer, settings, file_type=file_type)
+
+
+def _parametrize_llama(writer: Any, settings: ModelSettings, *, file_type: Any) -> None:
     gguf, rope = _gguf(), settings.rope
     writer.add_block_count(settings.num_hidden_layers)
     writer.add_context_length(settings.max_position_embeddings)
@@ -220,7 +249,7 @@ def _parametrize(writer: Any, settings: ModelSettings, *, use_f16: bool) -> None
     writer.add_layer_norm_rms_eps(settings.rms_norm_eps)
     writer.add_key_length(settings.head_size)
     writer.add_value_length(settings.head_size)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if use_f16 else gguf.LlamaFileType.ALL_F32)
+    writer.add_file_type(file_type)
     writer.add_vocab_size(settings.vocab_size)
     writer.add_rope_dimension_count(settings.head_size)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -238,10 +267,13 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     if vocabulary.merges:
         writer.add_token_merges(list(vocabulary.merges))
     for kind, token_id in vocabulary.specials.items():
-        getattr(writer, f"add_{kind}_token_id")(token_id)
+        if kind != "cls":  # it is written as bos, and has no key of its own
+            getattr(writer, f"add_{kind}_token_id")(token_id)
     for kind, value in vocabulary.adds.items():
         if hasattr(writer, f"add_add_{kind}_token"):
             getattr(writer, f"add_add_{kind}_token")(value)
+    for flag, value in vocabulary.normalizer.items():
+        writer.add_bool(f"tokenizer.ggml.normalizer.{flag}", value)  # gguf 0.19.0 has no method for these yet
     if vocabulary.chat_template is not None:
         writer.add_chat_template(vocabulary.chat_template)
     if len(vocabulary.tokens) == 49152:
@@ -250,7 +282,8 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
 
 
 def _all_planned(checkpoint: Checkpoint, *, use_f16: bool) -> list[tuple[_Planned, NDArray[np.float32] | None]]:
-    factors = rope_factors(checkpoint.settings)
+    settings = checkpoint.settings
+    factors = None if isinstance(settings, BertSettings) else rope_factors(settings)
     extra = [] if factors is None else [(_Planned("rope_freqs.weight", factors.shape, factors.dtype, None), factors)]
     return [*extra, *((planned, None) for planned in _planned(checkpoint, use_f16=use_f16))]
 
@@ -292,14 +325,14 @@ def convert(
     vocabulary = read_vocabulary(checkpoint)
     plan = _all_planned(checkpoint, use_f16=use_f16)
     gguf = _gguf()
-    writer: Any = gguf.GGUFWriter(None, "llama")
+    writer: Any = gguf.GGUFWriter(None, "bert" if isinstance(checkpoint.settings, BertSettings) else "llama")
     try:
         for planned, _ in plan:
             size = math.prod(planned.shape) * planned.dtype.itemsize
             writer.add_tensor_info(planned.name, planned.shape, planned.dtype, size)
         writer.add_type(gguf.GGUFType.MODEL)
         _describe(writer, checkpoint, name=name, num_parameters=sum(math.prod(p.shape) for p, _ in plan))
-        _parametrize(writer, checkpoint.settings, use_f16=use_f16)
+        _parametrize(writer, checkpoint, use_f16=use_f16)
         _add_vocabulary(writer, vocabulary)
         writer.write_header_to_file(target)
         writer.write_kv_data_to_file()

@@ -1,8 +1,8 @@
 """The tokenizer of a checkpoint, as llama.cpp wants it: tokens, types, scores or merges, special tokens.
 
-Two kinds are read. Sentencepiece-style BPE with byte fallback (Llama 2, TinyLlama, Mistral) comes from
+Three kinds are read. Sentencepiece-style BPE with byte fallback (Llama 2, TinyLlama, Mistral) comes from
 `tokenizer.model`, or from `tokenizer.json` where that is all there is. Byte-level BPE (SmolLM, Llama 3) comes from
-`tokenizer.json`.
+`tokenizer.json`, and so does WordPiece (BERT).
 
 Source: what `convert_hf_to_gguf.py` of llama.cpp (the revision inside llama-cpp-python 0.3.36) writes, which the tests
 compare with, entry by entry. One thing differs on purpose: for `tokenizer.json` with byte fallback it gives every
@@ -16,14 +16,16 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Literal, TypeVar, cast
 
 import msgspec
 
 from edge.errors import InvalidModelFile, UnsupportedFormat
-from quantize.checkpoint import Checkpoint, TokenId
+from quantize.checkpoint import BertSettings, Checkpoint, TokenId
 
 from .sentencepiece import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED, read_pieces
+
+T = TypeVar("T")
 
 _ADDED_SCORE = -1000.0
 _SPECIAL_KINDS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -49,7 +51,7 @@ class Vocabulary:
     """A tokenizer's data.
 
     Attributes:
-        model: llama.cpp's kind: ``llama`` (sentencepiece BPE) or ``gpt2`` (byte-level BPE).
+        model: llama.cpp's kind: ``llama`` (sentencepiece BPE), ``gpt2`` (byte-level BPE) or ``bert`` (WordPiece).
         pre: Name of the pre-tokenizer.
         types: `llama_token_type` of each token.
         scores: Of ``llama`` only.
@@ -68,6 +70,8 @@ class Vocabulary:
     adds: Mapping[str, bool] = field(default_factory=dict[str, bool])
     add_space_prefix: bool | None = None
     chat_template: str | list[dict[str, str]] | None = None
+    normalizer: Mapping[str, bool] = field(default_factory=dict[str, bool])
+    """Of ``bert`` only: whether texts are written small, whether they lose their accents."""
 
 
 class _AddedToken(msgspec.Struct, frozen=True):
@@ -84,27 +88,58 @@ class _BpeModel(msgspec.Struct, frozen=True):
     byte_fallback: bool = False
 
 
-class _Tokenizer(msgspec.Struct, frozen=True):
-    """`tokenizer.json` of the tokenizers library, as far as it is used."""
+class _Surroundings(msgspec.Struct, frozen=True, kw_only=True):
+    """What every `tokenizer.json` says about special tokens."""
 
-    model: _BpeModel
     added_tokens: list[_AddedToken] = []
-    pre_tokenizer: dict[str, Any] | None = None
     post_processor: dict[str, Any] | None = None
 
 
-def _tokenizer_of(checkpoint: Checkpoint) -> _Tokenizer | None:
+class _Tokenizer(_Surroundings, frozen=True, kw_only=True):
+    """`tokenizer.json` of the tokenizers library, as far as it is used; its model is a BPE."""
+
+    model: _BpeModel
+    pre_tokenizer: dict[str, Any] | None = None
+
+
+class _WordPieceModel(msgspec.Struct, frozen=True):
+    vocab: dict[str, TokenId]
+    continuing_subword_prefix: Literal["##"]
+
+
+class _BertNormalizer(msgspec.Struct, frozen=True):
+    type: str
+    lowercase: bool = False
+    clean_text: bool = False
+    handle_chinese_chars: bool = False
+    strip_accents: bool | None = None
+
+
+class _BertPreTokenizer(msgspec.Struct, frozen=True):
+    type: str
+
+
+class _WordPieceTokenizer(_Surroundings, frozen=True, kw_only=True):
+    """The same of BERT; what llama.cpp does to a text is exactly this normalizer and pre-tokenizer."""
+
+    model: _WordPieceModel
+    normalizer: _BertNormalizer
+    pre_tokenizer: _BertPreTokenizer
+
+
+def _parse_tokenizer(checkpoint: Checkpoint, kind: type[T], *, model: str) -> T | None:
+    """`tokenizer.json`, whose model must be of the type named; None where the checkpoint has none."""
     table = checkpoint.read_table("tokenizer.json")
     if not table:
         return None
-    kind = cast("dict[str, object]", table.get("model") or {}).get("type")
-    if kind != "BPE":
+    found = cast("dict[str, object]", table.get("model") or {}).get("type")
+    if found != model:
         raise UnsupportedFormat(
-            f"A tokenizer of type {kind!r} cannot be converted.",
-            hint="Supported: BPE, with byte fallback or on the level of bytes.",
+            f"A tokenizer of type {found!r} cannot be converted for this model.",
+            hint="Supported: BPE, with byte fallback or on the level of bytes; for BERT WordPiece.",
         )
     try:
-        return msgspec.convert(table, _Tokenizer)
+        return msgspec.convert(table, kind)
     except msgspec.ValidationError as e:
         raise InvalidModelFile("tokenizer.json", str(e)) from e
 
@@ -228,6 +263,35 @@ def _from_byte_level(checkpoint: Checkpoint, tokenizer: _Tokenizer) -> Vocabular
     return Vocabulary("gpt2", pre, table.tokens, table.types, merges=merges)
 
 
+def _phantom_space(token: str) -> str:
+    """A WordPiece as llama.cpp has it: what begins a word is marked, not what goes on with one."""
+    return token[2:] if token.startswith("##") else "\u2581" + token
+
+
+def _from_wordpiece(checkpoint: Checkpoint, tokenizer: _WordPieceTokenizer) -> Vocabulary:
+    normalizer = tokenizer.normalizer
+    kinds = (normalizer.type, tokenizer.pre_tokenizer.type)
+    is_berts_own = kinds == ("BertNormalizer", "BertPreTokenizer")
+    if not (is_berts_own and normalizer.clean_text and normalizer.handle_chinese_chars):
+        raise UnsupportedFormat(
+            f"Texts prepared by {' and '.join(kinds)} as here cannot be converted.",
+            hint="Supported: BertNormalizer, cleaning texts and parting Chinese characters, and BertPreTokenizer.",
+        )
+    table = _Table(checkpoint.settings.vocab_size)
+    for token, token_id in tokenizer.model.vocab.items():
+        table.put(token_id, _phantom_space(token), NORMAL)
+    for entry in tokenizer.added_tokens:
+        control = entry.special or _looks_special(entry.content)
+        text = entry.content if control else _phantom_space(entry.content)
+        table.put(entry.id, text, CONTROL if control else USER_DEFINED)
+    flags = {"lowercase": normalizer.lowercase, "strip_accents": normalizer.strip_accents}
+    # By this name the converter knows the tokenizer of bert-base-uncased; llama.cpp reads it for BPE only.
+    return Vocabulary(
+        "bert", "jina-v2-en", table.tokens, table.types,
+        normalizer={name: flag for name, flag in flags.items() if flag is not None},
+    )  # fmt: skip
+
+
 def _special_name(entry: object) -> str | None:
     if isinstance(entry, dict):
         entry = cast("dict[str, object]", entry).get("content")
@@ -254,7 +318,9 @@ def _template_adds(processor: Mapping[str, Any], names: Mapping[str, str | None]
     return adds
 
 
-def _adds(tokenizer: _Tokenizer | None, config: Mapping[str, Any], names: Mapping[str, str | None]) -> dict[str, bool]:
+def _adds(
+    tokenizer: _Surroundings | None, config: Mapping[str, Any], names: Mapping[str, str | None]
+) -> dict[str, bool]:
     """Which tokens are put around a text; the post-processor has the last word over `tokenizer_config.json`."""
     adds: dict[str, bool] = {}
     processor = (tokenizer.post_processor if tokenizer else None) or {}
@@ -271,7 +337,7 @@ def _adds(tokenizer: _Tokenizer | None, config: Mapping[str, Any], names: Mappin
 
 
 def _specials(
-    checkpoint: Checkpoint, tokenizer: _Tokenizer | None, names: Mapping[str, str | None], num_tokens: int
+    checkpoint: Checkpoint, tokenizer: _Surroundings | None, names: Mapping[str, str | None], num_tokens: int
 ) -> dict[str, int]:
     """Ids of the special tokens: by name through `tokenizer.json`, else from `config.json`."""
     ids = {t.content: t.id for t in reversed(tokenizer.added_tokens)} if tokenizer else {}
@@ -302,25 +368,34 @@ def _chat_template(checkpoint: Checkpoint, config: Mapping[str, Any]) -> str | l
         raise InvalidModelFile("the chat template", str(e)) from e
 
 
+def _read_tokens(checkpoint: Checkpoint, config: Mapping[str, Any]) -> tuple[Vocabulary, _Surroundings | None]:
+    """The tokens, and what `tokenizer.json` says about the special ones."""
+    if isinstance(checkpoint.settings, BertSettings):
+        if (pieces := _parse_tokenizer(checkpoint, _WordPieceTokenizer, model="WordPiece")) is None:
+            raise InvalidModelFile("tokenizer.json", "it is empty or absent, and BERT's words stand in no other file")
+        return _from_wordpiece(checkpoint, pieces), pieces
+    tokenizer = _parse_tokenizer(checkpoint, _Tokenizer, model="BPE")
+    model = checkpoint.directory / "tokenizer.model"
+    if model.is_file():
+        return _from_pieces(checkpoint, model.read_bytes(), config), tokenizer
+    if tokenizer is None:
+        raise InvalidModelFile("tokenizer.json", "it is empty")
+    if tokenizer.model.byte_fallback:
+        return _from_byte_fallback(checkpoint, tokenizer), tokenizer
+    return _from_byte_level(checkpoint, tokenizer), tokenizer
+
+
 def read_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
     """The tokenizer of a checkpoint.
 
     Raises:
-        UnsupportedFormat: Not BPE, or a pre-tokenizer that llama.cpp has no name for here.
+        UnsupportedFormat: Another kind of tokenizer, or a pre-tokenizer that llama.cpp has no name for here.
         InvalidModelFile: A tokenizer file breaks its format, or has more tokens than the model.
     """
     config = checkpoint.read_table("tokenizer_config.json")
-    tokenizer = _tokenizer_of(checkpoint)
-    pieces = checkpoint.directory / "tokenizer.model"
-    if pieces.is_file():
-        vocabulary = _from_pieces(checkpoint, pieces.read_bytes(), config)
-    elif tokenizer is None:
-        raise InvalidModelFile("tokenizer.json", "it is empty")
-    elif tokenizer.model.byte_fallback:
-        vocabulary = _from_byte_fallback(checkpoint, tokenizer)
-    else:
-        vocabulary = _from_byte_level(checkpoint, tokenizer)
+    vocabulary, tokenizer = _read_tokens(checkpoint, config)
     names = {kind: _special_name(config.get(f"{kind}_token")) for kind in _SPECIAL_KINDS}
+    names["bos"], names["eos"] = names["bos"] or names["cls"], names["eos"] or names["sep"]
     prefix = config.get("add_prefix_space")
     return replace(
         vocabulary,

@@ -39,6 +39,7 @@ def bfloat16(values: NDArray[np.float32]) -> tuple[str, NDArray[np.uint16]]:
 
 
 def write_json(path: Path, table: Mapping[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(table, ensure_ascii=False, indent=1), "utf-8")
 
 
@@ -335,3 +336,124 @@ def sentencepiece_like_tokenizer(
             "merges": [list(pair) for pair in merges],
         },
     }
+
+
+_PIECES = "the,a,sun,rain,boat,engine,water,pump,is,was,not,in,on,how,does,work,fail,##s,##ing,##ed,##er,.,?,!,ü"
+
+
+def wordpiece_tokenizer() -> dict[str, Any]:
+    """`tokenizer.json` of an uncased BERT: special tokens, words, and every small letter alone and within a word."""
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    tokens = [*specials, *_PIECES.split(","), *letters, *(f"##{c}" for c in letters)]
+    cls, sep = ({"SpecialToken": {"id": name, "type_id": 0}} for name in ("[CLS]", "[SEP]"))
+    first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    last = {"SpecialToken": {"id": "[SEP]", "type_id": 1}}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": special_tokens(specials),
+        "normalizer": {
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": True,
+            "strip_accents": None,
+            "lowercase": True,
+        },
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [cls, first, sep],
+            "pair": [cls, first, sep, second, last],
+            "special_tokens": {
+                name: {"id": name, "ids": [specials.index(name)], "tokens": [name]} for name in ("[CLS]", "[SEP]")
+            },
+        },
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        "model": {
+            "type": "WordPiece",
+            "unk_token": "[UNK]",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+            "vocab": {token: i for i, token in enumerate(dict.fromkeys(tokens))},
+        },
+    }
+
+
+def bert_weights(settings: Mapping[str, Any], seed: int, *, prefix: str = "") -> dict[str, NDArray[np.float32]]:
+    """Random float32 tensors of a BERT encoder with its pooler, named as Hugging Face names them."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    wide, hidden = settings["hidden_size"], settings["intermediate_size"]
+    shapes: dict[str, tuple[int, ...]] = {
+        f"embeddings.{name}_embeddings.weight": (settings[rows], wide)
+        for name, rows in (
+            ("word", "vocab_size"),
+            ("position", "max_position_embeddings"),
+            ("token_type", "type_vocab_size"),
+        )
+    }
+    modules = {"embeddings.LayerNorm": (wide,), "pooler.dense": (wide, wide)}
+    for layer in range(settings["num_hidden_layers"]):
+        at = f"encoder.layer.{layer}"
+        modules |= {f"{at}.attention.self.{name}": (wide, wide) for name in ("query", "key", "value")}
+        modules |= {f"{at}.{name}.LayerNorm": (wide,) for name in ("attention.output", "output")}
+        modules |= {
+            f"{at}.attention.output.dense": (wide, wide),
+            f"{at}.intermediate.dense": (hidden, wide),
+            f"{at}.output.dense": (wide, hidden),
+        }
+    for module, shape in modules.items():
+        shapes |= {f"{module}.weight": shape, f"{module}.bias": shape[:1]}
+    return {
+        prefix + name: rng.standard_normal(shape, np.float32) * np.float32(0.3) + np.float32("Norm.weight" in name)
+        for name, shape in shapes.items()
+    }
+
+
+def make_bert(directory: Path, *, reranker: bool = False) -> Path:
+    """BERT-like: an encoder whose vector is that of [CLS]; or a cross-encoder that judges a pair by one number."""
+    directory.mkdir(parents=True)
+    tokenizer = wordpiece_tokenizer()
+    settings: dict[str, Any] = {
+        "architectures": ["BertForSequenceClassification" if reranker else "BertModel"],
+        "model_type": "bert",
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "hidden_act": "gelu",
+        "max_position_embeddings": 96,
+        "type_vocab_size": 2,
+        "layer_norm_eps": 1e-12,
+        "pad_token_id": 0,
+        "vocab_size": len(tokenizer["model"]["vocab"]),
+    }
+    tensors = bert_weights(settings, 5, prefix="bert." if reranker else "")
+    if reranker:
+        settings |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        rng = np.random.Generator(np.random.PCG64(6))
+        tensors["classifier.weight"] = rng.standard_normal((1, 64), np.float32)
+        tensors["classifier.bias"] = np.array([0.25], np.float32)
+    else:
+        write_json(directory / "1_Pooling" / "config.json", {"word_embedding_dimension": 64, "pooling_mode": "cls"})
+        kinds = ("Transformer", "Pooling", "Normalize")
+        paths = ("", "1_Pooling", "2_Normalize")
+        modules = [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (path, kind) in enumerate(zip(paths, kinds, strict=True))
+        ]
+        (directory / "modules.json").write_text(json.dumps(modules))
+    write_json(directory / "config.json", settings)
+    write_json(directory / "tokenizer.json", tokenizer)
+    names = {f"{kind}_token": f"[{kind.upper()}]" for kind in ("unk", "sep", "pad", "cls", "mask")}
+    write_json(
+        directory / "tokenizer_config.json", {**names, "do_lower_case": True, "tokenizer_class": "BertTokenizer"}
+    )
+    write_safetensors(directory / "model.safetensors", tensors)
+    return directory
+
+
+def make_cross_encoder(directory: Path) -> Path:
+    """A cross-encoder with random weights."""
+    return make_bert(directory, reranker=True)

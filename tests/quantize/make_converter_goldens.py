@@ -22,8 +22,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from .checkpoints import make_llama3, make_mistral, make_smollm
+from .checkpoints import make_bert, make_cross_encoder, make_llama3, make_mistral, make_smollm
 from .goldens import GOLDENS, describe_gguf
+from .minilm import make_minilm
 from .stories import make_stories
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
@@ -31,8 +32,16 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "Tiny-SmolLM-1M-Instruct": make_smollm,
     "tiny-llama3": make_llama3,
     "tiny-mistral": make_mistral,
+    "tiny-bert": make_bert,
+    "tiny-cross-encoder": make_cross_encoder,
+    "all-MiniLM-L6-v2": make_minilm,
 }
-ANSWERS = {"Tiny-SmolLM-1M-Instruct": "smollm", "tiny-llama3": "llama-bpe"}
+ANSWERS = {
+    "Tiny-SmolLM-1M-Instruct": "smollm",
+    "tiny-llama3": "llama-bpe",
+    "tiny-bert": "jina-v2-en",
+    "tiny-cross-encoder": "jina-v2-en",
+}
 
 _RUNNER = """
 import runpy, sys
@@ -59,10 +68,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", required=True, help="a Python with torch and transformers")
     parser.add_argument("--llama-cpp", required=True, type=Path, help="vendor/llama.cpp of the sdist")
+    parser.add_argument("names", nargs="*", help="the checkpoints; by default all")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
-        for name, make in MAKERS.items():
-            source, golden = make(Path(work) / name), {}
+        for name in given.names or MAKERS:
+            source, golden = MAKERS[name](Path(work) / name), {}
             for precision in ("f16", "f32"):
                 target = Path(work) / f"{name}-{precision}.gguf"
                 _convert(given.python, given.llama_cpp, source, target, precision)
