@@ -57,6 +57,7 @@ MAX_UNSENT_BYTES = 64 << 20
 ACCEPT_S = 60.0
 """A prompt whose template and tokens take this long has caught the worker's text thread in a loop."""
 LONG_LIFE_S = 60.0
+HALF_LIFE_S = 600.0
 MAX_LOAD_DEATHS = 3
 """Crashes in a row, each before the model was ready, after which the model counts as failed."""
 BACKOFF_S = (0.1, 0.5, 2.0, 5.0, 15.0, 30.0)
@@ -121,9 +122,17 @@ class ModelHost:
 
     Args:
         poison: Requests that are refused, of all models.
+        reserved_bytes: Gives the memory that other models are about to take.
     """
 
-    def __init__(self, settings: Settings, model: StoredModel, poison: PoisonCabinet) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        model: StoredModel,
+        poison: PoisonCabinet,
+        *,
+        reserved_bytes: Callable[[], int] = lambda: 0,
+    ) -> None:
         self.settings = settings
         self.model = model
         self.ref = str(model.ref)
@@ -136,6 +145,8 @@ class ModelHost:
         self._ready_at: float | None = None
         """When the present worker became ready, also after its end."""
         self.last_used = time.monotonic()
+        self._uses = 0.0
+        self._reserved_bytes = reserved_bytes
         self._samples: deque[Sample] = deque()
         self._generations: dict[int, Generation] = {}
         self._next_id = 0
@@ -168,6 +179,21 @@ class ModelHost:
     def num_active(self) -> int:
         """Requests in the worker, running or waiting."""
         return len(self._generations)
+
+    @property
+    def is_idle(self) -> bool:
+        """Loaded, and nobody waits for anything of it."""
+        return self.state == "ready" and not self._generations and not self._num_waiting
+
+    def uses(self) -> float:
+        """Requests so far, each half as much after `HALF_LIFE_S`."""
+        return self._uses * 0.5 ** ((time.monotonic() - self.last_used) / HALF_LIFE_S)
+
+    def worth(self) -> float:
+        """What it is worth to stay loaded: the seconds of loading that it saves, for each byte that it takes."""
+        load_s = self.ready.load_s if self.ready is not None else 0.0
+        size_bytes = self.heartbeat.memory_bytes if self.heartbeat is not None else self.model.size_bytes
+        return self.uses() * load_s / max(1, size_bytes)
 
     @property
     def pid(self) -> int | None:
@@ -286,7 +312,7 @@ class ModelHost:
             raise WorkerDied(self.ref, reason="it is not running")
         self._check_room()
         frame = wire.encode_frame(message)
-        self.last_used = time.monotonic()
+        self._uses, self.last_used = self.uses() + 1, time.monotonic()
         if not self._generations:
             self._last_progress = self.last_used  # the clock of a hang starts with work
         generation = Generation(message, self._cancel)
@@ -421,7 +447,7 @@ class ModelHost:
         return wire.Load(
             path=str(self.model.weights), ref=self.ref, threads=s.threads, num_slots=s.max_sequences,
             step_tokens=s.step_tokens, context_tokens=s.context_tokens, max_queue=s.max_queue,
-            state_bytes=s.state_bytes,
+            state_bytes=s.state_bytes, reserved_bytes=self._reserved_bytes(),
         )  # fmt: skip
 
     async def _watch(self, stop: asyncio.Event) -> Ending:

@@ -49,10 +49,16 @@ class Pool:
         name = str(model.ref)
         host = self._hosts.get(name)
         if host is None or (host.model.digest != model.digest and host.state in ("unloaded", "failed")):
-            host = self._hosts[name] = ModelHost(self._settings, model, self._poison)
+            host = self._hosts[name] = ModelHost(
+                self._settings, model, self._poison, reserved_bytes=lambda: self._loading_bytes(but=name)
+            )
         if len(self._known) < MAX_KNOWN_NAMES:
             self._known[ref] = (version, host)
         return host
+
+    def _loading_bytes(self, *, but: str) -> int:
+        """Weights of models that are being loaded: their memory still looks free."""
+        return sum(h.model.size_bytes for h in self._hosts.values() if h.state == "loading" and h.ref != but)
 
     def _store_version(self) -> tuple[int, int]:
         """Changes with every change of the store: its index is replaced whole."""
@@ -63,7 +69,7 @@ class Pool:
         return stat.st_ino, stat.st_mtime_ns
 
     async def ready(self, ref: str, *, timeout_s: float = READY_WAIT_S) -> ModelHost:
-        """A host that answers; where memory lacks, models that nobody uses give way, the longest unused first.
+        """A host that answers; where memory lacks, idle models that are not pinned give way, the least worth first.
 
         Raises:
             ServerStopping: The appliance is shutting down.
@@ -81,10 +87,11 @@ class Pool:
                     raise
 
     async def _evict(self, *, keep: ModelHost) -> bool:
-        idle = [h for h in self._hosts.values() if h is not keep and h.state == "ready" and not h.num_active]
+        pins = await asyncio.to_thread(self._store.pins)
+        idle = [h for h in self._hosts.values() if h is not keep and h.is_idle and h.ref not in pins]
         if not idle:
             return False
-        victim = min(idle, key=lambda h: h.last_used)
+        victim = min(idle, key=lambda h: h.worth())
         log.info("unloading %s to make room for %s", victim.ref, keep.ref)
         await victim.unload()
         return True
@@ -92,9 +99,10 @@ class Pool:
     async def unload_idle(self) -> None:
         """Unload what nobody used for `keep_alive_s`."""
         limit = self._settings.keep_alive_s
+        pins = await asyncio.to_thread(self._store.pins)
         for host in self.hosts():
             unused_s = time.monotonic() - host.last_used
-            if 0 <= limit < unused_s and host.state == "ready" and not host.num_active:
+            if 0 <= limit < unused_s and host.is_idle and host.ref not in pins:
                 log.info("unloading %s: unused for %.0f s", host.ref, limit)
                 await host.unload()
 

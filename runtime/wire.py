@@ -65,6 +65,8 @@ class Load(Message, frozen=True):
     context_tokens: int
     max_queue: int
     state_bytes: int = 0
+    reserved_bytes: int = 0
+    """Memory that looks free but is for models that are being loaded now."""
 
 
 # ---------------------------------------------------------------- worker to front

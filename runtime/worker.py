@@ -224,7 +224,7 @@ class Worker:
             num_slots=load.num_slots,
             step_tokens=max(load.step_tokens, load.num_slots),
             context_tokens=load.context_tokens,
-            available_bytes=available_bytes(),
+            available_bytes=max(0, available_bytes() - load.reserved_bytes),
             state_bytes=load.state_bytes or available_bytes() // 16,
         )
         last = 0.0

@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ps": ("edge.cli.running:ps", "List the loaded models."),
     "load": ("edge.cli.running:load", "Load a model into the running appliance."),
     "unload": ("edge.cli.running:unload", "Unload a model from the running appliance."),
+    "pin": ("edge.cli.models:pin", "Keep a model in memory once it is loaded."),
     "replay": ("edge.cli.replay:replay", "Look into requests that ended the engine."),
     "quantize": ("edge.cli.quantize:quantize", "Turn a checkpoint into measured, packaged models."),
     "image": ("edge.cli.image:image", "Build a container image for a hardware target."),

@@ -105,6 +105,34 @@ def _date(unix_time: float) -> str:
 
 
 @click.command()
+@click.argument("ref", required=False, shell_complete=complete_models)
+@click.option("--unpin", is_flag=True, help="Let it go again when it is idle or room is needed.")
+@store_option
+@json_option
+def pin(ref: str | None, *, unpin: bool, store_dir: Path | None, as_json: bool) -> None:
+    """Keep a model in memory once it is loaded: not unloaded when idle, nor to make room for another.
+
+    Holds for a running appliance at once, and after a restart. Without a model the pinned ones are listed.
+
+    \b
+    Examples:
+      edge pin smollm2:135m-instruct
+      edge pin smollm2:135m-instruct --unpin
+    """
+    store = open_store(store_dir)
+    if ref is not None:
+        found = store.pin(ref, is_pinned=not unpin)
+        click.echo(f"{found} is {'no longer pinned' if unpin else 'pinned'}", err=True)
+    elif unpin:
+        raise click.UsageError("Name the model: edge pin MODEL --unpin.")
+    pinned = sorted(store.pins())
+    if as_json:
+        print_json({"pinned": pinned})
+    elif ref is None:
+        click.echo("\n".join(pinned)) if pinned else click.echo("no model is pinned", err=True)
+
+
+@click.command()
 @click.argument("ref", shell_complete=complete_models)
 @store_option
 @json_option

@@ -51,6 +51,8 @@ ADDED = f"{OURS}added"
 """Annotation of an index entry: the Unix time at which the model came into this store."""
 REPORT_NAME = "report.json"
 PARTIAL_KEPT_S = 7 * 86400.0
+PINS_NAME = "pins.json"
+"""Beside the index: the names of pinned models, as a JSON list."""
 log = logging.getLogger("edge.store")
 
 _LOCK_TIMEOUT_S = 60.0
@@ -398,7 +400,37 @@ class ModelStore:
         with self._lock():
             found = self._resolve(ref, models_of(self._read_index()))
             self._set_entry(found, None)
+            self._write_pin(found, is_pinned=False)
         return found
+
+    def pins(self) -> frozenset[str]:
+        """Names of the models that stay in memory once they are there. A damaged list counts as an empty one."""
+        path = self.root / PINS_NAME
+        if not path.exists():
+            return frozenset()
+        try:
+            return frozenset(decode(_read_document(path), list[str], what=PINS_NAME))
+        except (InvalidModelFile, StoreError) as e:
+            log.warning("no model counts as pinned: %s", e)
+            return frozenset()
+
+    def pin(self, ref: str | ModelRef, *, is_pinned: bool = True) -> ModelRef:
+        """Keep a model in memory once it is there, or no longer; gives the one that was meant.
+
+        Raises:
+            ModelNotFound: There is none of that name.
+        """
+        self._prepare()
+        with self._lock():
+            found = self._resolve(ref, models_of(self._read_index()))
+            self._write_pin(found, is_pinned=is_pinned)
+        return found
+
+    def _write_pin(self, ref: ModelRef, *, is_pinned: bool) -> None:
+        before = self.pins()
+        after = before | {str(ref)} if is_pinned else before - {str(ref)}
+        if after != before:
+            write_file(self._files, self.root / PINS_NAME, msgspec.json.encode(sorted(after)))
 
     def collect(self, *, partial_age_s: float = PARTIAL_KEPT_S) -> Collected:
         """Remove the blobs that no reference leads to, and fetches that nobody took up for `partial_age_s`."""

@@ -101,13 +101,14 @@ class Appliance:
     async def model_infos(self) -> list[ModelInfo]:
         """Every model of the store, with what the runtime does with it."""
         hosts = {h.ref: h for h in self.pool.hosts()}
-        return [_model_info(m, hosts.get(str(m.ref))) for m in await self.stored_models()]
+        pins = await asyncio.to_thread(self.store.pins)
+        return [_model_info(m, hosts.get(str(m.ref)), pins) for m in await self.stored_models()]
 
     async def model_info(self, ref: str) -> ModelInfo:
         """One of them."""
         model = await self.stored_model(ref)
         hosts = {h.ref: h for h in self.pool.hosts()}
-        return _model_info(model, hosts.get(str(model.ref)))
+        return _model_info(model, hosts.get(str(model.ref)), await asyncio.to_thread(self.store.pins))
 
     async def remove(self, ref: str) -> None:
         """Unload a model and take it out of the store."""
@@ -255,7 +256,7 @@ def _existing(path: Path) -> Path:
     return path if path.exists() else _existing(path.parent)
 
 
-def _model_info(model: StoredModel, host: ModelHost | None) -> ModelInfo:
+def _model_info(model: StoredModel, host: ModelHost | None, pins: frozenset[str]) -> ModelInfo:
     info = ModelInfo(
         ref=str(model.ref),
         digest=str(model.digest),
@@ -268,6 +269,7 @@ def _model_info(model: StoredModel, host: ModelHost | None) -> ModelInfo:
         license=model.license,
         source=model.source,
         created=model.created,
+        is_pinned=str(model.ref) in pins,
     )
     if host is not None:
         _add_runtime(info, host)

@@ -45,6 +45,8 @@ class ModelInfo(msgspec.Struct, kw_only=True):
     num_restarts: int = 0
     loaded_s: float | None = None
     """Seconds since the model became ready."""
+    is_pinned: bool = False
+    """Neither unloaded when idle nor to make room."""
 
 
 class ModelList(msgspec.Struct, kw_only=True):

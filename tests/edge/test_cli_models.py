@@ -252,3 +252,20 @@ def test_rm_asks_on_a_terminal(store: ModelStore, home: Path, gguf: Path) -> Non
     assert "Remove tiny:latest?" in output
     assert on_terminal(home, "rm", "tiny", answer=b"y\n")[0] == 0
     assert store.list() == []
+
+
+def test_pins_are_kept_listed_and_go_with_their_model(
+    store: ModelStore, gguf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_model(store, "one:f32", gguf)
+    assert json.loads(Ran(capsys, "pin", "--json").out) == {"pinned": []}
+    assert Ran(capsys, "pin", "one").code == 0
+    assert Ran(capsys, "pin").out == "one:f32\n"
+    assert Ran(capsys, "pin", "none").code == 3
+    assert Ran(capsys, "pin", "--unpin").code == 2
+    assert json.loads(Ran(capsys, "pin", "one", "--unpin", "--json").out) == {"pinned": []}
+    store.pin("one")
+    store.remove("one")
+    assert store.pins() == frozenset()
+    (store.root / "pins.json").write_bytes(b"{")
+    assert store.pins() == frozenset()

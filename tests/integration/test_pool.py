@@ -1,0 +1,84 @@
+"""Several models at once: each is served by its own worker, and none waits for another."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from edge.config import Settings
+from edge.store.details import ModelDetails
+from edge.store.models import ModelStore, PackageFile
+from runtime.pool import Pool
+from tests.support import DEFAULT_MODEL, SEED, chat_body, running_appliance, sse_events
+
+SECOND = "second:x"
+
+
+def two_models(home: Path) -> ModelStore:
+    """A store with the default model under two names."""
+    store = ModelStore(home / "store", seed=SEED)
+    store.add(SECOND, [PackageFile(store.get(DEFAULT_MODEL).weights, "model.gguf")], ModelDetails())
+    return store
+
+
+@pytest.fixture
+async def pool(home: Path) -> AsyncIterator[Pool]:
+    pool = Pool(Settings(home=home, keep_alive_s=0.0, context_tokens=1024), two_models(home))
+    yield pool
+    await pool.close()
+
+
+async def test_a_pinned_model_stays_and_an_idle_one_goes(pool: Pool, home: Path) -> None:
+    first, second = await pool.ready(DEFAULT_MODEL), await pool.ready(SECOND)
+    ModelStore(home / "store").pin(SECOND)
+    await pool.unload_idle()
+    assert (first.state, second.state) == ("unloaded", "ready")
+    ModelStore(home / "store").pin(SECOND, is_pinned=False)
+    await pool.unload_idle()
+    assert second.state == "unloaded"
+
+
+async def test_what_was_asked_more_often_is_worth_more(pool: Pool) -> None:
+    from runtime import wire
+    from runtime.request import SamplingParams
+
+    first, second = await pool.ready(DEFAULT_MODEL), await pool.ready(SECOND)
+    assert first.worth() == second.worth() == 0
+    for host, times in ((first, 3), (second, 1)):
+        for _ in range(times):
+            generation = await host.start(
+                lambda i: wire.Generate(i, None, "Hi", SamplingParams(temperature=0), 1, []),
+                timeout_s=30, allowed_s=30,
+            )  # fmt: skip
+            assert [p async for p in generation.steps()]
+    assert first.uses() > second.uses() > 0
+
+
+def test_loads_and_unloads_of_one_model_do_not_hold_another(home: Path) -> None:
+    two_models(home)
+    with running_appliance(home, EDGE_CONTEXT_TOKENS="2048") as appliance, appliance.client() as http:
+        http.post("/v1/chat/completions", json=chat_body("Hi", max_tokens=1)).raise_for_status()
+        done = threading.Event()
+        reasons: list[str | None] = []
+
+        def stream() -> None:
+            body = chat_body("Tell me everything.", max_tokens=60, ignore_eos=True, stream=True)
+            with appliance.client() as own, own.stream("POST", "/v1/chat/completions", json=body) as r:
+                reasons.extend(e["choices"][0]["finish_reason"] for e in sse_events(r.iter_lines()))
+            done.set()
+
+        streaming = threading.Thread(target=stream)
+        streaming.start()
+        num_swaps = 0
+        while not done.is_set():
+            http.post("/edge/v1/models/load", json={"model": SECOND}).raise_for_status()
+            http.post("/edge/v1/models/unload", json={"model": SECOND}).raise_for_status()
+            num_swaps += 1
+        streaming.join()
+        assert num_swaps > 0
+        assert reasons[-1] == "length"
+        infos = {m["ref"]: m for m in http.get("/edge/v1/models").json()["models"]}
+        assert infos[DEFAULT_MODEL]["num_restarts"] == 0
