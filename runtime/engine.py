@@ -21,6 +21,8 @@ from runtime.sampler import Sampler
 from runtime.scheduler import Limits, Scheduler, SchedulerStats
 from runtime.sequence import Sequence
 from runtime.speculate import Drafter
+from runtime.step_budget import BudgetTuner
+from runtime.step_cost import StepCosts
 from runtime.tokenizer import Detokenizer, StopMatcher
 
 log = logging.getLogger("edge.engine")
@@ -140,12 +142,13 @@ class Engine:
         governor: Chooses the threads of each step; without one they stay as the backend was opened.
         drafter: Guesses tokens where the backend can take guesses back.
         observer: Hears of each step before it is computed.
+        token_interval_s: Longest wanted time between two tokens while prompts are read beside; 0 chooses one.
         clock: Seconds, monotonic.
     """
 
     def __init__(
         self, backend: Backend, sink: Sink, *, max_queue: int, governor: Governor | None = None,
-        drafter: Drafter | None = None, observer: Observer | None = None,
+        drafter: Drafter | None = None, observer: Observer | None = None, token_interval_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         can = backend.capabilities
@@ -159,6 +162,8 @@ class Engine:
         self._max_queue = max_queue
         self.context_tokens = can.context_tokens
         self._eog_tokens = list(backend.tokenizer.eog_tokens)
+        self._costs = StepCosts()
+        self._budget = BudgetTuner(self._costs, interval_s=token_interval_s)
         self._scheduler = Scheduler(
             Limits(
                 can.num_slots,
@@ -166,7 +171,8 @@ class Engine:
                 can.max_step_tokens,
                 partial_reuse=can.partial_reuse,
                 state_cells=can.state_cells,
-            )
+            ),
+            self._budget.prompt_tokens,
         )
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | None] = queue.SimpleQueue()
         self._answers: dict[RequestId, _Answer] = {}
@@ -279,7 +285,9 @@ class Engine:
                 answer.started = now
         self._govern(now)
         try:
+            begin = self._clock()
             logits = self._backend.decode(batch)
+            self._costs.record(batch.num_tokens, threads=self._threads, seconds=self._clock() - begin)
             self._book(batch, logits)
         except BackendError as e:
             self._fail_all(e)
@@ -289,7 +297,7 @@ class Engine:
     def _govern(self, now: float) -> None:
         if self._governor is not None and (threads := self._governor.choose(now)) != self._threads:
             self._backend.set_threads(threads)
-            self._threads = threads
+            self._threads = self._budget.threads = threads
 
     def _fail_all(self, error: BackendError) -> None:
         """A failed step leaves the cache undefined: its requests fail, the cache starts anew."""

@@ -94,6 +94,9 @@ class Request:
         ignore_eos: Go on past the model's own end, up to `max_tokens` (benchmarks).
         return_tokens: Give the token ids, of prompt and answer, with the last delta.
         breakers: The tokens of `SamplingParams.dry_sequence_breakers`.
+        priority: A lower value is served first, as in vLLM: 0 for who waits at a screen, more for what can wait.
+        tenant: Whose it is: tenants share the machine by weight.
+        weight: The tenant's share against others'; above 0.
     """
 
     id: RequestId
@@ -104,3 +107,6 @@ class Request:
     ignore_eos: bool = False
     return_tokens: bool = False
     breakers: Breakers = field(default_factory=lambda: NO_BREAKERS)
+    priority: int = 0
+    tenant: str = ""
+    weight: float = 1.0

@@ -2,16 +2,21 @@
 
 Continuous batching with chunked prefill (Yu et al. 2022, "Orca"; Agrawal et al. 2023, "Sarathi"): every decoding
 sequence gets its token in every step, and prompts share what is left of the step's token budget.
+
+Between classes of priority and between tenants, shares are fair over the tokens computed (`runtime.fair_shares`). A
+class of priority gets `CLASS_RATIO` times what the next one gets, while both want more than there is: so the first is
+served almost alone, and none starves.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from edge.errors import ContextOverflow
 from runtime.batch import Batch, CacheOp, Chunk, CopyPrefix, DropState, RestoreState, SaveState, Truncate
+from runtime.fair_shares import FairShares, share_out
 from runtime.request import FinishReason, Request, RequestId, TokenId
 from runtime.sequence import Sequence, Status
 from runtime.states import MIN_STATE_TOKENS, SavedState, SavedStates, common_prefix
@@ -21,6 +26,14 @@ MIN_SHARED_TOKENS = 32
 MAX_IDLE_CELLS = 256
 """Cells that slots without a sequence may hold while others run. Attention looks at every used cell of the cache:
 1,500 idle ones made a one-token step of the default model 19 % longer. Saved, they come back in a millisecond."""
+CLASS_RATIO = 16
+"""What a class of priority gets, against the class after it."""
+TAKE_AFTER_TOKENS = 64
+"""Tokens that a class must have had beyond its share before one of its sequences gives its slot to a higher class:
+saving and restoring after each token would cost more than they gain."""
+GROWTH_TOKENS = 32
+"""A sequence is admitted where every running one can grow by so many tokens, or to its end: so many steps pass before
+one has to give way again. Without it two long answers in few cells take turns at each token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +85,17 @@ class Scheduler:
 
     A caller loops: `add` and `cancel` at any time between steps; `schedule`; compute the batch; `update` each chunk.
     Not thread-safe: one thread owns it.
+
+    Args:
+        prompt_tokens: Most prompt tokens of a step, for so many tokens of decoding sequences that it has, and so much
+            room beside them; without it, all the room.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, prompt_tokens: Callable[[int, int], int] = lambda _, room: room) -> None:
         self.limits = limits
+        self._prompt_tokens = prompt_tokens
+        self._classes: FairShares[int] = FairShares()
+        self._tenants: FairShares[str] = FairShares()
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._slots = [Slot(i) for i in range(limits.num_slots)]
@@ -86,7 +106,7 @@ class Scheduler:
         self._preemptions = 0
 
     def add(self, request: Request) -> Sequence:
-        """Queue a request behind those that wait.
+        """Queue a request behind those of its tenant and priority.
 
         Raises:
             ContextOverflow: It could never fit the cells, however empty.
@@ -99,7 +119,7 @@ class Scheduler:
             )
         self._arrivals += 1
         sequence = Sequence(request, self._arrivals)
-        self.waiting.append(sequence)
+        self._wait(sequence)
         return sequence
 
     @property
@@ -131,8 +151,13 @@ class Scheduler:
             self._release(sequence)
         if sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
+            self._classes.leave(sequence.request.priority)
+            self._tenants.leave(sequence.request.tenant)
         sequence.status = Status.FINISHED
         sequence.finish_reason = reason
+        if not self.has_work:
+            self._classes.reset()
+            self._tenants.reset()
 
     def forget_cache(self) -> None:
         """Drop every slot's cells and every state from the books: a step failed half-way, and the cache was cleared."""
@@ -148,7 +173,8 @@ class Scheduler:
         self._admit()
         self._trim_idle()
         chunks = self._decode_chunks()
-        chunks += self._prefill_chunks(self.limits.step_tokens - sum(len(c.tokens) for c in chunks))
+        decoding = sum(len(c.tokens) for c in chunks)
+        chunks += self._prefill_chunks(self._prompt_tokens(decoding, self.limits.step_tokens - decoding))
         if not chunks:
             return None
         chunks.sort(key=lambda c: c.slot)
@@ -164,30 +190,69 @@ class Scheduler:
         kept = len(chunk.tokens) - num_rejected
         slot.tokens.extend(chunk.tokens[:kept])
         sequence.num_computed = chunk.start + kept
+        self._classes.charge(sequence.request.priority, kept * CLASS_RATIO**sequence.request.priority)
+        self._charge_tenant(sequence, max(sequence.num_charged, sequence.num_computed))
         if num_rejected:
             self._ops.append(Truncate(chunk.slot, sequence.num_computed))
 
     # ------------------------------------------------------------------ admission
 
     def _admit(self) -> None:
-        held: list[Sequence] = []
-        while self.waiting and len(self.running) < self.limits.num_slots:
-            sequence = self.waiting.popleft()
+        candidates = list(self.waiting)
+        while candidates and self._may_admit():
+            sequence = min(candidates, key=self._turn)
+            candidates.remove(sequence)
             if self._worth_waiting(sequence):
-                held.append(sequence)
-            elif not self._place(sequence):
-                held.append(sequence)
-                break
-        self.waiting.extendleft(reversed(held))
+                continue
+            if not self._place_or_take(sequence):
+                return  # what others would take it needs: who goes next is not passed over for being large
+            self.waiting.remove(sequence)
+
+    def _may_admit(self) -> bool:
+        """Whether a slot is free, or one might be taken from a lower class."""
+        if len(self.running) < self.limits.num_slots:
+            return True
+        return min(s.request.priority for s in self.waiting) < max(s.request.priority for s in self.running)
+
+    def _turn(self, sequence: Sequence) -> tuple[float, int, float, int]:
+        """Who is admitted first: the least."""
+        request = sequence.request
+        class_time, tenant_time = self._classes.time(request.priority), self._tenants.time(request.tenant)
+        return class_time, request.priority, tenant_time, sequence.arrival
+
+    def _wait(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+        self._classes.enter(sequence.request.priority)
+        self._tenants.enter(sequence.request.tenant)
+
+    def _charge_tenant(self, sequence: Sequence, num_charged: int) -> None:
+        """Have the tenant pay up to there, or give it back down to there."""
+        request = sequence.request
+        self._tenants.charge(request.tenant, (num_charged - sequence.num_charged) / request.weight)
+        sequence.num_charged = num_charged
+
+    def _place_or_take(self, sequence: Sequence) -> bool:
+        """Place a sequence, if need be where one of a lower class stands that has had its share."""
+        while len(self.running) >= self.limits.num_slots or not self._place(sequence):
+            victim = max(self.running, key=lambda s: s.rank, default=None)
+            if victim is None or not self._gives_way(victim, sequence):
+                return False
+            self._preempt(victim)
+        return True
+
+    def _gives_way(self, victim: Sequence, sequence: Sequence) -> bool:
+        low, high = victim.request.priority, sequence.request.priority
+        lead = TAKE_AFTER_TOKENS * CLASS_RATIO**low
+        return victim.rank[0] > high and self._classes.time(low) >= self._classes.time(high) + lead
 
     def _worth_waiting(self, sequence: Sequence) -> bool:
         """Whether a running sequence is reading a prefix that this one would otherwise read again."""
         if not self.limits.partial_reuse:
             return False
         limit = len(sequence.tokens) - 1
-        soon = max(
-            (common_prefix(r.tokens, sequence.tokens, limit=limit) for r in self.running if r.is_prefilling), default=0
-        )
+        priority = sequence.request.priority
+        readers = (r for r in self.running if r.is_prefilling and r.request.priority <= priority)
+        soon = max((common_prefix(r.tokens, sequence.tokens, limit=limit) for r in readers), default=0)
         here = max(self._best_source(sequence)[1], self._best_state(sequence)[1])
         return soon >= here + MIN_SHARED_TOKENS
 
@@ -221,7 +286,9 @@ class Scheduler:
         for target in targets:
             # What the target holds beyond the shared prefix goes when it is taken over.
             freed = len(target.tokens)
-            if self._make_room(len(sequence.tokens) + 1 - freed, keep={target.index, source.index if source else -1}):
+            if self._make_room(
+                self._cells_to_grow(sequence) - freed, keep={target.index, source.index if source else -1}
+            ):
                 self._take(target, sequence, source, length)
                 return True
         return False
@@ -229,7 +296,7 @@ class Scheduler:
     def _place_restored(self, sequence: Sequence, state: SavedState, length: int) -> bool:
         self._states.use(state)
         target = self._choose_slot(None, 0)
-        cells = max(len(sequence.tokens) + 1, len(state.tokens))  # the whole state is put back before it is cut
+        cells = max(self._cells_to_grow(sequence), len(state.tokens))  # the whole state is put back before it is cut
         if not self._make_room(cells - len(target.tokens), keep={target.index}):
             return False
         self._drop_cells(target)
@@ -268,6 +335,10 @@ class Scheduler:
             sequence.num_cached = min(len(target.tokens), sequence.num_prompt)
         sequence.status = Status.RUNNING
         self.running.append(sequence)
+        self._classes.serve(sequence.request.priority)
+        self._tenants.serve(sequence.request.tenant)
+        sequence.num_charged = sequence.num_computed
+        self._charge_tenant(sequence, len(sequence.tokens))
 
     # ------------------------------------------------------------------ cells
 
@@ -277,6 +348,11 @@ class Scheduler:
     def _reserved(self) -> int:
         """Cells that running sequences still need for tokens they already have."""
         return sum(s.num_pending for s in self.running)
+
+    def _cells_to_grow(self, sequence: Sequence) -> int:
+        """Cells that a sequence needs, and beside which it and the running ones can grow for a while."""
+        growth = (min(GROWTH_TOKENS, s.request.max_tokens - s.num_output) for s in (sequence, *self.running))
+        return len(sequence.tokens) + sum(growth)
 
     def _make_room(self, cells: int, *, keep: set[int]) -> bool:
         """Drop idle slots' cells, longest unused first, until `cells` more fit."""
@@ -325,6 +401,7 @@ class Scheduler:
         slot.last_used = self._clock
         sequence.slot = None
         self.running.remove(sequence)
+        self._charge_tenant(sequence, sequence.num_computed)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Give a running sequence's cells back; it goes on later from the saved state, or is computed again."""
@@ -336,15 +413,15 @@ class Scheduler:
         sequence.num_preemptions += 1
         sequence.status = Status.WAITING
         self._preemptions += 1
-        position = next((i for i, w in enumerate(self.waiting) if w.arrival > sequence.arrival), len(self.waiting))
-        self.waiting.insert(position, sequence)
+        self._wait(sequence)
 
     # ------------------------------------------------------------------ chunks
 
     def _decode_chunks(self) -> list[Chunk]:
-        """What every decoding sequence has pending; the youngest gives way where the cells do not reach."""
+        """What every decoding sequence has pending; the youngest of the lowest class gives way where the cells do not
+        reach."""
         while not self._make_room(0, keep=set()) and len(self.running) > 1:
-            self._preempt(max(self.running, key=lambda s: s.arrival))
+            self._preempt(max(self.running, key=lambda s: s.rank))
         decoding = [s for s in self.running if not s.is_prefilling]
         room = self.limits.step_tokens - len(decoding)
         chunks: list[Chunk] = []
@@ -364,14 +441,24 @@ class Scheduler:
         return Chunk(chunk.sequence, chunk.slot, chunk.start, chunk.tokens + draft, num_logits=1 + len(draft))
 
     def _prefill_chunks(self, room: int) -> list[Chunk]:
-        """Share the budget: a quarter to the prompt that waits longest, the rest to the shortest remainders.
+        """Share the budget among the classes of priority, in each among its tenants, and so among their prompts."""
+        prompts = sorted((s for s in self.running if s.is_prefilling), key=self._turn)
+        shares: dict[int, int] = {}
+        for members, part in _split(
+            prompts, room, lambda s: s.request.priority, lambda s: CLASS_RATIO**-s.request.priority
+        ):
+            for own, tokens in _split(members, part, lambda s: s.request.tenant, lambda s: s.request.weight):
+                shares |= self._shares(own, tokens)
+        return [self._chunk(s, shares[s.arrival]) for s in prompts if s.arrival in shares]
+
+    def _shares(self, prompts: list[Sequence], room: int) -> dict[int, int]:
+        """Tokens by arrival: a quarter to the prompt that waits longest, the rest to the shortest remainders.
 
         Shortest first keeps a short question from waiting behind a long document; the quarter keeps the document
         from starving.
         """
-        prompts = [s for s in self.running if s.is_prefilling]
-        if not prompts or room <= 0:
-            return []
+        if room <= 0:
+            return {}
         oldest = min(prompts, key=lambda s: s.arrival)
         shares = {oldest.arrival: min(oldest.num_pending, max(1, room // 4))}
         left = room - shares[oldest.arrival]
@@ -380,7 +467,7 @@ class Scheduler:
             if more > 0:
                 shares[s.arrival] = shares.get(s.arrival, 0) + more
                 left -= more
-        return [self._chunk(s, shares[s.arrival]) for s in prompts if s.arrival in shares]
+        return shares
 
     @staticmethod
     def _chunk(sequence: Sequence, length: int) -> Chunk:
@@ -388,3 +475,15 @@ class Scheduler:
         start = sequence.num_computed
         tokens = sequence.tokens[start : start + length]
         return Chunk(sequence, sequence.slot, start, tokens, num_logits=int(start + length == len(sequence.tokens)))
+
+
+def _split(
+    prompts: list[Sequence], room: int, key: Callable[[Sequence], str | int], weight: Callable[[Sequence], float]
+) -> list[tuple[list[Sequence], int]]:
+    """Prompts by group, and each group's part of the room; who is next in turn comes first."""
+    groups: dict[str | int, list[Sequence]] = {}
+    for s in prompts:
+        groups.setdefault(key(s), []).append(s)
+    members = list(groups.values())
+    wants = [(weight(m[0]), sum(s.num_pending for s in m)) for m in members]
+    return list(zip(members, share_out(room, wants), strict=True))

@@ -9,6 +9,9 @@ from runtime.request import FinishReason, Request, TokenId
 
 MAX_STEP_TOKENS = 64
 """Most tokens of a decoding sequence in one step; with more to compute, it takes its share as a prompt does."""
+GAVE_WAY_ENOUGH = 8
+"""A sequence that gave way so many times counts as of the next higher class from then on: were its state lost each
+time, and each stay too short to come further, it would never end."""
 
 
 class Status(Enum):
@@ -31,6 +34,7 @@ class Sequence:
             they prove right.
         slot: Its place in the KV cache while it runs.
         arrival: Position in the order of arrival; kept over a preemption.
+        num_charged: Tokens whose computing its tenant has paid for; ahead of `num_computed` while a prompt is read.
     """
 
     request: Request
@@ -43,6 +47,7 @@ class Sequence:
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     num_preemptions: int = 0
+    num_charged: int = 0
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
@@ -54,6 +59,11 @@ class Sequence:
     @property
     def num_output(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Who gives way first: the greatest."""
+        return max(0, self.request.priority - self.num_preemptions // GAVE_WAY_ENOUGH), self.arrival
 
     @property
     def num_pending(self) -> int:

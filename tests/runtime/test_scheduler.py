@@ -30,6 +30,15 @@ class Arrival:
     prompt: tuple[int, ...]
     max_tokens: int
     leaves_at: int | None
+    priority: int = 0
+    tenant: str = ""
+    weight: float = 1.0
+
+    def request(self, number: int) -> Request:
+        return Request(
+            RequestId(number), self.prompt, self.max_tokens, GREEDY, priority=self.priority, tenant=self.tenant,
+            weight=self.weight,
+        )  # fmt: skip
 
 
 FAMILIES = [tuple(range(1 + i, 90 + i)) for i in range(3)]
@@ -42,7 +51,11 @@ def arrivals(draw: st.DrawFn) -> Arrival:
     own = draw(st.lists(st.integers(1, 96), max_size=20))
     at = draw(st.integers(0, 40))
     leaves = draw(st.one_of(st.none(), st.integers(at, at + 30)))
-    return Arrival(at, (*family[:shared], *own), draw(st.integers(1, 30)), leaves)
+    tenant = draw(st.sampled_from("abc"))
+    weight = draw(st.sampled_from([0.25, 1.0, 3.0]))
+    return Arrival(
+        at, (*family[:shared], *own), draw(st.integers(1, 30)), leaves, draw(st.integers(0, 2)), tenant, weight
+    )
 
 
 def capabilities(*, slots: int, cells: int, step: int, partial: bool = True, states: int = 0) -> Capabilities:
@@ -69,7 +82,7 @@ def test_any_schedule_gives_the_answers_of_requests_alone(
     for now in range(4000):
         for i, a in enumerate(plan):
             if a.at == now:
-                engine.submit(Request(RequestId(i), a.prompt, a.max_tokens, GREEDY))
+                engine.submit(a.request(i))
             if a.leaves_at == now:
                 engine.cancel(RequestId(i))
         if not engine.advance() and now > 80:

@@ -1,0 +1,46 @@
+"""How many prompt tokens a step has beside decoding sequences. Pure."""
+
+from __future__ import annotations
+
+from runtime.step_cost import StepCosts
+
+MIN_PROMPT_TOKENS = 16
+"""A step has at least so many, however slow the machine: prompts go on."""
+PLAIN_STEPS = 4
+"""Without a target, a step may last as long as so many without prompt tokens, or `DEFAULT_INTERVAL_S`: a small chunk
+gives the weights' reading away, which is what a plain step mostly is (Agrawal et al. 2024, "Sarathi-Serve",
+arXiv:2403.02310, picks chunks the same way)."""
+DEFAULT_INTERVAL_S = 0.1
+"""Ten tokens a second are read faster than people read."""
+
+
+class BudgetTuner:
+    """Chooses the chunk of prompts with which a step keeps to the target interval between tokens.
+
+    Args:
+        interval_s: Longest wanted time between two tokens of a decoding sequence; 0 chooses from the plain step.
+    """
+
+    def __init__(self, costs: StepCosts, *, interval_s: float = 0.0) -> None:
+        self._costs = costs
+        self._interval_s = interval_s
+        self.threads = 0
+
+    def prompt_tokens(self, num_decoding: int, room: int) -> int:
+        """Prompt tokens, at most `room`, for a step that has `num_decoding` tokens of decoding sequences.
+
+        Where nobody decodes, or nothing is known yet, all there is room for.
+        """
+        plain = self._costs.predict(num_decoding, threads=self.threads) if num_decoding else None
+        if plain is None:
+            return room
+        target = self._interval_s or max(PLAIN_STEPS * plain, DEFAULT_INTERVAL_S)
+        low, high = min(MIN_PROMPT_TOKENS, room), room
+        while low < high:
+            middle = (low + high + 1) // 2
+            seconds = self._costs.predict(num_decoding + middle, threads=self.threads)
+            if seconds is not None and seconds <= target:
+                low = middle
+            else:
+                high = middle - 1
+        return low
