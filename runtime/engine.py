@@ -20,7 +20,7 @@ from runtime.request import FinishReason, Request, RequestId, TokenId
 from runtime.sampler import Sampler
 from runtime.scheduler import Limits, Scheduler, SchedulerStats
 from runtime.sequence import Sequence
-from runtime.speculate import Drafter
+from runtime.speculate import SpeculationStats, Speculator
 from runtime.step_budget import BudgetTuner
 from runtime.step_cost import StepCosts
 from runtime.tokenizer import Detokenizer, StopMatcher
@@ -83,6 +83,7 @@ class EngineStats:
     steps: int
     prompt_tokens: int
     output_tokens: int
+    speculation: SpeculationStats
 
 
 class Observer(Protocol):
@@ -140,7 +141,7 @@ class Engine:
     Args:
         max_queue: Requests that may wait before others fail with `QueueFull`.
         governor: Chooses the threads of each step; without one they stay as the backend was opened.
-        drafter: Guesses tokens where the backend can take guesses back.
+        speculator: Guesses tokens where the backend can take guesses back.
         observer: Hears of each step before it is computed.
         token_interval_s: Longest wanted time between two tokens while prompts are read beside; 0 chooses one.
         clock: Seconds, monotonic.
@@ -148,7 +149,7 @@ class Engine:
 
     def __init__(
         self, backend: Backend, sink: Sink, *, max_queue: int, governor: Governor | None = None,
-        drafter: Drafter | None = None, observer: Observer | None = None, token_interval_s: float = 0.0,
+        speculator: Speculator | None = None, observer: Observer | None = None, token_interval_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         can = backend.capabilities
@@ -156,7 +157,7 @@ class Engine:
         self._sink = sink
         self._clock = clock
         self._governor = governor
-        self._drafter = drafter if can.partial_reuse else None
+        self._speculator = speculator if can.partial_reuse else None
         self._observer = observer
         self._threads = 0
         self._max_queue = max_queue
@@ -196,7 +197,10 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counters; safe from any thread, each number by itself."""
-        return EngineStats(self._scheduler.stats(), self._steps, self._prompt_tokens, self._output_tokens)
+        speculation = self._speculator.stats() if self._speculator is not None else SpeculationStats()
+        return EngineStats(
+            self._scheduler.stats(), self._steps, self._prompt_tokens, self._output_tokens, speculation
+        )  # fmt: skip
 
     def run(self) -> None:
         """Serve until `stop`.
@@ -215,11 +219,23 @@ class Engine:
     def advance(self) -> bool:
         """Take what has arrived, then plan, compute and deliver one step. False if there was nothing to compute."""
         self._receive()
+        self._speculate()
         batch = self._scheduler.schedule()
         if batch is not None:
             self._compute(batch)
             self._flush()
         return batch is not None
+
+    def _speculate(self) -> None:
+        """Have tokens guessed. Beside a prompt none are: its step is long, and what guesses cost in it is not known."""
+        running = self._scheduler.running
+        if self._speculator is None or not running:
+            return
+        if any(s.is_prefilling for s in running):
+            for sequence in running:
+                sequence.draft = []
+        else:
+            self._speculator.plan(running, threads=self._threads)
 
     def _flush(self) -> None:
         if self._deltas or self._failures:
@@ -284,8 +300,8 @@ class Engine:
             if answer.started is None:
                 answer.started = now
         self._govern(now)
+        num_before, begin = self._output_tokens, self._clock()
         try:
-            begin = self._clock()
             logits = self._backend.decode(batch)
             self._costs.record(batch.num_tokens, threads=self._threads, seconds=self._clock() - begin)
             self._book(batch, logits)
@@ -293,6 +309,9 @@ class Engine:
             self._fail_all(e)
             return
         self._consecutive_failures = 0
+        if self._speculator is not None:
+            num_drawn, seconds = self._output_tokens - num_before, self._clock() - begin
+            self._speculator.learn(batch, num_drawn=num_drawn, seconds=seconds, threads=self._threads)
 
     def _govern(self, now: float) -> None:
         if self._governor is not None and (threads := self._governor.choose(now)) != self._threads:
@@ -345,8 +364,6 @@ class Engine:
             self._finish(sequence, text, reason)
         elif num_drawn:
             self._deltas.append(self._delta(sequence, text))
-            if self._drafter is not None:
-                sequence.draft = self._drafter.propose(sequence)
 
     def _draw(self, sequence: Sequence, logits: NDArray[np.float32], best: TokenId) -> TokenId:
         """The next token after these scores, which are overwritten, `best` being the best of them."""

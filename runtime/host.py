@@ -447,7 +447,7 @@ class ModelHost:
         return wire.Load(
             path=str(self.model.weights), ref=self.ref, threads=s.threads, num_slots=s.max_sequences,
             step_tokens=s.step_tokens, context_tokens=s.context_tokens, max_queue=s.max_queue,
-            state_bytes=s.state_bytes, reserved_bytes=self._reserved_bytes(),
+            state_bytes=s.state_bytes, reserved_bytes=self._reserved_bytes(), speculation=s.speculation,
         )  # fmt: skip
 
     async def _watch(self, stop: asyncio.Event) -> Ending:

@@ -9,6 +9,7 @@ import time
 from edge.config import Settings
 from edge.errors import DoesNotFit, ServerStopping
 from edge.store.models import ModelStore
+from runtime import wire
 from runtime.host import ModelHost
 from runtime.poison import PoisonCabinet
 
@@ -35,6 +36,10 @@ class Pool:
     def hosts(self) -> list[ModelHost]:
         """Models that were asked for since the start."""
         return list(self._hosts.values())
+
+    def heartbeats(self) -> list[wire.Heartbeat]:
+        """The last word of each engine that runs."""
+        return [h.heartbeat for h in self._hosts.values() if h.heartbeat is not None]
 
     async def host(self, ref: str) -> ModelHost:
         """The host of a model, by the name people type.

@@ -67,6 +67,7 @@ class Load(Message, frozen=True):
     state_bytes: int = 0
     reserved_bytes: int = 0
     """Memory that looks free but is for models that are being loaded now."""
+    speculation: str = "auto"
 
 
 # ---------------------------------------------------------------- worker to front
@@ -138,6 +139,8 @@ class Heartbeat(Message, frozen=True):
     prompt_tokens: int
     output_tokens: int
     memory_bytes: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 ToWorker = Load | Generate | Cancel | Stop

@@ -28,6 +28,7 @@ from runtime.engine import Delta, Engine, Failure, Sink
 from runtime.governor import Governor
 from runtime.penalties import find_breakers
 from runtime.request import NO_BREAKERS, Breakers, Request, RequestId, SamplingParams
+from runtime.speculate import NgramSpeculator
 
 log = logging.getLogger("edge.worker")
 
@@ -201,8 +202,9 @@ class Worker:
             sys.exit(1)
         governor = Governor(max_threads=load.threads or usable_cores(), cores=usable_cores())
         self._engine = Engine(
-            backend, SocketSink(self._connection), max_queue=load.max_queue, governor=governor, observer=self._box
-        )
+            backend, SocketSink(self._connection), max_queue=load.max_queue, governor=governor, observer=self._box,
+            speculator=NgramSpeculator() if load.speculation == "auto" else None,
+        )  # fmt: skip
         can, facts = backend.capabilities, backend.facts
         self._connection.send(
             wire.Ready(
@@ -268,6 +270,7 @@ class Worker:
                 wire.Heartbeat(
                     stats.steps, q.num_waiting, q.num_running, q.num_preemptions, q.cells_used,
                     stats.prompt_tokens, stats.output_tokens, resident,
+                    stats.speculation.num_drafted, stats.speculation.num_accepted,
                 )
             )  # fmt: skip
             time.sleep(HEARTBEAT_S)

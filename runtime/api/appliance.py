@@ -73,6 +73,11 @@ class Appliance:
         add = self.telemetry.add_gauge
         add("edge.models.loaded", lambda: float(sum(h.state == "ready" for h in hosts())), text="Models in memory.")
         add("edge.requests.active", lambda: float(sum(h.num_active for h in hosts())), text="Requests in the engines.")
+        beats = self.pool.heartbeats
+        add("edge.speculation.drafted", lambda: float(sum(b.drafted_tokens for b in beats())), unit="{token}",
+            text="Tokens guessed and checked by the engines that run.")  # fmt: skip
+        add("edge.speculation.accepted", lambda: float(sum(b.accepted_tokens for b in beats())), unit="{token}",
+            text="Tokens guessed right by the engines that run.")  # fmt: skip
         add("edge.workers.restarts", lambda: float(sum(h.num_restarts for h in hosts())), text="Engines restarted.")
 
     async def close(self) -> None:

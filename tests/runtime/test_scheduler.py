@@ -12,10 +12,10 @@ from edge.errors import BackendError, ContextOverflow, QueueFull
 from runtime.backends.base import Capabilities
 from runtime.batch import Batch
 from runtime.engine import Engine
-from runtime.request import FinishReason, Request, RequestId, SamplingParams, TokenId
+from runtime.request import FinishReason, Request, RequestId, SamplingParams
 from runtime.scheduler import MIN_SHARED_TOKENS, Limits, Scheduler
 from runtime.sequence import Sequence
-from runtime.speculate import Drafter
+from runtime.speculate import SpeculationStats, Speculator
 from runtime.states import SavedStates, common_prefix
 from tests.support import CollectingSink, ScriptedBackend
 
@@ -78,7 +78,7 @@ def test_any_schedule_gives_the_answers_of_requests_alone(
     can = capabilities(slots=slots, cells=cells, step=max(step, slots), partial=partial, states=states)
     backend = ScriptedBackend(can)
     sink = CollectingSink()
-    engine = Engine(backend, sink, max_queue=100, drafter=ScriptedDrafter(backend, guesses) if guesses else None)
+    engine = Engine(backend, sink, max_queue=100, speculator=ScriptedSpeculator(backend, guesses) if guesses else None)
     for now in range(4000):
         for i, a in enumerate(plan):
             if a.at == now:
@@ -99,7 +99,7 @@ def test_any_schedule_gives_the_answers_of_requests_alone(
         check_answer(backend, sink, RequestId(i), a)
 
 
-class ScriptedDrafter(Drafter):
+class ScriptedSpeculator(Speculator):
     """Guesses what the backend will say, as far as the plan goes, and then something else."""
 
     def __init__(self, backend: ScriptedBackend, plan: list[int]) -> None:
@@ -107,9 +107,18 @@ class ScriptedDrafter(Drafter):
         self._plan = plan
 
     @override
-    def propose(self, sequence: Sequence) -> list[TokenId]:
+    def plan(self, decoding: list[Sequence], *, threads: int) -> None:
         number = self._plan[self._backend.num_steps % len(self._plan)]
-        return [*self._backend.expected(sequence.tokens, max_tokens=number), 0, 1]
+        for sequence in decoding:
+            sequence.draft = [*self._backend.expected(sequence.tokens, max_tokens=number), 0, 1]
+
+    @override
+    def learn(self, batch: Batch, *, num_drawn: int, seconds: float, threads: int) -> None:
+        assert num_drawn <= batch.num_logits
+
+    @override
+    def stats(self) -> SpeculationStats:
+        return SpeculationStats()
 
 
 def check_answer(backend: ScriptedBackend, sink: CollectingSink, request_id: RequestId, a: Arrival) -> None:
