@@ -204,6 +204,12 @@ class BackendError(EdgeError):
     code = "backend_error"
 
 
+class ConstraintFailed(EdgeError):
+    """An answer cannot be brought to the form that was asked for; what was sent of it is not to be used."""
+
+    code = "constraint_failed"
+
+
 class WorkerDied(BackendError):
     """The engine process ended while it held this request."""
 

@@ -12,10 +12,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.errors import BackendError, ContextOverflow, EdgeError, QueueFull
+from edge.errors import BackendError, ConstraintFailed, ContextOverflow, EdgeError, QueueFull
 from runtime.backends.base import Backend
 from runtime.batch import Batch, Chunk
 from runtime.governor import Governor
+from runtime.grammar import Guide
 from runtime.request import FinishReason, Request, RequestId, TokenId
 from runtime.sampler import Sampler
 from runtime.scheduler import Limits, Scheduler, SchedulerStats
@@ -46,7 +47,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one step gave one request. The first says that it was accepted: no text, no tokens.
+    """What one step gave one request. The first says that it was accepted, and holds what its grammar forces at once.
 
     Attributes:
         text: Text that became certain; may be empty.
@@ -108,12 +109,13 @@ class Sink(Protocol):
 
 @dataclass(slots=True)
 class _Answer:
-    """The engine's side of one request: sampler, text, times."""
+    """The engine's side of one request: sampler, grammar, text, times."""
 
     sequence: Sequence
     sampler: Sampler
     stops: StopMatcher
     arrived: float
+    guide: Guide | None
     detokenizer: Detokenizer = field(default_factory=Detokenizer)
     started: float | None = None
     first_token: float | None = None
@@ -180,7 +182,7 @@ class Engine:
         self._deltas: list[Delta] = []
         self._failures: list[Failure] = []
         self._stopping = False
-        self._steps = self._prompt_tokens = self._output_tokens = 0
+        self._steps = self._prompt_tokens = self._output_tokens = self._forced_tokens = 0
         self._consecutive_failures = 0
 
     def submit(self, request: Request) -> None:
@@ -281,13 +283,14 @@ class Engine:
                     prompt_tokens=len(request.prompt),
                     completion_tokens=request.max_tokens,
                 )
+            guide = request.grammar.start() if request.grammar else None
             sequence = self._scheduler.add(request)
         except EdgeError as e:
             self._failures.append(Failure(request.id, e))
             return
         sampler = Sampler(request.params, num_prompt=len(request.prompt), breakers=request.breakers)
-        self._answers[request.id] = _Answer(sequence, sampler, StopMatcher(request.stop), message.at)
-        self._deltas.append(self._delta(sequence, ""))
+        self._answers[request.id] = _Answer(sequence, sampler, StopMatcher(request.stop), message.at, guide)
+        self._deliver(sequence, *self._append_forced(sequence))
 
     # ------------------------------------------------------------------ one step
 
@@ -300,7 +303,7 @@ class Engine:
             if answer.started is None:
                 answer.started = now
         self._govern(now)
-        num_before, begin = self._output_tokens, self._clock()
+        num_before, begin = self._output_tokens - self._forced_tokens, self._clock()
         try:
             logits = self._backend.decode(batch)
             self._costs.record(batch.num_tokens, threads=self._threads, seconds=self._clock() - begin)
@@ -310,7 +313,8 @@ class Engine:
             return
         self._consecutive_failures = 0
         if self._speculator is not None:
-            num_drawn, seconds = self._output_tokens - num_before, self._clock() - begin
+            num_drawn = self._output_tokens - self._forced_tokens - num_before
+            seconds = self._clock() - begin
             self._speculator.learn(batch, num_drawn=num_drawn, seconds=seconds, threads=self._threads)
 
     def _govern(self, now: float) -> None:
@@ -336,8 +340,8 @@ class Engine:
         best: list[TokenId] = logits.argmax(axis=1).tolist() if len(logits) else []
         row = 0
         for chunk in batch.chunks:
-            if chunk.sequence.num_output == 0:
-                self._prompt_tokens += len(chunk.tokens)
+            if not chunk.sequence.num_preemptions:
+                self._prompt_tokens += max(0, min(len(chunk.tokens), chunk.sequence.num_prompt - chunk.start))
             rows = range(row, row + chunk.num_logits)
             row = rows.stop
             self._advance_sequence(chunk, logits, best, rows)
@@ -351,52 +355,94 @@ class Engine:
         sequence = chunk.sequence
         guesses = chunk.tokens[len(chunk.tokens) - len(rows) + 1 :]
         sequence.draft = []
-        text, reason, num_drawn = "", None, 0
-        for row in rows:
-            token = self._draw(sequence, logits[row], best[row])
-            more, reason = self._append(sequence, token)
-            text += more
-            num_drawn += 1
-            if reason is not None or guesses[num_drawn - 1 : num_drawn] != [token]:
-                break
+        text, reason, num_drawn, failure = "", None, 0, None
+        try:
+            for row in rows:
+                num_drawn += 1
+                token = self._draw(sequence, logits[row], best[row])
+                more, reason = self._append(sequence, token)
+                text += more
+                if reason is not None or guesses[num_drawn - 1 : num_drawn] != [token]:
+                    break
+        except ConstraintFailed as e:
+            failure = e
         self._scheduler.update(chunk, num_rejected=len(rows) - num_drawn)
-        if reason is not None:
-            self._finish(sequence, text, reason)
+        if failure is not None:
+            self._fail(sequence, failure)
         elif num_drawn:
-            self._deltas.append(self._delta(sequence, text))
+            if reason is None:
+                more, reason = self._append_forced(sequence)
+                text += more
+            self._deliver(sequence, text, reason)
 
     def _draw(self, sequence: Sequence, logits: NDArray[np.float32], best: TokenId) -> TokenId:
         """The next token after these scores, which are overwritten, `best` being the best of them."""
         request = sequence.request
-        if request.ignore_eos:  # forbidden rather than passed over, as llama-server does
+        answer = self._answers[request.id]
+        if answer.guide is not None:
+            if answer.guide.forced is not None:
+                return answer.guide.forced
+            # Finding all that is allowed takes ten times as long as asking for the one token that would be drawn.
+            if not (request.params.is_greedy and answer.guide.allows(best)):
+                answer.guide.mask(logits)
+                best = int(logits.argmax())
+        elif request.ignore_eos:  # forbidden rather than passed over, as llama-server does
             logits[self._eog_tokens] = -np.inf
             best = int(logits.argmax()) if best in self._eog_tokens else best
         if request.params.is_greedy and np.isfinite(logits[best]):
             return best
-        return self._answers[request.id].sampler.draw(logits, sequence.tokens)
+        return answer.sampler.draw(logits, sequence.tokens)
 
     def _append(self, sequence: Sequence, token: TokenId) -> tuple[str, FinishReason | None]:
         """Add a token to an answer; the text that became certain, and why the answer ends with it, if it does."""
         request = sequence.request
         answer = self._answers[request.id]
+        guide = answer.guide
+        if guide is not None:
+            guide.consume(token)
         if answer.first_token is None:
             answer.first_token = self._clock()
         sequence.tokens.append(token)
         self._output_tokens += 1
         tokenizer = self._backend.tokenizer
-        if token in tokenizer.eog_tokens and not request.ignore_eos:
+        if token in tokenizer.eog_tokens and not (request.ignore_eos and guide is None):
             return answer.last_text(), FinishReason.STOP
         emission = answer.stops.push(answer.detokenizer.push(tokenizer.piece(token)))
         if emission.stopped:
             return emission.text, FinishReason.STOP
+        if guide is not None and guide.is_complete:
+            return emission.text + answer.last_text(), FinishReason.STOP
         if sequence.num_output >= request.max_tokens:
             return emission.text + answer.last_text(), FinishReason.LENGTH
         return emission.text, None
 
+    def _append_forced(self, sequence: Sequence) -> tuple[str, FinishReason | None]:
+        """Add the tokens that the grammar leaves no choice about: nobody needs the model's scores for them, so the next
+        step computes them together (jump-forward, Zheng et al. 2023, arXiv:2312.07104)."""
+        text, reason = "", None
+        guide = self._answers[sequence.request.id].guide
+        while guide is not None and reason is None and guide.forced is not None:
+            more, reason = self._append(sequence, guide.forced)
+            text += more
+            self._forced_tokens += 1
+        return text, reason
+
+    def _deliver(self, sequence: Sequence, text: str, reason: FinishReason | None) -> None:
+        if reason is None:
+            self._deltas.append(self._delta(sequence, text))
+        else:
+            self._finish(sequence, text, reason)
+
+    def _fail(self, sequence: Sequence, error: EdgeError) -> None:
+        self._scheduler.retire(sequence, reason=None)
+        del self._answers[sequence.request.id]
+        self._failures.append(Failure(sequence.request.id, error))
+
     def _finish(self, sequence: Sequence, text: str, reason: FinishReason) -> None:
         answer = self._answers.pop(sequence.request.id)
         now = self._clock()
-        started, first = answer.started or now, answer.first_token or now
+        started = answer.started or now
+        first = max(started, answer.first_token or now)  # what a grammar forces comes before the prompt is read
         timings = Timings(started - answer.arrived, first - started, now - answer.arrived)
         self._deltas.append(self._delta(sequence, text, reason=reason, timings=timings))
         self._scheduler.retire(sequence, reason=reason)

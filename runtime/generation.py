@@ -15,7 +15,10 @@ def error_from_wire(f: wire.Failed, *, ref: str) -> EdgeError:
     """The error a worker sent, as the class of the same code."""
     if f.code == "queue_full":
         return errors.QueueFull(retry_after_s=f.retry_after_s or 5)
-    for kind in (errors.InvalidRequest, errors.InvalidModelFile, errors.DoesNotFit, errors.UnsupportedFormat):
+    for kind in (
+        errors.InvalidRequest, errors.ConstraintFailed, errors.InvalidModelFile, errors.DoesNotFit,
+        errors.UnsupportedFormat,
+    ):  # fmt: skip
         if f.code == kind.code:
             return _rebuilt(kind, f)
     if f.code == errors.ContextOverflow.code:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NewType
+from typing import TYPE_CHECKING, Literal, NewType
+
+if TYPE_CHECKING:
+    from runtime.grammar import Grammar
 
 RequestId = NewType("RequestId", int)
 TokenId = int
@@ -82,6 +85,26 @@ class SamplingParams:
         return self.temperature == 0 and not self.has_penalties
 
 
+ConstraintKind = Literal["json_object", "json_schema", "regex", "choice", "lark", "gbnf"]
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What an answer must look like.
+
+    Attributes:
+        text: The schema as JSON, the expression, the grammar, or a JSON list of the choices; empty for any JSON object.
+        field: Where the request asked for it, as a JSON path.
+        begins_after: The answer is free up to and with this text, such as the end of a thinking block; empty constrains
+            it from its beginning.
+    """
+
+    kind: ConstraintKind
+    text: str = ""
+    field: str = ""
+    begins_after: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One generation.
@@ -97,6 +120,7 @@ class Request:
         priority: A lower value is served first, as in vLLM: 0 for who waits at a screen, more for what can wait.
         tenant: Whose it is: tenants share the machine by weight.
         weight: The tenant's share against others'; above 0.
+        grammar: What the answer must look like, compiled. It ends the answer, also where `ignore_eos` would go on.
     """
 
     id: RequestId
@@ -110,3 +134,4 @@ class Request:
     priority: int = 0
     tenant: str = ""
     weight: float = 1.0
+    grammar: Grammar | None = None

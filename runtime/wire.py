@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from runtime.request import SamplingParams
+from runtime.request import Constraint, SamplingParams
 
 MAX_FRAME_BYTES = 256 << 20
 _HEADER = struct.Struct("<I")
@@ -42,6 +42,7 @@ class Generate(Message, frozen=True):
     stop: list[str]
     ignore_eos: bool = False
     return_tokens: bool = False
+    constraint: Constraint | None = None
 
 
 class Cancel(Message, frozen=True):

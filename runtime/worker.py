@@ -26,6 +26,7 @@ from runtime.blackbox import BlackBox
 from runtime.chat import CHATML, ChatTemplate, encode_prompt
 from runtime.engine import Delta, Engine, Failure, Sink
 from runtime.governor import Governor
+from runtime.grammar import Grammars
 from runtime.penalties import find_breakers
 from runtime.request import NO_BREAKERS, Breakers, Request, RequestId, SamplingParams
 from runtime.speculate import NgramSpeculator
@@ -116,12 +117,14 @@ class PromptMaker:
         )
         self._bos = facts.bos
         self._breakers_of: dict[tuple[str, ...], Breakers] = {}
+        self._grammars = Grammars(backend.tokenizer, facts.vocab_size)
 
     def request(self, message: wire.Generate) -> Request:
         """The tokens and limits of one request.
 
         Raises:
-            InvalidRequest: The prompt is empty, a token id is unknown, or the template refuses the messages.
+            InvalidRequest: The prompt is empty, a token id is unknown, the template refuses the messages, or the
+                constraint cannot be compiled.
             ContextOverflow: The prompt, or the prompt and `max_tokens`, exceed the context.
         """
         tokens = self._tokens(message)
@@ -133,9 +136,10 @@ class PromptMaker:
             raise ContextOverflow(
                 limit_tokens=self._context_tokens, prompt_tokens=len(tokens), completion_tokens=max_tokens
             )
+        grammar = self._grammars.compile(message.constraint) if message.constraint else None
         return Request(
             RequestId(message.id), tuple(tokens), max_tokens, message.params, tuple(message.stop), message.ignore_eos,
-            message.return_tokens, self._breakers(message.params),
+            message.return_tokens, self._breakers(message.params), grammar=grammar,
         )  # fmt: skip
 
     def _breakers(self, params: SamplingParams) -> Breakers:

@@ -99,6 +99,12 @@ class ScriptedBackend(Backend):
         digest = hashlib.blake2b(repr(cells).encode(), digest_size=4).digest()
         return int.from_bytes(digest, "little") % self._vocab_size
 
+    def scores(self, cells: list[TokenId]) -> NDArray[np.float32]:
+        """The scores after these cells."""
+        row = np.zeros(self._vocab_size, np.float32)
+        row[self.next_token(cells)] = 1.0
+        return row
+
     def expected(self, prompt: list[TokenId], *, max_tokens: int) -> list[TokenId]:
         """What a request gets when nothing else happens, the final token 0 left out."""
         cells, out = list(prompt), list[TokenId]()
@@ -143,9 +149,7 @@ class ScriptedBackend(Backend):
             for i, token in enumerate(chunk.tokens, 1):
                 cells.append(token)
                 if i > len(chunk.tokens) - chunk.num_logits:
-                    row = np.zeros(self._vocab_size, np.float32)
-                    row[self.next_token(cells)] = 1.0
-                    rows.append(row)
+                    rows.append(self.scores(cells))
             self.num_computed += len(chunk.tokens)
         assert sum(map(len, self.cells.values())) <= self._capabilities.num_cells, "more cells than there are"
         return np.stack(rows) if rows else np.empty((0, self._vocab_size), np.float32)

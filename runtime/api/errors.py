@@ -30,6 +30,7 @@ STATUS: dict[type[EdgeError], int] = {
     errors.UnsupportedFormat: 400,
     errors.InvalidModelFile: 422,
     errors.DigestMismatch: 422,
+    errors.ConstraintFailed: 422,
     errors.ModelNotFound: 404,
     errors.JobNotFound: 404,
     errors.Cancelled: 409,

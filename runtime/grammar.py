@@ -1,0 +1,301 @@
+"""Answers that keep to a schema, an expression or a grammar: which tokens may come next, and which must.
+
+llguidance (https://github.com/guidance-ai/llguidance) parses; it is imported with the first constraint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict, deque
+from typing import TYPE_CHECKING, assert_never
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.errors import ConstraintFailed, InvalidRequest
+from runtime.request import Constraint, TokenId
+from runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+MAX_GRAMMARS = 64
+"""Compiled grammars kept."""
+MAX_CONSTRAINT_CHARS = 128 << 10
+MAX_RULES = 1000
+"""Rules of a grammar. The compiler descends from rule to rule: 20,000 in a chain overflowed a stack of 8 MB."""
+MAX_INTERSECTIONS = 6
+"""Uses of `&` in a grammar: whether an intersection is empty takes time exponential in its parts."""
+JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""One way to write it, the one models have seen most: free white space lets small models write blank lines until they
+are cut, and leaves nothing between values to be forced."""
+_MAX_REASON_CHARS = 300
+
+
+def _limits() -> LLParserLimits:
+    """What one step may cost: milliseconds with ordinary grammars, at most some 20 before a request is given up.
+
+    The library's own limits let a step of an ambiguous grammar take 160 ms, in which every other request waits, and a
+    lexer 500 MB.
+    """
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(
+        max_items_in_row=1000, step_max_items=10_000, step_lexer_fuel=100_000, max_lexer_states=20_000,
+        max_grammar_size=100_000, verbose_errors=False,
+    )  # fmt: skip
+
+
+class _Vocabulary:
+    """A model's tokens as llguidance wants them. A token without text, such as a control token, is never part of an
+    answer."""
+
+    def __init__(self, tokenizer: Tokenizer, size: int) -> None:
+        self._tokenizer = tokenizer
+        pieces = [tokenizer.piece(t) for t in range(size)]
+        self.eos_token_id = min(tokenizer.eog_tokens)
+        self.bos_token_id = None
+        self.special_token_ids = [t for t, piece in enumerate(pieces) if not piece or t in tokenizer.eog_tokens]
+        self.tokens = [piece or b"<%d>" % t for t, piece in enumerate(pieces)]
+
+    def __call__(self, text: str) -> list[TokenId]:
+        if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # llguidance tries bytes to learn what is taken
+            raise TypeError("a text, not bytes")
+        return self._tokenizer.encode(text, add_special=False, parse_special=False)
+
+
+class Guide:
+    """A grammar on its way through one answer. One thread owns it.
+
+    Args:
+        matcher: At the beginning of the answer; it runs ahead over what is forced.
+        begins_after: What ends the free part of the answer.
+    """
+
+    def __init__(self, matcher: LLMatcher, tokenizer: Tokenizer, *, vocab_size: int, begins_after: bytes) -> None:
+        self._matcher = matcher
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._awaited = begins_after
+        self._tail = b""
+        self._forced: deque[TokenId] = deque()
+        if not begins_after:
+            self._look_ahead()
+
+    @property
+    def forced(self) -> TokenId | None:
+        """The token that must come next, where the grammar leaves one way to go."""
+        return self._forced[0] if self._forced else None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the answer is whole and cannot go on."""
+        return not self._awaited and not self._forced and self._matcher.is_stopped()
+
+    def allows(self, token: TokenId) -> bool:
+        """Whether a token may come next."""
+        if self._awaited:
+            return token not in self._tokenizer.eog_tokens
+        return self._matcher.validate_tokens([token]) == 1
+
+    def mask(self, logits: NDArray[np.float32]) -> None:
+        """Set the scores of all tokens that may not come next to minus infinity.
+
+        Raises:
+            ConstraintFailed: Finding them is too costly, or there are none.
+        """
+        if self._awaited:
+            allowed = np.ones(self._vocab_size, np.bool_)
+            allowed[list(self._tokenizer.eog_tokens)] = False
+        else:
+            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+            self._check()
+            allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(np.bool_)
+        if not allowed.any():
+            raise ConstraintFailed("No token of the model can go on with the answer in the form that was asked for.")
+        logits[~allowed] = -np.inf
+
+    def consume(self, token: TokenId) -> None:
+        """Go on by the next token of the answer.
+
+        Raises:
+            ConstraintFailed: It may not come here, or following the grammar became too costly.
+        """
+        if self._awaited:
+            self._await(token)
+        elif self._forced:
+            self._forced.popleft()
+        else:
+            self._matcher.consume_token(token)
+            self._look_ahead()
+
+    def _await(self, token: TokenId) -> None:
+        self._tail += self._tokenizer.piece(token)
+        if self._awaited in self._tail:
+            self._awaited = b""
+            self._look_ahead()
+        else:
+            self._tail = self._tail[-len(self._awaited) :]
+
+    def _look_ahead(self) -> None:
+        forced = self._matcher.compute_ff_tokens()
+        if forced:
+            self._matcher.consume_tokens(forced)
+            self._forced.extend(forced)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise ConstraintFailed(
+                f"The answer cannot go on in the form that was asked for: {_reason(self._matcher.get_error())}.",
+                hint="A simpler schema or grammar may do.",
+            )
+
+
+class Grammar:
+    """A compiled constraint. Any number of answers may follow it at once."""
+
+    def __init__(self, matcher: LLMatcher, tokenizer: Tokenizer, *, vocab_size: int, begins_after: str) -> None:
+        self._matcher = matcher
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._begins_after = begins_after.encode()
+
+    def start(self) -> Guide:
+        """A guide at the beginning of an answer.
+
+        Raises:
+            ConstraintFailed: Even its beginning is too costly.
+        """
+        return Guide(
+            self._matcher.deep_copy(), self._tokenizer, vocab_size=self._vocab_size, begins_after=self._begins_after
+        )
+
+
+class Grammars:
+    """Compiles constraints for one model and keeps those used last. One thread owns it.
+
+    The vocabulary is prepared with the first constraint: 0.1 s for 49,000 tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._native: LLTokenizer | None = None
+        self._compiled: OrderedDict[Constraint, Grammar] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._compiled)
+
+    def compile(self, constraint: Constraint) -> Grammar:
+        """The grammar of a constraint.
+
+        Raises:
+            InvalidRequest: It does not parse, asks for what the decoder cannot hold, allows no answer, or is too large.
+        """
+        if (found := self._compiled.get(constraint)) is None:
+            found = self._compile(constraint)
+            self._compiled[constraint] = found
+            while len(self._compiled) > MAX_GRAMMARS:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(constraint)
+        return found
+
+    def _compile(self, constraint: Constraint) -> Grammar:
+        from llguidance import LLMatcher
+
+        matcher = LLMatcher(self._vocabulary(), grammar_of(constraint), log_level=0, limits=_limits())
+        probe = matcher.deep_copy()
+        if not probe.is_error():
+            probe.compute_bitmask()  # that it allows nothing at all shows in the first step
+        if probe.is_error() or probe.is_stopped():
+            raise _refused(constraint, _reason(probe.get_error()) or "it allows no answer")
+        return Grammar(matcher, self._tokenizer, vocab_size=self._vocab_size, begins_after=constraint.begins_after)
+
+    def _vocabulary(self) -> LLTokenizer:
+        if self._native is None:
+            from llguidance import LLTokenizer, TokenizerWrapper
+
+            vocabulary = TokenizerWrapper(_Vocabulary(self._tokenizer, self._vocab_size))
+            self._native = LLTokenizer(vocabulary, self._vocab_size, sorted(self._tokenizer.eog_tokens))
+        return self._native
+
+
+def grammar_of(constraint: Constraint) -> str:
+    """A constraint in llguidance's own form; what is wrong inside shows when it is compiled.
+
+    Raises:
+        InvalidRequest: It is too large, or no text of its kind.
+    """
+    from llguidance import LLMatcher
+
+    text = constraint.text
+    if len(text) > MAX_CONSTRAINT_CHARS:
+        raise _refused(constraint, f"it is longer than {MAX_CONSTRAINT_CHARS:,} characters")
+    match constraint.kind:
+        case "json_object":
+            return _of_schema(constraint, '{"type":"object"}')
+        case "json_schema":
+            return _of_schema(constraint, text)
+        case "regex":
+            return LLMatcher.grammar_from_regex(text)
+        case "choice":
+            # A terminal, which becomes one automaton: rules would be followed side by side.
+            return LLMatcher.grammar_from_lark(
+                "start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, json.loads(text)))
+            )
+        case "lark":
+            return LLMatcher.grammar_from_lark(_bounded(constraint, text))
+        case "gbnf":
+            return LLMatcher.grammar_from_lark(_bounded(constraint, _lark_of(constraint)))
+        case _:
+            assert_never(constraint.kind)
+
+
+def _of_schema(constraint: Constraint, schema: str) -> str:
+    from llguidance import LLMatcher
+
+    try:
+        return LLMatcher.grammar_from_json_schema(schema, defaults=JSON_STYLE, overrides={"lenient": False})  # pyright: ignore[reportArgumentType]  # a dict of another value type
+    except ValueError as e:
+        raise _refused(constraint, _reason(str(e))) from e
+
+
+def _lark_of(constraint: Constraint) -> str:
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    try:
+        return any_to_lark(constraint.text)
+    except Exception as e:  # its parser raises Exception itself, and RecursionError
+        raise _refused(constraint, _reason(str(e))) from e
+
+
+def _bounded(constraint: Constraint, lark: str) -> str:
+    if "%json" in lark:
+        raise _refused(constraint, "it has a schema inside", hint="Ask for a schema by json_schema.")
+    if lark.count(":") > MAX_RULES or lark.count("&") > MAX_INTERSECTIONS:
+        raise _refused(constraint, f"it has more than {MAX_RULES} rules or {MAX_INTERSECTIONS} intersections")
+    return lark
+
+
+def _reason(text: str) -> str:
+    """The first line of what llguidance says, of a length that one reads."""
+    return " ".join(text.removesuffix("<non-verbose/>").split())[:_MAX_REASON_CHARS]
+
+
+_HINTS = {
+    "json_object": None,
+    "json_schema": "docs/api.md lists the keywords that are done.",
+    "regex": "Expressions are those of Rust's regex crate: no look-around, no back-references.",
+    "choice": "Send a list of different texts.",
+    "lark": "See llguidance's syntax of Lark grammars.",
+    "gbnf": "See the syntax of llama.cpp's grammars.",
+}
+
+
+def _refused(constraint: Constraint, reason: str, *, hint: str | None = None) -> InvalidRequest:
+    return InvalidRequest(
+        f"'{constraint.field or constraint.kind}' cannot be followed: {reason}.",
+        field=constraint.field or None,
+        hint=hint or _HINTS[constraint.kind],
+    )
