@@ -60,6 +60,22 @@ class ContextOverflow(InvalidRequest):
         self.completion_tokens = completion_tokens
 
 
+class AdapterMismatch(InvalidRequest):
+    """An adapter and a model that do not go together."""
+
+    code = "adapter_mismatch"
+
+    def __init__(self, adapter: str, model: str, reason: str) -> None:
+        super().__init__(
+            f"The adapter '{adapter}' does not fit the model '{model}': {reason}.",
+            field="lora",
+            hint="Use it with the model it was trained for: edge show names it, where the file does.",
+        )
+        self.adapter = adapter
+        self.model = model
+        self.reason = reason
+
+
 class Forbidden(EdgeError):
     """Somebody who may not do this."""
 

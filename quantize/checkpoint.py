@@ -195,7 +195,7 @@ class CheckpointTensor:
     stored: SafeTensor
 
 
-_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
 def load_values(tensor: CheckpointTensor) -> NDArray[np.float16 | np.float32]:
@@ -205,7 +205,7 @@ def load_values(tensor: CheckpointTensor) -> NDArray[np.float16 | np.float32]:
         InvalidModelFile: A value is NaN or infinite.
     """
     stored = tensor.stored
-    raw = np.memmap(tensor.path, _DTYPES[stored.dtype], "r", offset=stored.offset, shape=stored.shape or (1,))
+    raw = np.memmap(tensor.path, DTYPES[stored.dtype], "r", offset=stored.offset, shape=stored.shape or (1,))
     widened = (raw.astype(np.uint32) << 16).view(np.float32) if stored.dtype == "BF16" else raw
     values = cast("NDArray[np.float16 | np.float32]", widened)
     if not np.isfinite(values).all():
@@ -327,7 +327,7 @@ def _tensors(directory: Path) -> dict[str, CheckpointTensor]:
                 raise InvalidModelFile(path.name, f"tensor '{stored.name}' is also in {tensors[stored.name].path.name}")
             if stored.name.endswith(_COUNTERS):
                 continue
-            if stored.dtype not in _DTYPES:
+            if stored.dtype not in DTYPES:
                 raise UnsupportedFormat(
                     f"Tensor '{stored.name}' is stored as {stored.dtype}.", hint="Supported: F32, F16 and BF16."
                 )

@@ -11,6 +11,7 @@ import msgspec
 
 from edge.errors import InvalidReference, ModelNotFound, UnsupportedFormat
 from edge.formats.gguf import GgufFile, read_gguf
+from edge.formats.lora import is_adapter
 from edge.store.details import Sampling
 from edge.store.digest import Digest, StreamingHash, digest_bytes
 from edge.store.models import ModelStore
@@ -72,7 +73,15 @@ def _from_gguf(path: Path, label: str) -> Source:
         raise UnsupportedFormat(
             f"{path.name} is one of {parts} parts of a model.", hint="Join them first: llama-gguf-split --merge."
         )
+    _refuse_adapter(file, label)
     return Source(label, model_name(path.stem), file, license=file.text("general.license"))
+
+
+def _refuse_adapter(file: GgufFile, label: str) -> None:
+    if is_adapter(file):
+        raise UnsupportedFormat(
+            f"{label} is an adapter, which changes a model and is none.", hint="Quantize the model; adapters stay."
+        )
 
 
 def _from_directory(path: Path) -> Source:
@@ -85,11 +94,13 @@ def _from_directory(path: Path) -> Source:
 def _from_store(ref: str, store: ModelStore) -> Source:
     stored = store.get(ref)
     weights = next(file for file in stored.files if file.path == stored.weights)
+    file = read_gguf(stored.weights, what=str(stored.ref))
+    _refuse_adapter(file, str(stored.ref))
     terms = next((file.path for file in stored.files if Path(file.name).name.startswith("LICENSE")), None)
     return Source(
         str(stored.ref),
         model_name(f"{stored.ref.name}-{stored.ref.tag}".removesuffix("-latest")),
-        read_gguf(stored.weights, what=str(stored.ref)),
+        file,
         known_digest=weights.digest,
         license=stored.license,
         license_file=terms,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from runtime.request import TokenId
+from runtime.request import AdapterSet, TokenId
 from runtime.sequence import Sequence
 from runtime.states import StateId
 
@@ -77,10 +77,12 @@ class Batch:
 
     Attributes:
         chunks: Ordered by slot, each slot at most once.
+        adapters: What all chunks are computed with.
     """
 
     cache_ops: tuple[CacheOp, ...]
     chunks: tuple[Chunk, ...]
+    adapters: AdapterSet = ()
 
     @property
     def num_tokens(self) -> int:

@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.errors import BackendError, ConstraintFailed, ContextOverflow, EdgeError, QueueFull
+from runtime.adapters import ResidentAdapters
 from runtime.backends.base import Backend
 from runtime.batch import Batch, Chunk
 from runtime.governor import Governor
 from runtime.grammar import Guide
-from runtime.request import FinishReason, Request, RequestId, TokenId
+from runtime.request import AdapterSet, FinishReason, Request, RequestId, TokenId
 from runtime.sampler import Sampler
 from runtime.scheduler import Limits, Scheduler, SchedulerStats
 from runtime.sequence import Sequence
@@ -161,6 +162,7 @@ class Engine:
         self._governor = governor
         self._speculator = speculator if can.partial_reuse else None
         self._observer = observer
+        self._adapters = ResidentAdapters(can.adapter_bytes)
         self._threads = 0
         self._max_queue = max_queue
         self.context_tokens = can.context_tokens
@@ -284,6 +286,7 @@ class Engine:
                     completion_tokens=request.max_tokens,
                 )
             guide = request.grammar.start() if request.grammar else None
+            self._load_adapters(request.adapters)
             sequence = self._scheduler.add(request)
         except EdgeError as e:
             self._failures.append(Failure(request.id, e))
@@ -291,6 +294,21 @@ class Engine:
         sampler = Sampler(request.params, num_prompt=len(request.prompt), breakers=request.breakers)
         self._answers[request.id] = _Answer(sequence, sampler, StopMatcher(request.stop), message.at, guide)
         self._deliver(sequence, *self._append_forced(sequence))
+
+    def _load_adapters(self, wanted: AdapterSet) -> None:
+        """Have a request's adapters in memory as long as it lives; those that nobody uses make room for them."""
+        for adapter in wanted:
+            if self._adapters.use(adapter):
+                continue
+            holders = [wanted, *(a.sequence.request.adapters for a in self._answers.values())]
+            leaving = self._adapters.add(adapter, in_use={a.digest for held in holders for a in held})
+            for digest in leaving:
+                self._backend.free_adapter(digest)
+            try:
+                self._backend.load_adapter(adapter)
+            except EdgeError:
+                self._adapters.drop(adapter.digest)
+                raise
 
     # ------------------------------------------------------------------ one step
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 
 from edge.config import Settings
 from edge.errors import DoesNotFit, ServerStopping
-from edge.store.models import ModelStore
+from edge.store.models import ModelStore, StoredModel
 from runtime import wire
 from runtime.host import ModelHost
 from runtime.poison import PoisonCabinet
+from runtime.selection import SEPARATOR, Selection, Selector, refuse_adapter
 
 log = logging.getLogger("edge.pool")
 
@@ -31,6 +33,7 @@ class Pool:
         self._poison = PoisonCabinet(settings.poison_dir)
         self._known: dict[str, tuple[tuple[int, int], ModelHost]] = {}
         """Hosts by what people typed, and the version of the store that said so: no file is read for most requests."""
+        self._selector = Selector(store)
         self._stopping = False
 
     def hosts(self) -> list[ModelHost]:
@@ -41,16 +44,28 @@ class Pool:
         """The last word of each engine that runs."""
         return [h.heartbeat for h in self._hosts.values() if h.heartbeat is not None]
 
+    async def select(self, name: str, asked: Sequence[tuple[str, float]]) -> Selection:
+        """The model and the adapters that a request means; see :meth:`runtime.selection.Selector.select`."""
+        if not asked and SEPARATOR not in name:
+            return Selection(name)
+        return await asyncio.to_thread(self._selector.select, name, asked)
+
+    async def combinations(self, models: Sequence[StoredModel]) -> list[tuple[StoredModel, StoredModel]]:
+        """Each model with each adapter that fits it."""
+        return await asyncio.to_thread(self._selector.combinations, models)
+
     async def host(self, ref: str) -> ModelHost:
         """The host of a model, by the name people type.
 
         Raises:
             ModelNotFound: It is not in the store.
+            InvalidRequest: It is an adapter.
         """
         version = self._store_version()
         if (known := self._known.get(ref)) is not None and known[0] == version:
             return known[1]
         model = await asyncio.to_thread(self._store.get, ref)
+        await asyncio.to_thread(refuse_adapter, model, self._store)
         name = str(model.ref)
         host = self._hosts.get(name)
         if host is None or (host.model.digest != model.digest and host.state in ("unloaded", "failed")):

@@ -105,6 +105,27 @@ class Constraint:
     begins_after: str = ""
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Adapter:
+    """A change of the model's weights that a request asks for.
+
+    Attributes:
+        digest: Of the file; two are the same adapter if it is the same.
+        scale: By how much of it.
+        path: Where the file lies.
+        size_bytes: Of the file, about what it takes in memory.
+    """
+
+    digest: str
+    scale: float = 1.0
+    path: str = field(default="", compare=False)
+    size_bytes: int = field(default=0, compare=False)
+
+
+AdapterSet = tuple[Adapter, ...]
+"""In one order and none twice, so that equal sets are equal; empty is the model itself."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One generation.
@@ -121,6 +142,7 @@ class Request:
         tenant: Whose it is: tenants share the machine by weight.
         weight: The tenant's share against others'; above 0.
         grammar: What the answer must look like, compiled. It ends the answer, also where `ignore_eos` would go on.
+        adapters: What the model is changed by; what was computed under other adapters is of no use to it.
     """
 
     id: RequestId
@@ -135,3 +157,4 @@ class Request:
     tenant: str = ""
     weight: float = 1.0
     grammar: Grammar | None = None
+    adapters: AdapterSet = ()

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from edge.errors import ContextOverflow
 from runtime.batch import Batch, CacheOp, Chunk, CopyPrefix, DropState, RestoreState, SaveState, Truncate
 from runtime.fair_shares import FairShares, share_out
-from runtime.request import FinishReason, Request, RequestId, TokenId
+from runtime.request import AdapterSet, FinishReason, Request, RequestId, TokenId
 from runtime.sequence import Sequence, Status
 from runtime.states import MIN_STATE_TOKENS, SavedState, SavedStates, common_prefix
+from runtime.turns import Turns
 
 MIN_SHARED_TOKENS = 32
 """A prefix shorter than this is not worth waiting for, nor worth a copy between slots."""
@@ -60,10 +61,12 @@ class Limits:
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """A place in the KV cache and the tokens whose cells it holds, of a running sequence or of one long gone."""
+    """A place in the KV cache and the tokens whose cells it holds, of a running sequence or of one long gone; they
+    were computed with `adapters`, and are of use only with them."""
 
     index: int
     tokens: list[TokenId] = field(default_factory=list[TokenId])
+    adapters: AdapterSet = ()
     sequence: Sequence | None = None
     last_used: int = 0
 
@@ -101,6 +104,8 @@ class Scheduler:
         self._slots = [Slot(i) for i in range(limits.num_slots)]
         self._ops: list[CacheOp] = []
         self._states = SavedStates(limits.state_cells)
+        self._turns = Turns()
+        self._adapters: AdapterSet = ()
         self._arrivals = 0
         self._clock = 0
         self._preemptions = 0
@@ -172,6 +177,8 @@ class Scheduler:
         self._clock += 1
         self._admit()
         self._trim_idle()
+        self._relieve()
+        self._adapters = self._turns.choose(s.request.adapters for s in self.running)
         chunks = self._decode_chunks()
         decoding = sum(len(c.tokens) for c in chunks)
         chunks += self._prefill_chunks(self._prompt_tokens(decoding, self.limits.step_tokens - decoding))
@@ -179,7 +186,13 @@ class Scheduler:
             return None
         chunks.sort(key=lambda c: c.slot)
         ops, self._ops = tuple(self._ops), []
-        return Batch(ops, tuple(chunks))
+        batch = Batch(ops, tuple(chunks), self._adapters)
+        self._turns.book(batch.num_tokens)
+        return batch
+
+    def _in_turn(self) -> list[Sequence]:
+        """The running sequences that this step may compute."""
+        return [s for s in self.running if s.request.adapters == self._adapters]
 
     def update(self, chunk: Chunk, *, num_rejected: int = 0) -> None:
         """Book a chunk as computed; the cells of its last `num_rejected` tokens, which were guessed wrong, are cut."""
@@ -250,15 +263,20 @@ class Scheduler:
         if not self.limits.partial_reuse:
             return False
         limit = len(sequence.tokens) - 1
-        priority = sequence.request.priority
-        readers = (r for r in self.running if r.is_prefilling and r.request.priority <= priority)
+        asked = sequence.request
+        readers = (
+            r
+            for r in self.running
+            if r.is_prefilling and r.request.priority <= asked.priority and r.request.adapters == asked.adapters
+        )
         soon = max((common_prefix(r.tokens, sequence.tokens, limit=limit) for r in readers), default=0)
         here = max(self._best_source(sequence)[1], self._best_state(sequence)[1])
         return soon >= here + MIN_SHARED_TOKENS
 
     def _best_state(self, sequence: Sequence) -> tuple[SavedState | None, int]:
         """The saved state that holds the longest beginning of a sequence."""
-        state, length = self._states.find(sequence.tokens, limit=len(sequence.tokens) - 1)
+        limit = len(sequence.tokens) - 1
+        state, length = self._states.find(sequence.tokens, limit=limit, adapters=sequence.request.adapters)
         if state is not None and not self.limits.partial_reuse and length < len(state.tokens):
             return None, 0
         return state, length
@@ -268,6 +286,8 @@ class Scheduler:
         best, length = None, 0
         limit = len(sequence.tokens) - 1
         for slot in self._slots:
+            if slot.adapters != sequence.request.adapters:
+                continue
             n = common_prefix(slot.tokens, sequence.tokens, limit=limit)
             if not self.limits.partial_reuse and (n < len(slot.tokens) or slot.sequence is not None):
                 continue
@@ -328,6 +348,7 @@ class Scheduler:
 
     def _occupy(self, target: Slot, sequence: Sequence) -> None:
         target.sequence = sequence
+        target.adapters = sequence.request.adapters
         target.last_used = self._clock
         sequence.slot = target.index
         sequence.num_computed = len(target.tokens)
@@ -389,7 +410,7 @@ class Scheduler:
             slot.tokens = []
 
     def _save(self, slot: Slot) -> None:
-        state, dropped = self._states.add(slot.tokens)
+        state, dropped = self._states.add(slot.tokens, adapters=slot.adapters)
         self._ops += [DropState(d) for d in dropped]
         if state is not None:
             self._ops.append(SaveState(slot.index, state.id))
@@ -417,12 +438,14 @@ class Scheduler:
 
     # ------------------------------------------------------------------ chunks
 
-    def _decode_chunks(self) -> list[Chunk]:
-        """What every decoding sequence has pending; the youngest of the lowest class gives way where the cells do not
-        reach."""
+    def _relieve(self) -> None:
+        """Where the cells do not reach, the youngest of the lowest class gives way."""
         while not self._make_room(0, keep=set()) and len(self.running) > 1:
             self._preempt(max(self.running, key=lambda s: s.rank))
-        decoding = [s for s in self.running if not s.is_prefilling]
+
+    def _decode_chunks(self) -> list[Chunk]:
+        """What every decoding sequence of the turn has pending."""
+        decoding = [s for s in self._in_turn() if not s.is_prefilling]
         room = self.limits.step_tokens - len(decoding)
         chunks: list[Chunk] = []
         for s in decoding:
@@ -442,7 +465,7 @@ class Scheduler:
 
     def _prefill_chunks(self, room: int) -> list[Chunk]:
         """Share the budget among the classes of priority, in each among its tenants, and so among their prompts."""
-        prompts = sorted((s for s in self.running if s.is_prefilling), key=self._turn)
+        prompts = sorted((s for s in self._in_turn() if s.is_prefilling), key=self._turn)
         shares: dict[int, int] = {}
         for members, part in _split(
             prompts, room, lambda s: s.request.priority, lambda s: CLASS_RATIO**-s.request.priority

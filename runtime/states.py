@@ -10,7 +10,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NewType
 
-from runtime.request import TokenId
+from runtime.request import AdapterSet, TokenId
 
 StateId = NewType("StateId", int)
 
@@ -20,10 +20,11 @@ MIN_STATE_TOKENS = 32
 
 @dataclass(frozen=True, slots=True)
 class SavedState:
-    """A sequence's cells, held by the backend under `id`."""
+    """A sequence's cells, held by the backend under `id`; computed with `adapters`."""
 
     id: StateId
     tokens: list[TokenId]
+    adapters: AdapterSet = ()
 
 
 def common_prefix(a: list[TokenId], b: list[TokenId], *, limit: int) -> int:
@@ -63,14 +64,18 @@ class SavedStates:
     def num_states(self) -> int:
         return len(self._states)
 
-    def find(self, tokens: list[TokenId], *, limit: int) -> tuple[SavedState | None, int]:
-        """The state that shares the longest beginning with `tokens`, and how long that is, at most `limit`."""
+    def find(self, tokens: list[TokenId], *, limit: int, adapters: AdapterSet = ()) -> tuple[SavedState | None, int]:
+        """The state of these adapters that shares the longest beginning with `tokens`, and how long that is, at most
+        `limit`."""
         best, length = None, 0
-        for state in self._states.values():
+        for state in self._of(adapters):
             n = common_prefix(state.tokens, tokens, limit=limit)
             if n > length:
                 best, length = state, n
         return best, length
+
+    def _of(self, adapters: AdapterSet) -> list[SavedState]:
+        return [s for s in self._states.values() if s.adapters == adapters]
 
     def holds(self, state: SavedState) -> bool:
         """Whether a state was not dropped meanwhile."""
@@ -80,7 +85,7 @@ class SavedStates:
         """Note that a state was of use: it is dropped later."""
         self._states.move_to_end(state.id)
 
-    def add(self, tokens: list[TokenId]) -> tuple[SavedState | None, list[StateId]]:
+    def add(self, tokens: list[TokenId], *, adapters: AdapterSet = ()) -> tuple[SavedState | None, list[StateId]]:
         """Decide whether cells that are about to go are kept.
 
         Returns:
@@ -89,13 +94,13 @@ class SavedStates:
         """
         if not MIN_STATE_TOKENS <= len(tokens) <= self._max_cells:
             return None, []
-        covering, length = self.find(tokens, limit=len(tokens))
+        covering, length = self.find(tokens, limit=len(tokens), adapters=adapters)
         if covering is not None and length == len(tokens):
             self.use(covering)
             return None, []
-        dropped = self._drop_beginnings_of(tokens) + self._make_room(len(tokens))
+        dropped = self._drop_beginnings_of(tokens, adapters) + self._make_room(len(tokens))
         self._next_id += 1
-        state = SavedState(StateId(self._next_id), list(tokens))
+        state = SavedState(StateId(self._next_id), list(tokens), adapters)
         self._states[state.id] = state
         self._cells += len(tokens)
         return state, dropped
@@ -107,8 +112,8 @@ class SavedStates:
         self._cells = 0
         return ids
 
-    def _drop_beginnings_of(self, tokens: list[TokenId]) -> list[StateId]:
-        return [self._drop(s) for s in list(self._states.values()) if tokens[: len(s.tokens)] == s.tokens]
+    def _drop_beginnings_of(self, tokens: list[TokenId], adapters: AdapterSet) -> list[StateId]:
+        return [self._drop(s) for s in self._of(adapters) if tokens[: len(s.tokens)] == s.tokens]
 
     def _make_room(self, cells: int) -> list[StateId]:
         dropped: list[StateId] = []

@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from runtime.request import Constraint, SamplingParams
+from runtime.request import Adapter, Constraint, SamplingParams
 
 MAX_FRAME_BYTES = 256 << 20
 _HEADER = struct.Struct("<I")
@@ -43,6 +43,7 @@ class Generate(Message, frozen=True):
     ignore_eos: bool = False
     return_tokens: bool = False
     constraint: Constraint | None = None
+    adapters: tuple[Adapter, ...] = ()
 
 
 class Cancel(Message, frozen=True):

@@ -19,8 +19,11 @@ from functools import cached_property
 from pathlib import Path
 
 from edge.errors import BackendError, ContextOverflow, EdgeError, InvalidRequest, QueueFull
+from edge.formats.gguf import read_gguf
+from edge.formats.lora import check_finite, read_lora
 from edge.hardware.memory import available_bytes, usable_cores
 from runtime import wire
+from runtime.adapters import adapter_set
 from runtime.backends.base import Backend
 from runtime.blackbox import BlackBox
 from runtime.chat import CHATML, ChatTemplate, encode_prompt
@@ -28,7 +31,7 @@ from runtime.engine import Delta, Engine, Failure, Sink
 from runtime.governor import Governor
 from runtime.grammar import Grammars
 from runtime.penalties import find_breakers
-from runtime.request import NO_BREAKERS, Breakers, Request, RequestId, SamplingParams
+from runtime.request import NO_BREAKERS, Adapter, AdapterSet, Breakers, Request, RequestId, SamplingParams
 from runtime.speculate import NgramSpeculator
 
 log = logging.getLogger("edge.worker")
@@ -118,6 +121,7 @@ class PromptMaker:
         self._bos = facts.bos
         self._breakers_of: dict[tuple[str, ...], Breakers] = {}
         self._grammars = Grammars(backend.tokenizer, facts.vocab_size)
+        self._sound_adapters: set[str] = set()
 
     def request(self, message: wire.Generate) -> Request:
         """The tokens and limits of one request.
@@ -126,6 +130,7 @@ class PromptMaker:
             InvalidRequest: The prompt is empty, a token id is unknown, the template refuses the messages, or the
                 constraint cannot be compiled.
             ContextOverflow: The prompt, or the prompt and `max_tokens`, exceed the context.
+            InvalidModelFile: An adapter's file is damaged.
         """
         tokens = self._tokens(message)
         if not tokens:
@@ -140,6 +145,7 @@ class PromptMaker:
         return Request(
             RequestId(message.id), tuple(tokens), max_tokens, message.params, tuple(message.stop), message.ignore_eos,
             message.return_tokens, self._breakers(message.params), grammar=grammar,
+            adapters=self._checked(message.adapters),
         )  # fmt: skip
 
     def _breakers(self, params: SamplingParams) -> Breakers:
@@ -154,6 +160,14 @@ class PromptMaker:
     @cached_property
     def _pieces(self) -> list[bytes]:
         return [self._tokenizer.piece(t) for t in range(self._vocab_size)]
+
+    def _checked(self, adapters: tuple[Adapter, ...]) -> AdapterSet:
+        """The adapters as a set; each file's numbers are looked at once, before native code reads them."""
+        for adapter in adapters:
+            if adapter.digest not in self._sound_adapters:
+                check_finite(read_lora(read_gguf(Path(adapter.path), what="The adapter"), what="The adapter"))
+                self._sound_adapters.add(adapter.digest)
+        return adapter_set(adapters)
 
     def _tokens(self, message: wire.Generate) -> list[int]:
         if message.messages is not None:
@@ -232,6 +246,7 @@ class Worker:
             context_tokens=load.context_tokens,
             available_bytes=max(0, available_bytes() - load.reserved_bytes),
             state_bytes=load.state_bytes or available_bytes() // 16,
+            adapter_bytes=available_bytes() // 8,
         )
         last = 0.0
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from runtime.backends.base import Backend, Capabilities, ModelFacts
 from runtime.batch import Batch, CacheOp, Chunk, CopyPrefix, DropState, RestoreState, SaveState, Truncate
 from runtime.engine import Delta, Failure, Sink
-from runtime.request import Request, RequestId, TokenId
+from runtime.request import Adapter, AdapterSet, Request, RequestId, TokenId
 from runtime.sequence import Sequence
 from runtime.tokenizer import Tokenizer
 
@@ -64,8 +65,13 @@ class LetterTokenizer(Tokenizer):
         return chr(0x4E00 + token).encode() if token else b""
 
 
+def salt(adapters: AdapterSet) -> int:
+    """What an adapter set adds to each token's cell, so that cells show what they were computed with."""
+    return zlib.crc32(repr([(a.digest, a.scale) for a in adapters]).encode()) << 20 if adapters else 0
+
+
 class ScriptedBackend(Backend):
-    """The next token is a hash of the cells that the sequence may read.
+    """The next token is a hash of the cells that the sequence may read, and of the adapters it is computed with.
 
     It keeps cells as llama.cpp does, one list per slot, and checks what the real one would punish: positions that do
     not go on where the slot ends, more tokens than a step may have, more cells than there are.
@@ -80,6 +86,9 @@ class ScriptedBackend(Backend):
         self.num_steps = 0
         self.threads = 0
         self.num_computed = 0
+        self.loaded: set[str] = set()
+        self.sets: list[AdapterSet] = []
+        """The adapter set of each step."""
 
     @property
     def capabilities(self) -> Capabilities:
@@ -105,16 +114,26 @@ class ScriptedBackend(Backend):
         row[self.next_token(cells)] = 1.0
         return row
 
-    def expected(self, prompt: list[TokenId], *, max_tokens: int) -> list[TokenId]:
+    def expected(self, prompt: list[TokenId], *, max_tokens: int, adapters: AdapterSet = ()) -> list[TokenId]:
         """What a request gets when nothing else happens, the final token 0 left out."""
-        cells, out = list(prompt), list[TokenId]()
+        cells, out = [t + salt(adapters) for t in prompt], list[TokenId]()
         while len(out) < max_tokens and (token := self.next_token(cells)) != 0:
             out.append(token)
-            cells.append(token)
+            cells.append(token + salt(adapters))
         return out
+
+    def load_adapter(self, adapter: Adapter) -> None:
+        assert adapter.digest not in self.loaded, "loaded once"
+        self.loaded.add(adapter.digest)
+
+    def free_adapter(self, digest: str) -> None:
+        self.loaded.remove(digest)
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         self.num_steps += 1
+        self.sets.append(batch.adapters)
+        assert {a.digest for a in batch.adapters} <= self.loaded, "a step names what is loaded"
+        assert all(c.sequence.request.adapters == batch.adapters for c in batch.chunks), "a step holds one set"
         for op in batch.cache_ops:
             self._apply(op)
         return self._compute(batch)
@@ -147,7 +166,7 @@ class ScriptedBackend(Backend):
             cells = self.cells[chunk.slot]
             assert chunk.start == len(cells), "a chunk goes on where its slot ends"
             for i, token in enumerate(chunk.tokens, 1):
-                cells.append(token)
+                cells.append(token + salt(batch.adapters))
                 if i > len(chunk.tokens) - chunk.num_logits:
                     rows.append(self.scores(cells))
             self.num_computed += len(chunk.tokens)
@@ -320,10 +339,13 @@ class GreedyLaw:
     model: twice the largest change of a likely token's score that a used cache makes.
     """
 
-    def __init__(self, weights: Path) -> None:
+    def __init__(self, weights: Path, adapters: AdapterSet = ()) -> None:
         from runtime.backends.llama_cpp import LlamaBackend, LlamaOptions
 
         self.backend = LlamaBackend(weights, LlamaOptions(1, 8, 512, 4096, 4 << 30))
+        self.adapters = adapters
+        for adapter in adapters:
+            self.backend.load_adapter(adapter)
         self.epsilon = 2 * self._rounding()
 
     def close(self) -> None:
@@ -334,7 +356,7 @@ class GreedyLaw:
         """Scores after each token, computed alone, shape ``(len(tokens), vocab)``."""
         self.backend.clear()
         chunks = [self._chunk(0, i, tokens[i : i + 1]) for i in range(len(tokens))]
-        return np.concatenate([self.backend.decode(Batch((), (c,))).copy() for c in chunks])
+        return np.concatenate([self._decode(c) for c in chunks])
 
     @staticmethod
     def _chunk(slot: int, start: int, tokens: list[TokenId]) -> Chunk:
@@ -353,14 +375,17 @@ class GreedyLaw:
         ]
         self.backend.clear()
         self.backend.set_threads(2)
-        self.backend.decode(Batch((), (self._chunk(1, 0, filler),)))
+        self._decode(self._chunk(1, 0, filler))
         beside = np.concatenate([self._step(text, i) for i in range(len(text))])
         self.backend.set_threads(1)
         change = np.abs(np.take_along_axis(beside - alone, likely, axis=1))
         return float(change.max())
 
     def _step(self, text: list[TokenId], i: int) -> NDArray[np.float32]:
-        return self.backend.decode(Batch((), (self._chunk(0, i, text[i : i + 1]),))).copy()
+        return self._decode(self._chunk(0, i, text[i : i + 1]))
+
+    def _decode(self, chunk: Chunk) -> NDArray[np.float32]:
+        return self.backend.decode(Batch((), (chunk,), self.adapters)).copy()
 
     def gap(self, prompt: list[TokenId], answer: list[TokenId]) -> float:
         """How far the worst token of a greedy answer is from the best score."""

@@ -34,6 +34,7 @@ def model_json(model: StoredModel) -> dict[str, object]:
         "num_parameters": model.num_parameters,
         "context_tokens": model.context_tokens,
         "pooling": model.details.pooling,
+        "adapter": model.details.adapter,
         "license": model.license,
         "source": model.source,
         "made_from": model.manifest.annotations.get(QUANTIZED_FROM),
@@ -90,7 +91,7 @@ def _print_table(models: Sequence[StoredModel]) -> None:
         table.add_row(
             str(model.ref),
             human_size(model.size_bytes),
-            model.quantization or "-",
+            _kind(model),
             "-" if model.num_parameters is None else short_count(model.num_parameters),
             "-" if model.context_tokens is None else f"{model.context_tokens:,}",
             model.license or "-",
@@ -98,6 +99,12 @@ def _print_table(models: Sequence[StoredModel]) -> None:
         )
     # A pipe has no width; nothing may be cut off there.
     Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _kind(model: StoredModel) -> str:
+    """What a model is stored as, or that it is an adapter: ``lora r16``."""
+    adapter = model.details.adapter
+    return f"{adapter.type} r{adapter.rank or '?'}" if adapter else model.quantization or "-"
 
 
 def _date(unix_time: float) -> str:
@@ -153,6 +160,7 @@ def show(ref: str, *, store_dir: Path | None, as_json: bool) -> None:
         "digest": str(model.digest),
         "architecture": model.architecture,
         "type": model.quantization,
+        **_adapter_facts(model),
         "parameters": None if model.num_parameters is None else f"{model.num_parameters:,}",
         "context": None if model.context_tokens is None else f"{model.context_tokens:,} tokens",
         "makes": _made_by(model),
@@ -168,6 +176,17 @@ def show(ref: str, *, store_dir: Path | None, as_json: bool) -> None:
         click.echo(f"\n{file.name} ({human_size(file.size_bytes)}, {file.media_type})\n  {file.digest}\n  {file.path}")
     if model.report is not None:
         click.echo("\n" + "\n".join(_report_lines(model.report)))
+
+
+def _adapter_facts(model: StoredModel) -> dict[str, str | None]:
+    if not (adapter := model.details.adapter):
+        return {}
+    name = str(model.ref).removesuffix(":latest")
+    return {
+        "adapter": f"{adapter.type}, rank {adapter.rank or 'unknown'}",
+        "made for": adapter.base,
+        "ask it with": f"MODEL+{name}",
+    }
 
 
 def _origin(model: StoredModel) -> dict[str, str | None]:
@@ -199,6 +218,8 @@ def _report_lines(report: dict[str, object]) -> list[str]:
 
 def _made_by(model: StoredModel) -> str:
     """What the model answers with."""
+    if model.is_adapter:
+        return "other answers of a model"
     match model.details.pooling:
         case None:
             return "text"

@@ -13,11 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as RichProgress
 
+from edge.cli.adapters import add_adapter, is_adapter_directory
 from edge.cli.models import model_json, print_json
 from edge.cli.options import how_to_ask, human_size, json_option, open_store, or_files, store_option
 from edge.store.catalog import catalog
 from edge.store.fetch import Progress, PullPlan, plan
 from edge.store.fetch import pull as pull_model
+from edge.store.models import StoredModel
 
 
 def complete_sources(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -29,12 +31,20 @@ def complete_sources(_ctx: click.Context, _param: click.Parameter, incomplete: s
 @click.command()
 @click.argument("source", shell_complete=complete_sources)
 @click.option("--name", metavar="NAME[:TAG]", help="What to call the model; by default made of the file's name.")
+@click.option("--base", metavar="MODEL", help="The model of the store that an adapter directory was trained for.")
 @click.option("--sha256", metavar="HEX", help="What the model file must be; anything else is refused.")
 @click.option("--dry-run", is_flag=True, help="Say what would be fetched, and fetch nothing.")
 @store_option
 @json_option
 def pull(
-    source: str, *, name: str | None, sha256: str | None, dry_run: bool, store_dir: Path | None, as_json: bool
+    source: str,
+    *,
+    name: str | None,
+    base: str | None,
+    sha256: str | None,
+    dry_run: bool,
+    store_dir: Path | None,
+    as_json: bool,
 ) -> None:
     """Fetch a model, check it, and put it into the store. An interrupted pull goes on where it stopped.
 
@@ -46,6 +56,7 @@ def pull(
       https://HOST/FILE.gguf              any web server
       ./model.gguf                        a file
       ./checkpoint                        a checkpoint directory (Llama, Mistral, BERT), converted to F16
+      ./my-lora                           a LoRA adapter as PEFT saves it, a directory
 
     \b
     Examples:
@@ -53,13 +64,26 @@ def pull(
       edge pull hf://HuggingFaceTB/SmolLM2-360M-Instruct-GGUF --name smollm2:360m
       edge pull https://example.org/m.gguf --sha256 9f86d0…
       edge pull ./m.gguf --dry-run
+      edge pull ./my-lora --base smollm2:135m-instruct --name polite
     """
     store = open_store(store_dir, create=True)
+    if is_adapter_directory(Path(source)):
+        if sha256 or dry_run:
+            raise click.UsageError("--sha256 and --dry-run are for what is fetched; a directory is converted.")
+        model = add_adapter(store, Path(source), base=base, name=name)
+        _show_pulled(model, as_json=as_json)
+        return
+    if base:
+        raise click.UsageError("--base is for a LoRA adapter's directory, with adapter_config.json in it.")
     if dry_run:
         show_plan(plan(store, source, name=name, sha256=sha256), as_json=as_json)
         return
     with progress_on_stderr() as report:
         model = pull_model(store, source, name=name, sha256=sha256, converter=convert_checkpoint, progress=report)
+    _show_pulled(model, as_json=as_json)
+
+
+def _show_pulled(model: StoredModel, *, as_json: bool) -> None:
     if as_json:
         print_json(model_json(model))
     else:

@@ -95,6 +95,8 @@ GgufScalar = int | float | bool | str
 GgufValue = GgufScalar | list[int] | list[float] | list[bool] | list[str]
 
 _STRING, _ARRAY, _BOOL = 8, 9, 7
+_ONLY = {"adapter.lora.alpha": 6}
+"""Keys that llama.cpp reads as one type and aborts at any other, which a Python value does not show."""
 _SCALARS: Mapping[int, str] = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
@@ -269,8 +271,10 @@ class _Reader:
             raise self.fail(f"{naming} has {count:,} strings and the file no room for them")
         return [self.string_bytes(naming, MAX_STRING_BYTES).decode("utf-8", "surrogateescape") for _ in range(count)]
 
-    def value(self, naming: str) -> GgufValue:
+    def value(self, naming: str, *, only: int | None) -> GgufValue:
         code = self.u32(naming)
+        if only is not None and code != only:
+            raise self.fail(f"{naming} has the type {code} instead of {only}")
         return self.array(naming) if code == _ARRAY else self.scalar(code, naming)
 
 
@@ -335,7 +339,7 @@ def _read_metadata(reader: _Reader, num_keys: int) -> dict[str, GgufValue]:
             raise reader.fail(f"key {index} is empty or not printable ASCII")
         if key in metadata:
             raise reader.fail(f"the key '{key}' stands there twice")
-        metadata[key] = reader.value(f"'{key}'")
+        metadata[key] = reader.value(f"'{key}'", only=_ONLY.get(key))
     return metadata
 
 

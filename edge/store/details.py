@@ -11,6 +11,7 @@ from typing import Annotated
 import msgspec
 
 from edge.formats.gguf import GgufFile
+from edge.formats.lora import is_adapter, read_lora
 
 from .digest import Digest
 from .manifest import OURS, Manifest, ModelConfig, ModelDescriptor, ModelFs, ModelProperties, ModelRef
@@ -24,6 +25,9 @@ SAMPLING = f"{OURS}sampling"
 QUANTIZED_FROM = f"{OURS}quantized-from"
 """What the makers of a quantized model called its source; nothing that can be fetched."""
 TENSOR_TYPES = f"{OURS}tensor-types"
+ADAPTER_TYPE = f"{OURS}adapter.type"
+ADAPTER_RANK = f"{OURS}adapter.rank"
+ADAPTER_BASE = f"{OURS}adapter.base"
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -33,6 +37,17 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     top_k: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] | None = None
     min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterDetails:
+    """What makes a package an adapter: it changes a model and is none."""
+
+    type: str = "lora"
+    rank: int | None = None
+    """The largest of its tensors."""
+    base: str | None = None
+    """The model it was made for, in its makers' words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +72,8 @@ class ModelDetails:
     created: float | None = None
     """Unix time at which the model was made; None keeps equal models' digests equal."""
     sampling: Sampling = field(default_factory=Sampling)
+    adapter: AdapterDetails | None = None
+    """Of an adapter; None of a model."""
     annotations: Mapping[str, str] = field(default_factory=dict[str, str])
     """More for the manifest; keys begin with ``dev.slm-edge.``."""
 
@@ -77,8 +94,16 @@ def details_of(
         source=source,
         title=_clean(gguf.text("general.name")),
         sampling=sampling or Sampling(),
+        adapter=_adapter_details(gguf),
         annotations={TENSOR_TYPES: listed},
     )
+
+
+def _adapter_details(gguf: GgufFile) -> AdapterDetails | None:
+    if not is_adapter(gguf):
+        return None
+    lora = read_lora(gguf)
+    return AdapterDetails(rank=lora.rank, base=_clean(lora.base))
 
 
 def config_of(ref: ModelRef, details: ModelDetails, layers: list[Digest]) -> ModelConfig:
@@ -111,6 +136,9 @@ def annotations_of(details: ModelDetails) -> dict[str, str]:
         CONTEXT: details.context_tokens,
         POOLING: details.pooling,
         SOURCE: details.source,
+        ADAPTER_TYPE: details.adapter and details.adapter.type,
+        ADAPTER_RANK: details.adapter and details.adapter.rank,
+        ADAPTER_BASE: details.adapter and details.adapter.base,
         SAMPLING: None if details.sampling == Sampling() else msgspec.json.encode(details.sampling).decode(),
     }
     return {key: str(value) for key, value in known.items() if value is not None} | dict(details.annotations)
@@ -130,7 +158,14 @@ def details_from(manifest: Manifest, config: ModelConfig) -> ModelDetails:
         title=_clean(config.descriptor.title),
         format=config.config.format or "gguf",
         sampling=_sampling(notes.get(SAMPLING)),
+        adapter=_adapter_from(notes),
     )
+
+
+def _adapter_from(notes: Mapping[str, str]) -> AdapterDetails | None:
+    if not (kind := _clean(notes.get(ADAPTER_TYPE))):
+        return None
+    return AdapterDetails(type=kind, rank=_whole_number(notes.get(ADAPTER_RANK)), base=_clean(notes.get(ADAPTER_BASE)))
 
 
 def _sampling(text: str | None) -> Sampling:

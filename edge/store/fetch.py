@@ -11,6 +11,7 @@ from typing import assert_never
 
 from edge.errors import DigestMismatch, InvalidModelFile, ModelNotFound
 from edge.formats.gguf import FILE_TYPES, GgufFile, read_gguf
+from edge.formats.lora import check_finite, is_adapter, read_lora
 
 from .catalog import CatalogEntry, catalog
 from .checkpoints import Converter
@@ -209,6 +210,8 @@ def _checked(path: Path, what: str) -> GgufFile:
     gguf = read_gguf(path, what=what)
     if not gguf.tensors:
         raise InvalidModelFile(what, "it holds a vocabulary and no tensors")
+    if is_adapter(gguf):
+        check_finite(read_lora(gguf, what=what), what=what)
     return gguf
 
 

@@ -157,6 +157,11 @@ class StoredModel:
         return paths[0]
 
     @property
+    def is_adapter(self) -> bool:
+        """Whether it changes a model instead of being one."""
+        return self.details.adapter is not None
+
+    @property
     def architecture(self) -> str | None:
         return self.details.architecture
 

@@ -32,7 +32,7 @@ _OUTER = {
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
-_INNER = {
+INNER_NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q",
@@ -70,7 +70,7 @@ def _llama_tensors(settings: ModelSettings) -> dict[str, tuple[str, tuple[int, .
     table: dict[str, tuple[str, tuple[int, ...]]] = {name: (_OUTER[name], shape) for name, shape in shapes.items()}
     for layer in range(settings.num_hidden_layers):
         for module, shape in _inner_shapes(settings).items():
-            there, here = f"model.layers.{layer}.{module}", f"blk.{layer}.{_INNER[module]}"
+            there, here = f"model.layers.{layer}.{module}", f"blk.{layer}.{INNER_NAMES[module]}"
             table[f"{there}.weight"] = (f"{here}.weight", shape)
             biased = settings.attention_bias if "self_attn" in module else settings.mlp_bias and "mlp" in module
             if biased:
@@ -194,7 +194,7 @@ def _values_of(planned: _Planned) -> NDArray[Any]:
     return np.ascontiguousarray(values, dtype=planned.dtype)
 
 
-def _gguf() -> Any:
+def gguf_library() -> Any:
     """The `gguf` package, untyped from here on.
 
     Raises:
@@ -210,7 +210,7 @@ def _gguf() -> Any:
 
 def _describe(writer: Any, checkpoint: Checkpoint, *, name: str | None, num_parameters: int) -> None:
     """Title, authors, licence: from the model card's front matter, generation_config.json and the directory's name."""
-    gguf = _gguf()
+    gguf = gguf_library()
     checkpoint.read_text("README.md")  # Bounds it: the next call reads it whole.
     try:
         metadata = gguf.Metadata.load(None, checkpoint.directory, name, num_parameters)
@@ -225,7 +225,7 @@ def _describe(writer: Any, checkpoint: Checkpoint, *, name: str | None, num_para
 
 
 def _parametrize(writer: Any, checkpoint: Checkpoint, *, use_f16: bool) -> None:
-    gguf, settings = _gguf(), checkpoint.settings
+    gguf, settings = gguf_library(), checkpoint.settings
     file_type = gguf.LlamaFileType.MOSTLY_F16 if use_f16 else gguf.LlamaFileType.ALL_F32
     if isinstance(settings, BertSettings):
         version = gguf.GGML_QUANT_VERSION
@@ -235,7 +235,7 @@ def _parametrize(writer: Any, checkpoint: Checkpoint, *, use_f16: bool) -> None:
 
 
 def _parametrize_llama(writer: Any, settings: ModelSettings, *, file_type: Any) -> None:
-    gguf, rope = _gguf(), settings.rope
+    gguf, rope = gguf_library(), settings.rope
     writer.add_block_count(settings.num_hidden_layers)
     writer.add_context_length(settings.max_position_embeddings)
     writer.add_embedding_length(settings.hidden_size)
@@ -324,7 +324,7 @@ def convert(
     """
     vocabulary = read_vocabulary(checkpoint)
     plan = _all_planned(checkpoint, use_f16=use_f16)
-    gguf = _gguf()
+    gguf = gguf_library()
     writer: Any = gguf.GGUFWriter(None, "bert" if isinstance(checkpoint.settings, BertSettings) else "llama")
     try:
         for planned, _ in plan:

@@ -267,6 +267,7 @@ def _model_info(model: StoredModel, host: ModelHost | None, pins: frozenset[str]
         digest=str(model.digest),
         size_bytes=model.size_bytes,
         state="unloaded",
+        kind="adapter" if model.is_adapter else "model",
         architecture=model.architecture,
         quantization=model.quantization,
         num_parameters=model.num_parameters,

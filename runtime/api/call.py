@@ -23,6 +23,7 @@ from runtime.generation import Generation
 from runtime.host import ModelHost
 from runtime.pool import READY_WAIT_S
 from runtime.request import SamplingParams
+from runtime.selection import Selection
 
 MAX_ATTEMPTS = 3
 """How often a request is given to the engine, where that ends before anything of the answer was passed on."""
@@ -108,19 +109,23 @@ class Call:
                 return
 
     async def _submit(self, make: Make) -> Generation:
-        host = await self.appliance.pool.ready(self.body.model, timeout_s=min(READY_WAIT_S, self._left_s()))
-        self._adopt(host)
+        wanted = [(asked.name, asked.scale) for asked in self.body.lora or ()]
+        selection = await self.appliance.pool.select(self.body.model, wanted)
+        host = await self.appliance.pool.ready(selection.model, timeout_s=min(READY_WAIT_S, self._left_s()))
+        self._adopt(host, selection)
         params = self.body.params(host.model.details.sampling)
         self._generation = await host.start(
-            lambda request_id: make(request_id, params), timeout_s=self._left_s(), allowed_s=self.allowed_s
+            lambda request_id: msgspec.structs.replace(make(request_id, params), adapters=selection.adapters),
+            timeout_s=self._left_s(),
+            allowed_s=self.allowed_s,
         )
         return self._generation
 
     def _left_s(self) -> float:
         return max(0.0, self.allowed_s - (time.perf_counter() - self._started))
 
-    def _adopt(self, host: ModelHost) -> None:
-        self.model = host.ref
+    def _adopt(self, host: ModelHost, selection: Selection) -> None:
+        self.model = selection.name or host.ref
         self.fingerprint = f"fp_{host.model.digest.hex[:12]}"
 
     async def _watched(self, generation: Generation) -> AsyncGenerator[list[wire.Piece]]:

@@ -23,6 +23,7 @@ STATUS: dict[type[EdgeError], int] = {
     EdgeError: 500,
     errors.InvalidRequest: 400,
     errors.ContextOverflow: 400,
+    errors.AdapterMismatch: 400,
     errors.Forbidden: 403,
     errors.InvalidReference: 400,
     errors.ConfigError: 400,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable
 
 import msgspec
@@ -9,6 +10,7 @@ from litestar import Response, get, post
 from litestar.datastructures import State
 
 from edge.errors import EdgeError
+from edge.store.models import StoredModel
 from runtime import wire
 from runtime.api import sse
 from runtime.api.appliance import appliance_of
@@ -28,6 +30,7 @@ from runtime.api.openai_schema import (
 )
 from runtime.api.parsing import check_items, parse_body
 from runtime.api.responses import EventStream, until_disconnect
+from runtime.selection import combined_name, refuse_adapter
 
 
 async def _collect(call: Call, steps: AsyncGenerator[list[wire.Piece]]) -> tuple[str, str]:
@@ -222,16 +225,31 @@ async def completions(request: HttpRequest, state: State) -> Response[Completion
 
 @get("/v1/models")
 async def list_models(state: State) -> Models:
-    """The models of the store. Listing loads nothing."""
-    models = await appliance_of(state).stored_models()
-    return Models(data=[Model(id=str(m.ref), created=int(m.created), owned_by="slm-edge") for m in models])
+    """The models of the store, also with each adapter that fits. Listing loads nothing."""
+    appliance = appliance_of(state)
+    stored = await appliance.stored_models()
+    adapted = [_adapted(base, adapter) for base, adapter in await appliance.pool.combinations(stored)]
+    return Models(data=[_model(m) for m in stored if not m.is_adapter] + adapted)
+
+
+def _model(stored: StoredModel) -> Model:
+    return Model(id=str(stored.ref), created=int(stored.created), owned_by="slm-edge")
+
+
+def _adapted(base: StoredModel, adapter: StoredModel) -> Model:
+    name = combined_name(base, [adapter])
+    return Model(id=name, created=int(adapter.created), owned_by="slm-edge", parent=str(base.ref))
 
 
 @get("/v1/models/{model_id:path}")
 async def get_model(state: State, model_id: str) -> Model:
-    """One model of the store."""
-    model = await appliance_of(state).stored_model(model_id.lstrip("/"))
-    return Model(id=str(model.ref), created=int(model.created), owned_by="slm-edge")
+    """One model of the store, perhaps with adapters."""
+    appliance = appliance_of(state)
+    selection = await appliance.pool.select(model_id.lstrip("/"), [])
+    stored = await appliance.stored_model(selection.model)
+    await asyncio.to_thread(refuse_adapter, stored, appliance.store)
+    model = _model(stored)
+    return msgspec.structs.replace(model, id=selection.name, parent=model.id) if selection.adapters else model
 
 
 HANDLERS = [chat_completions, completions, list_models, get_model]

@@ -56,6 +56,13 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     include_usage: bool = False
 
 
+class LoraField(msgspec.Struct, kw_only=True):
+    """An adapter of the store, and by how much of it the model is changed."""
+
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=400)]
+    scale: Annotated[float, msgspec.Meta(ge=-100, le=100)] = 1.0
+
+
 class SamplingFields(msgspec.Struct, kw_only=True):
     """Fields that chat and text completions share."""
 
@@ -91,6 +98,8 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     """End with an error where the answer is not complete after this time; the appliance's own limit holds as well."""
     ignore_eos: bool = False
     """Go on past the model's own end, up to the token limit; for benchmarks."""
+    lora: Annotated[list[LoraField], msgspec.Meta(max_length=16)] | None = None
+    """Adapters to answer with, beside those in the model's name (`model+adapter`)."""
     return_token_ids: bool = False
     """Give the token ids of prompt and answer, as vLLM does."""
 
@@ -233,6 +242,8 @@ class Model(msgspec.Struct, kw_only=True):
     object: str = "model"
     created: int
     owned_by: str
+    parent: str | msgspec.UnsetType = msgspec.UNSET
+    """Of a model with an adapter: the model."""
 
 
 class Models(msgspec.Struct, kw_only=True):

@@ -21,6 +21,8 @@ class ModelInfo(msgspec.Struct, kw_only=True):
     """Digest of the manifest, ``sha256:…``."""
     size_bytes: int
     state: ModelState
+    kind: Literal["model", "adapter"] = "model"
+    """An adapter changes a model: it is named with one, as ``model+adapter``, and never loaded by itself."""
     error: str | None = None
     """Why the model is `failed`."""
     architecture: str | None = None

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.batch import Batch
+from runtime.request import Adapter
 from runtime.tokenizer import Tokenizer
 
 
@@ -24,6 +25,7 @@ class Capabilities:
         max_step_tokens: Most tokens of one decode.
         partial_reuse: Whether cells can be cut and shared at any length.
         state_cells: Cells that saved states may hold together, outside the cache; 0 saves none.
+        adapter_bytes: What loaded adapters may take together; 0 where it can load none.
     """
 
     num_slots: int
@@ -32,6 +34,7 @@ class Capabilities:
     max_step_tokens: int
     partial_reuse: bool = True
     state_cells: int = 0
+    adapter_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +66,20 @@ class Backend(Protocol):
     @property
     def tokenizer(self) -> Tokenizer: ...
 
+    def load_adapter(self, adapter: Adapter) -> None:
+        """Load an adapter, so that steps may name it.
+
+        Raises:
+            InvalidModelFile: The library refuses the file.
+        """
+        ...
+
+    def free_adapter(self, digest: str) -> None:
+        """Give a loaded adapter's memory back; no step names it any more."""
+        ...
+
     def decode(self, batch: Batch) -> NDArray[np.float32]:
-        """Run one step: the cache changes in order, then the chunks.
+        """Run one step: the cache changes in order, then the chunks, with the batch's adapters, which are loaded.
 
         Returns:
             Scores after the tokens whose scores are wanted, in order, shape ``(num_logits, vocab)``. Valid until the

@@ -16,7 +16,7 @@ from edge.errors import BackendError, DoesNotFit, InvalidModelFile
 from edge.native.llama import bindings, last_error
 from runtime.backends.base import Capabilities, ModelFacts
 from runtime.batch import Batch, CacheOp, CopyPrefix, DropState, RestoreState, SaveState, Truncate
-from runtime.request import TokenId
+from runtime.request import Adapter, AdapterSet, TokenId
 
 UBATCH_TOKENS = 512
 DEFAULT_CELLS = 32768
@@ -37,6 +37,7 @@ class LlamaOptions:
         context_tokens: KV cells; 0 chooses from the model's training and the memory there is.
         available_bytes: Memory the model may take.
         state_bytes: Memory for states of sequences that left the cache, taken as they are saved.
+        adapter_bytes: Memory for adapters, taken as they are loaded.
     """
 
     threads: int
@@ -45,6 +46,7 @@ class LlamaOptions:
     context_tokens: int
     available_bytes: int
     state_bytes: int = 0
+    adapter_bytes: int = 0
 
 
 def choose_cells(*, asked: int, trained: int, bytes_per_cell: int, room_bytes: int) -> int:
@@ -194,11 +196,13 @@ class LlamaBackend:
         self._memory = lib.llama_get_memory(self._context)
         self._batch = _NativeBatch(lib, options.step_tokens)
         self._states: dict[int, NDArray[np.uint8]] = {}
+        self._loaded_adapters: dict[str, Any] = {}
+        self._adapters: AdapterSet = ()
         trained: int = lib.llama_model_n_ctx_train(self._model)
         carries_state = lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model)
         self._capabilities = Capabilities(
             options.num_slots, cells, min(trained, cells), options.step_tokens, partial_reuse=not carries_state,
-            state_cells=options.state_bytes // self._bytes_per_cell(),
+            state_cells=options.state_bytes // self._bytes_per_cell(), adapter_bytes=options.adapter_bytes,
         )  # fmt: skip
 
     def _load(self, path: Path, on_progress: Callable[[float], None] | None) -> Any:
@@ -287,9 +291,33 @@ class LlamaBackend:
     def _meta(self, key: str) -> str:
         return self._text(lambda m, b, n: self._lib.llama_model_meta_val_str(m, key.encode(), b, n))
 
+    def load_adapter(self, adapter: Adapter) -> None:
+        """Load an adapter; see :class:`runtime.backends.base.Backend`."""
+        loaded = self._lib.llama_adapter_lora_init(self._model, adapter.path.encode())
+        if not loaded:
+            raise InvalidModelFile("The adapter", last_error() or "llama.cpp cannot load it")
+        self._loaded_adapters[adapter.digest] = loaded
+
+    def free_adapter(self, digest: str) -> None:
+        """Free an adapter; the context must not hold it while it goes."""
+        if any(a.digest == digest for a in self._adapters):
+            self._set_adapters(())
+        self._lib.llama_adapter_lora_free(self._loaded_adapters.pop(digest))
+
+    def _set_adapters(self, adapters: AdapterSet) -> None:
+        """Compute with these from now on. The context plans its graphs anew with the next decode."""
+        size = len(adapters)
+        pointers = (self._lib.llama_adapter_lora_p_ctypes * size)(*(self._loaded_adapters[a.digest] for a in adapters))
+        scales = (ctypes.c_float * size)(*(a.scale for a in adapters))
+        if self._lib.llama_set_adapters_lora(self._context, pointers, size, scales):
+            raise BackendError("llama.cpp cannot set the adapters.")
+        self._adapters = adapters
+
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         """Run one step; see :class:`runtime.backends.base.Backend`."""
         lib = self._lib
+        if batch.adapters != self._adapters:
+            self._set_adapters(batch.adapters)
         for op in batch.cache_ops:
             self._apply(op)
         self._batch.fill(batch)

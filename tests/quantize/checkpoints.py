@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -457,3 +458,38 @@ def make_bert(directory: Path, *, reranker: bool = False) -> Path:
 def make_cross_encoder(directory: Path) -> Path:
     """A cross-encoder with random weights."""
     return make_bert(directory, reranker=True)
+
+
+PEFT_CONFIG: Mapping[str, Any] = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": "acme/Tiny-SmolLM-1M-Instruct",
+    "r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.05,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "use_rslora": False,
+    "use_dora": False,
+    "modules_to_save": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+
+
+def make_peft(directory: Path, *, changes: Mapping[str, Any] = MappingProxyType({}), seed: int = 5) -> Path:
+    """An adapter of `make_smollm`'s model as PEFT saves it: every projection, A in float32 and B in bfloat16."""
+    directory.mkdir(parents=True)
+    rank = {**PEFT_CONFIG, **changes}["r"]
+    rng = np.random.Generator(np.random.PCG64(seed))
+    tensors: dict[str, Stored] = {}
+    for name, values in weights(config(vocab_size=8), 1).items():
+        if "_proj" in name:
+            at = f"base_model.model.{name.removesuffix('.weight')}"
+            rows, columns = values.shape
+            tensors[f"{at}.lora_A.weight"] = rng.standard_normal((rank, columns), np.float32)
+            tensors[f"{at}.lora_B.weight"] = bfloat16(rng.standard_normal((rows, rank), np.float32))
+    write_json(directory / "adapter_config.json", {**PEFT_CONFIG, **changes})
+    write_safetensors(directory / "adapter_model.safetensors", tensors)
+    return directory

@@ -21,8 +21,9 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from .checkpoints import make_bert, make_cross_encoder, make_llama3, make_mistral, make_smollm
+from .checkpoints import make_bert, make_cross_encoder, make_llama3, make_mistral, make_peft, make_smollm
 from .goldens import GOLDENS, describe_gguf
 from .minilm import make_minilm
 from .stories import make_stories
@@ -54,10 +55,12 @@ runpy.run_path(converter, run_name="__main__")
 """
 
 
-def _convert(python: str, llama_cpp: Path, source: Path, target: Path, precision: str) -> None:
-    converter = str(llama_cpp.absolute() / "convert_hf_to_gguf.py")
-    command = [python, "-c", _RUNNER, converter, ANSWERS.get(source.name, ""), str(source)]
-    command += ["--outfile", str(target), "--outtype", precision]
+def _convert(
+    python: str, llama_cpp: Path, source: Path, target: Path, precision: str, *, base: Path | None = None
+) -> None:
+    converter = str(llama_cpp.absolute() / ("convert_lora_to_gguf.py" if base else "convert_hf_to_gguf.py"))
+    command = [python, "-c", _RUNNER, converter, ANSWERS.get((base or source).name, ""), str(source)]
+    command += ["--outfile", str(target), "--outtype", precision, *(["--base", str(base)] if base else [])]
     subprocess.run(
         command, check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}, timeout=600
     )
@@ -77,10 +80,18 @@ def main() -> int:
                 target = Path(work) / f"{name}-{precision}.gguf"
                 _convert(given.python, given.llama_cpp, source, target, precision)
                 golden[precision] = describe_gguf(target)
-            path = GOLDENS / f"convert-{name}.json"
-            path.write_text(json.dumps(golden, indent=1, ensure_ascii=True, sort_keys=False) + "\n")
-            print(path)
+            _write(name, golden)
+        target = Path(work) / "lora.gguf"
+        base = Path(work) / "Tiny-SmolLM-1M-Instruct"
+        _convert(given.python, given.llama_cpp, make_peft(Path(work) / "lora"), target, "f32", base=base)
+        _write("lora", describe_gguf(target))
     return 0
+
+
+def _write(name: str, golden: dict[str, Any]) -> None:
+    path = GOLDENS / f"convert-{name}.json"
+    path.write_text(json.dumps(golden, indent=1, ensure_ascii=True, sort_keys=False) + "\n")
+    print(path)
 
 
 if __name__ == "__main__":

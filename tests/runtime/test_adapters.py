@@ -1,0 +1,193 @@
+"""Laws of adapters: a request's answer is that of its own set, sets take turns, loads keep to their budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typing_extensions import override
+
+from edge.errors import DoesNotFit, InvalidModelFile, InvalidRequest, QueueFull
+from runtime.adapters import MAX_ADAPTERS, ResidentAdapters, adapter_set
+from runtime.backends.base import Capabilities
+from runtime.engine import Engine
+from runtime.request import Adapter, AdapterSet, Request, RequestId, SamplingParams
+from runtime.turns import TURN_STEPS, Turns
+from tests.support import CollectingSink, ScriptedBackend
+
+GREEDY = SamplingParams(temperature=0)
+POLITE, RUDE = Adapter("polite", 1.0, size_bytes=10), Adapter("rude", 0.5, size_bytes=10)
+SETS: list[AdapterSet] = [(), (POLITE,), (POLITE, RUDE)]
+TEXT = tuple(range(1, 90))
+
+
+def make_engine(
+    *, slots: int = 4, cells: int = 2000, step: int = 64, states: int = 0, adapter_bytes: int = 100
+) -> tuple[Engine, ScriptedBackend, CollectingSink]:
+    can = Capabilities(slots, cells, cells, max(step, slots), state_cells=states, adapter_bytes=adapter_bytes)
+    backend, sink = ScriptedBackend(can), CollectingSink()
+    return Engine(backend, sink, max_queue=100), backend, sink
+
+
+def ask(engine: Engine, number: int, adapters: AdapterSet, *, prompt: tuple[int, ...] = TEXT, tokens: int = 5) -> None:
+    engine.submit(Request(RequestId(number), prompt, tokens, GREEDY, ignore_eos=True, adapters=adapters))
+
+
+def finish(engine: Engine) -> None:
+    while engine.advance():
+        pass
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request of a set, the step before which it comes, and the step before which its client leaves, if it does."""
+
+    at: int
+    adapters: AdapterSet
+    prompt: tuple[int, ...]
+    max_tokens: int
+    leaves_at: int | None
+
+
+@st.composite
+def arrivals(draw: st.DrawFn) -> Arrival:
+    at = draw(st.integers(0, 40))
+    prompt = (*TEXT[: draw(st.integers(1, 89))], *draw(st.lists(st.integers(1, 96), max_size=10)))
+    leaves = draw(st.one_of(st.none(), st.integers(at, at + 30)))
+    return Arrival(at, draw(st.sampled_from(SETS)), prompt, draw(st.integers(1, 30)), leaves)
+
+
+@given(
+    plan=st.lists(arrivals(), min_size=1, max_size=14),
+    slots=st.integers(1, 5),
+    cells=st.sampled_from([150, 400, 2000]),
+    step=st.sampled_from([8, 64]),
+    states=st.sampled_from([0, 300, 5000]),
+)
+@settings(max_examples=300, deadline=None)
+def test_any_schedule_gives_each_set_its_own_answers(
+    plan: list[Arrival], slots: int, cells: int, step: int, states: int
+) -> None:
+    engine, backend, sink = make_engine(slots=slots, cells=cells, step=step, states=states)
+    for now in range(4000):
+        for i, a in enumerate(plan):
+            if a.at == now:
+                engine.submit(Request(RequestId(i), a.prompt, a.max_tokens, GREEDY, adapters=a.adapters))
+            if a.leaves_at == now:
+                engine.cancel(RequestId(i))
+        if not engine.advance() and now > 80:
+            break
+    else:
+        raise AssertionError("a request starved")
+    for i, a in enumerate(plan):
+        expected = backend.expected(list(a.prompt), max_tokens=a.max_tokens, adapters=a.adapters)
+        full = b"".join(backend.tokenizer.piece(t) for t in expected).decode()
+        got, last = sink.texts.get(RequestId(i), ""), sink.last.get(RequestId(i))
+        assert full.startswith(got)
+        assert a.leaves_at is not None or (last is not None and last.finish_reason is not None and got == full)
+
+
+def test_a_prefix_is_reused_within_its_set_only() -> None:
+    engine, _, sink = make_engine(slots=2, states=5000)
+    for again in range(2):
+        for k, adapters in enumerate(SETS):
+            ask(engine, 10 * again + k, adapters)
+            finish(engine)
+    assert [sink.last[RequestId(k)].num_cached for k in range(3)] == [0, 0, 0]
+    assert [sink.last[RequestId(10 + k)].num_cached for k in range(3)] == [len(TEXT) - 1] * 3
+
+
+def test_sets_change_seldom_and_none_waits_long() -> None:
+    engine, backend, _ = make_engine(slots=9, step=64)
+    for i in range(9):
+        ask(engine, i, SETS[i % 3], prompt=(i + 1, 2, 3), tokens=100)
+    finish(engine)
+    changes = sum(a != b for a, b in pairwise(backend.sets))
+    assert changes <= len(backend.sets) / TURN_STEPS + 3
+    for adapters in SETS:
+        turns = [i for i, used in enumerate(backend.sets) if used == adapters]
+        assert max(b - a for a, b in pairwise(turns)) <= 2 * TURN_STEPS + 1
+
+
+@given(st.lists(st.lists(st.sampled_from(SETS), min_size=1, max_size=16), min_size=1, max_size=30))
+def test_a_set_that_waits_gets_its_turn(crowds: list[list[AdapterSet]]) -> None:
+    turns = Turns()
+    waiting = dict.fromkeys(SETS, 0)
+    for step in range(1000):
+        wanted = crowds[step % len(crowds)]
+        chosen = turns.choose(wanted)
+        assert chosen in wanted
+        turns.book(1)
+        waiting = {a: waiting[a] + 1 if a in wanted and a != chosen else 0 for a in SETS}
+        assert max(waiting.values()) <= 16 * TURN_STEPS * len(SETS)
+
+
+class RefusingBackend(ScriptedBackend):
+    """Takes one adapter, not the other."""
+
+    @override
+    def load_adapter(self, adapter: Adapter) -> None:
+        if adapter == RUDE:
+            raise InvalidModelFile("The adapter", "it is rude")
+        super().load_adapter(adapter)
+
+
+def test_an_adapter_that_does_not_load_fails_its_request_alone() -> None:
+    can = Capabilities(2, 1000, 1000, 64, adapter_bytes=100)
+    engine = Engine(RefusingBackend(can), sink := CollectingSink(), max_queue=10)
+    for i, adapters in enumerate([(POLITE,), (RUDE,), (), (POLITE, RUDE)]):
+        ask(engine, i, adapters)
+    finish(engine)
+    assert sorted(sink.failures) == [1, 3]
+    assert isinstance(sink.failures[RequestId(1)].error, InvalidModelFile)
+    assert [sink.last[RequestId(i)].num_output for i in (0, 2)] == [5, 5]
+
+
+def test_loads_keep_to_the_budget_and_who_is_in_use_stays() -> None:
+    engine, backend, sink = make_engine(adapter_bytes=25)
+    others = [Adapter(f"other{i}", size_bytes=10) for i in range(3)]
+    ask(engine, 1, (POLITE,), tokens=50)
+    ask(engine, 2, (others[0],))
+    ask(engine, 3, (others[1],))
+    engine.advance()
+    assert isinstance(sink.failures[RequestId(3)].error, QueueFull), "both that are loaded are in use"
+    for _ in range(200):
+        if sink.last[RequestId(2)].finish_reason is not None:
+            break
+        engine.advance()
+    ask(engine, 4, (others[2],))
+    ask(engine, 5, (Adapter("huge", size_bytes=1000),))
+    engine.advance()
+    assert backend.loaded == {"polite", "other2"}
+    assert isinstance(sink.failures[RequestId(5)].error, DoesNotFit)
+    finish(engine)
+    assert sink.last[RequestId(1)].num_output == 50
+
+
+def test_a_set_has_one_form() -> None:
+    assert adapter_set([RUDE, POLITE]) == adapter_set([POLITE, Adapter("none", 0.0), RUDE]) == (POLITE, RUDE)
+    assert adapter_set([Adapter("polite", 0.0)]) == ()
+    for bad in ([POLITE, Adapter("polite", 0.3)], [Adapter(str(i)) for i in range(MAX_ADAPTERS + 1)]):
+        with pytest.raises(InvalidRequest):
+            adapter_set(bad)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(1, 40), st.sets(st.sampled_from("abcdefgh")))))
+def test_residents_never_exceed_their_budget(loads: list[tuple[str, int, set[str]]]) -> None:
+    residents, held = ResidentAdapters(50), dict[str, int]()
+    for digest, size, in_use in loads:
+        adapter = Adapter(digest, size_bytes=size)
+        if residents.use(adapter):
+            continue
+        try:
+            leaving = residents.add(adapter, in_use=in_use)
+        except QueueFull:
+            continue
+        assert not set(leaving) & in_use
+        for gone in leaving:
+            del held[gone]
+        held[digest] = size
+        assert sum(held.values()) <= 50
