@@ -47,6 +47,7 @@ def chat(
     Examples:
       edge chat "What is a lighthouse for?"
       edge chat smollm2:135m-instruct "Write a haiku about rain."
+      edge chat smollm2:135m-instruct+polite "May I come in?"      with an adapter
       edge chat --temperature 0 "Summarize this:" < notes.txt
       dmesg | edge chat "What is wrong here?" -
       edge chat                       talk; an empty line or Ctrl-D ends
@@ -70,9 +71,10 @@ async def _choose(client: RuntimeClient, words: list[str], model: str | None) ->
     """Model and prompt. A first word that looks like a model's name is one, and has to be in the store."""
     if model is None and words:
         known = [m.ref for m in await client.models()]
-        named = [ref for ref in known if words[0] in (ref, ref.partition(":")[0])]
+        base, plus, adapters = words[0].partition("+")  # a model with adapters
+        named = [ref for ref in known if base in (ref, ref.partition(":")[0])]
         if len(named) == 1:
-            model = named[0]
+            model = named[0] + plus + adapters
             words.pop(0)
         elif named or (len(words) > 1 and _MODEL_NAME.fullmatch(words[0])):
             raise ModelNotFound(words[0], known=known)

@@ -97,7 +97,7 @@ def or_files(names: Sequence[str], incomplete: str) -> list[CompletionItem]:
 def how_to_ask(model: StoredModel, *, prompt: str) -> str:
     """The command that tries a model out: a chat where the model has a template of one, else what it is made for."""
     if model.is_adapter:
-        return f'edge chat --model MODEL+{str(model.ref).removesuffix(":latest")} "{prompt}"'
+        return f'edge chat MODEL+{str(model.ref).removesuffix(":latest")} "{prompt}"'
     if model.details.pooling is None and read_gguf(model.weights).text("tokenizer.chat_template"):
         return f'edge chat {model.ref} "{prompt}"'
     settings = settings_from()

@@ -73,25 +73,29 @@ def main() -> int:
     parser.add_argument("--llama-cpp", required=True, type=Path, help="vendor/llama.cpp of the sdist")
     parser.add_argument("names", nargs="*", help="the checkpoints; by default all")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as work:
-        for name in given.names or MAKERS:
-            source, golden = MAKERS[name](Path(work) / name), {}
-            for precision in ("f16", "f32"):
-                target = Path(work) / f"{name}-{precision}.gguf"
-                _convert(given.python, given.llama_cpp, source, target, precision)
-                golden[precision] = describe_gguf(target)
-            _write(name, golden)
-        target = Path(work) / "lora.gguf"
-        base = Path(work) / "Tiny-SmolLM-1M-Instruct"
-        _convert(given.python, given.llama_cpp, make_peft(Path(work) / "lora"), target, "f32", base=base)
-        _write("lora", describe_gguf(target))
+    for name in given.names or [*MAKERS, "lora"]:
+        with tempfile.TemporaryDirectory() as work:
+            make = _lora_golden if name == "lora" else _golden
+            golden = make(name, Path(work), given.python, given.llama_cpp)
+        path = GOLDENS / f"convert-{name}.json"
+        path.write_text(json.dumps(golden, indent=1, ensure_ascii=True, sort_keys=False) + "\n")
+        print(path)
     return 0
 
 
-def _write(name: str, golden: dict[str, Any]) -> None:
-    path = GOLDENS / f"convert-{name}.json"
-    path.write_text(json.dumps(golden, indent=1, ensure_ascii=True, sort_keys=False) + "\n")
-    print(path)
+def _golden(name: str, work: Path, python: str, llama_cpp: Path) -> dict[str, Any]:
+    source, golden = MAKERS[name](work / name), dict[str, Any]()
+    for precision in ("f16", "f32"):
+        target = work / f"{name}-{precision}.gguf"
+        _convert(python, llama_cpp, source, target, precision)
+        golden[precision] = describe_gguf(target)
+    return golden
+
+
+def _lora_golden(name: str, work: Path, python: str, llama_cpp: Path) -> dict[str, Any]:
+    base = make_smollm(work / "Tiny-SmolLM-1M-Instruct")
+    _convert(python, llama_cpp, make_peft(work / name), work / "lora.gguf", "f32", base=base)
+    return describe_gguf(work / "lora.gguf")
 
 
 if __name__ == "__main__":
