@@ -73,7 +73,7 @@ CacheOp = CopyPrefix | Truncate | SaveState | RestoreState | DropState
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step: changes to the cache in order, then one ragged decode.
+    """One step: changes to the cache in order, then one ragged decode, where there are chunks.
 
     Attributes:
         chunks: Ordered by slot, each slot at most once.

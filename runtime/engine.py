@@ -160,7 +160,7 @@ class Engine:
         self._sink = sink
         self._clock = clock
         self._governor = governor
-        self._speculator = speculator if can.partial_reuse else None
+        self._speculator = speculator if can.states.partial_reuse else None
         self._observer = observer
         self._adapters = ResidentAdapters(can.adapter_bytes)
         self._threads = 0
@@ -170,14 +170,7 @@ class Engine:
         self._costs = StepCosts()
         self._budget = BudgetTuner(self._costs, interval_s=token_interval_s)
         self._scheduler = Scheduler(
-            Limits(
-                can.num_slots,
-                can.num_cells,
-                can.max_step_tokens,
-                partial_reuse=can.partial_reuse,
-                state_cells=can.state_cells,
-            ),
-            self._budget.prompt_tokens,
+            Limits(can.num_slots, can.num_cells, can.max_step_tokens, states=can.states), self._budget.prompt_tokens
         )
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | None] = queue.SimpleQueue()
         self._answers: dict[RequestId, _Answer] = {}
@@ -324,6 +317,8 @@ class Engine:
         num_before, begin = self._output_tokens - self._forced_tokens, self._clock()
         try:
             logits = self._backend.decode(batch)
+            if not batch.chunks:
+                return
             self._costs.record(batch.num_tokens, threads=self._threads, seconds=self._clock() - begin)
             self._book(batch, logits)
         except BackendError as e:
@@ -348,7 +343,7 @@ class Engine:
             self._answers.pop(sequence.request.id)
             self._failures.append(Failure(sequence.request.id, error))
         self._backend.clear()
-        self._scheduler.forget_cache()
+        self._scheduler.cache.forget()
         self._consecutive_failures += 1
         if self._consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
             raise error

@@ -139,10 +139,12 @@ class Request:
         return_tokens: Give the token ids, of prompt and answer, with the last delta.
         breakers: The tokens of `SamplingParams.dry_sequence_breakers`.
         priority: A lower value is served first, as in vLLM: 0 for who waits at a screen, more for what can wait.
-        tenant: Whose it is: tenants share the machine by weight.
+        tenant: Whose it is: tenants share the machine by weight, and each finds only what its own requests computed.
         weight: The tenant's share against others'; above 0.
         grammar: What the answer must look like, compiled. It ends the answer, also where `ignore_eos` would go on.
         adapters: What the model is changed by; what was computed under other adapters is of no use to it.
+        cache_key: The client's `prompt_cache_key`: of equal prefixes, it goes on from that of a request with the same.
+        pin: Keep the prompt's keys and values for all, under this name, until it is unpinned.
     """
 
     id: RequestId
@@ -158,3 +160,5 @@ class Request:
     weight: float = 1.0
     grammar: Grammar | None = None
     adapters: AdapterSet = ()
+    cache_key: str = ""
+    pin: str = ""

@@ -12,21 +12,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from edge.errors import ContextOverflow
-from runtime.batch import Batch, CacheOp, Chunk, CopyPrefix, DropState, RestoreState, SaveState, Truncate
+from runtime.batch import Batch, Chunk
 from runtime.fair_shares import FairShares, share_out
-from runtime.request import AdapterSet, FinishReason, Request, RequestId, TokenId
+from runtime.prefix_cache import PrefixCache, Slot
+from runtime.request import AdapterSet, FinishReason, Request, RequestId
 from runtime.sequence import Sequence, Status
-from runtime.states import MIN_STATE_TOKENS, SavedState, SavedStates, common_prefix
+from runtime.states import NO_STATES, StateLimits
 from runtime.turns import Turns
 
-MIN_SHARED_TOKENS = 32
-"""A prefix shorter than this is not worth waiting for, nor worth a copy between slots."""
-MAX_IDLE_CELLS = 256
-"""Cells that slots without a sequence may hold while others run. Attention looks at every used cell of the cache:
-1,500 idle ones made a one-token step of the default model 19 % longer. Saved, they come back in a millisecond."""
 CLASS_RATIO = 16
 """What a class of priority gets, against the class after it."""
 TAKE_AFTER_TOKENS = 64
@@ -46,29 +42,14 @@ class Limits:
         num_cells: KV cells that all slots share.
         step_tokens: Most tokens of a step.
         max_prefills: Prompts that are read beside each other; the rest wait their turn.
-        partial_reuse: Whether a sequence's cells can be cut or shared at any length; recurrent models only go on
-            from where they stand.
-        state_cells: Cells that states saved outside the cache may hold together; 0 saves none.
+        states: What may be kept outside the cells, and whether cells can be cut or shared at any length.
     """
 
     num_slots: int
     num_cells: int
     step_tokens: int
     max_prefills: int = 8
-    partial_reuse: bool = True
-    state_cells: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Slot:
-    """A place in the KV cache and the tokens whose cells it holds, of a running sequence or of one long gone; they
-    were computed with `adapters`, and are of use only with them."""
-
-    index: int
-    tokens: list[TokenId] = field(default_factory=list[TokenId])
-    adapters: AdapterSet = ()
-    sequence: Sequence | None = None
-    last_used: int = 0
+    states: StateLimits = NO_STATES
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +82,12 @@ class Scheduler:
         self._tenants: FairShares[str] = FairShares()
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self._slots = [Slot(i) for i in range(limits.num_slots)]
-        self._ops: list[CacheOp] = []
-        self._states = SavedStates(limits.state_cells)
+        self.cache = PrefixCache(
+            num_slots=limits.num_slots, num_cells=limits.num_cells, states=limits.states, reserved=self._reserved
+        )
         self._turns = Turns()
         self._adapters: AdapterSet = ()
         self._arrivals = 0
-        self._clock = 0
         self._preemptions = 0
 
     def add(self, request: Request) -> Sequence:
@@ -129,13 +109,14 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        """Whether `schedule` may find something to do."""
+        return bool(self.waiting or self.running or self.cache.has_ops)
 
     def stats(self) -> SchedulerStats:
         """Counts of the moment."""
         return SchedulerStats(
-            len(self.waiting), len(self.running), self._preemptions, self._cells_used(), self.limits.num_cells,
-            self._states.num_states,
+            len(self.waiting), len(self.running), self._preemptions, self.cache.cells_used, self.limits.num_cells,
+            self.cache.states.num_states,
         )  # fmt: skip
 
     def sequences(self) -> Iterable[Sequence]:
@@ -160,32 +141,26 @@ class Scheduler:
             self._tenants.leave(sequence.request.tenant)
         sequence.status = Status.FINISHED
         sequence.finish_reason = reason
-        if not self.has_work:
+        if not (self.waiting or self.running):
             self._classes.reset()
             self._tenants.reset()
-
-    def forget_cache(self) -> None:
-        """Drop every slot's cells and every state from the books: a step failed half-way, and the cache was cleared."""
-        self._ops = [DropState(state) for state in self._states.clear()]
-        for slot in self._slots:
-            slot.tokens = []
 
     # ------------------------------------------------------------------ one step
 
     def schedule(self) -> Batch | None:
-        """Plan the next step, or None where nothing can be computed."""
-        self._clock += 1
+        """Plan the next step, or None where there is nothing to do. Without chunks it only changes the cache."""
         self._admit()
-        self._trim_idle()
+        if self.running:
+            self.cache.trim_idle()
         self._relieve()
         self._adapters = self._turns.choose(s.request.adapters for s in self.running)
         chunks = self._decode_chunks()
         decoding = sum(len(c.tokens) for c in chunks)
         chunks += self._prefill_chunks(self._prompt_tokens(decoding, self.limits.step_tokens - decoding))
-        if not chunks:
-            return None
         chunks.sort(key=lambda c: c.slot)
-        ops, self._ops = tuple(self._ops), []
+        ops = self.cache.take_ops()
+        if not (ops or chunks):
+            return None
         batch = Batch(ops, tuple(chunks), self._adapters)
         self._turns.book(batch.num_tokens)
         return batch
@@ -197,16 +172,16 @@ class Scheduler:
     def update(self, chunk: Chunk, *, num_rejected: int = 0) -> None:
         """Book a chunk as computed; the cells of its last `num_rejected` tokens, which were guessed wrong, are cut."""
         sequence = chunk.sequence
-        slot = self._slots[chunk.slot]
-        if slot.sequence is not sequence:
+        if sequence.slot != chunk.slot:
             return
+        slot = self.cache.slots[chunk.slot]
         kept = len(chunk.tokens) - num_rejected
-        slot.tokens.extend(chunk.tokens[:kept])
+        self.cache.append(slot, chunk.tokens[:kept])
         sequence.num_computed = chunk.start + kept
         self._classes.charge(sequence.request.priority, kept * CLASS_RATIO**sequence.request.priority)
         self._charge_tenant(sequence, max(sequence.num_charged, sequence.num_computed))
         if num_rejected:
-            self._ops.append(Truncate(chunk.slot, sequence.num_computed))
+            self.cache.cut(slot, sequence.num_computed)
 
     # ------------------------------------------------------------------ admission
 
@@ -215,7 +190,7 @@ class Scheduler:
         while candidates and self._may_admit():
             sequence = min(candidates, key=self._turn)
             candidates.remove(sequence)
-            if self._worth_waiting(sequence):
+            if self._must_wait(sequence):
                 continue
             if not self._place_or_take(sequence):
                 return  # what others would take it needs: who goes next is not passed over for being large
@@ -258,102 +233,22 @@ class Scheduler:
         lead = TAKE_AFTER_TOKENS * CLASS_RATIO**low
         return victim.rank[0] > high and self._classes.time(low) >= self._classes.time(high) + lead
 
-    def _worth_waiting(self, sequence: Sequence) -> bool:
-        """Whether a running sequence is reading a prefix that this one would otherwise read again."""
-        if not self.limits.partial_reuse:
-            return False
-        limit = len(sequence.tokens) - 1
-        asked = sequence.request
-        readers = (
-            r
-            for r in self.running
-            if r.is_prefilling and r.request.priority <= asked.priority and r.request.adapters == asked.adapters
-        )
-        soon = max((common_prefix(r.tokens, sequence.tokens, limit=limit) for r in readers), default=0)
-        here = max(self._best_source(sequence)[1], self._best_state(sequence)[1])
-        return soon >= here + MIN_SHARED_TOKENS
-
-    def _best_state(self, sequence: Sequence) -> tuple[SavedState | None, int]:
-        """The saved state that holds the longest beginning of a sequence."""
-        limit = len(sequence.tokens) - 1
-        state, length = self._states.find(sequence.tokens, limit=limit, adapters=sequence.request.adapters)
-        if state is not None and not self.limits.partial_reuse and length < len(state.tokens):
-            return None, 0
-        return state, length
-
-    def _best_source(self, sequence: Sequence) -> tuple[Slot | None, int]:
-        """The slot that holds the longest computed prefix of a sequence. One token is always left to compute."""
-        best, length = None, 0
-        limit = len(sequence.tokens) - 1
-        for slot in self._slots:
-            if slot.adapters != sequence.request.adapters:
-                continue
-            n = common_prefix(slot.tokens, sequence.tokens, limit=limit)
-            if not self.limits.partial_reuse and (n < len(slot.tokens) or slot.sequence is not None):
-                continue
-            if n > length or (n == length and n and slot.sequence is None):
-                best, length = slot, n
-        return best, length
+    def _must_wait(self, sequence: Sequence) -> bool:
+        """Whether a prefix is on its way that the sequence would otherwise compute; not from one who may starve."""
+        priority = sequence.request.priority
+        return self.cache.must_wait(sequence, (r for r in self.running if r.request.priority <= priority))
 
     def _place(self, sequence: Sequence) -> bool:
-        source, length = self._best_source(sequence)
-        state, saved = self._best_state(sequence)
-        if state is not None and saved >= length + MIN_SHARED_TOKENS:
-            return self._place_restored(sequence, state, saved)
-        targets = [self._choose_slot(source, length)]
-        if source is not None and source.sequence is None and targets[0] is not source:
-            targets.append(source)  # without room for a copy, take over what would be copied
-        for target in targets:
-            # What the target holds beyond the shared prefix goes when it is taken over.
-            freed = len(target.tokens)
-            if self._make_room(
-                self._cells_to_grow(sequence) - freed, keep={target.index, source.index if source else -1}
-            ):
-                self._take(target, sequence, source, length)
-                return True
-        return False
+        slot = self.cache.place(sequence, cells=self._cells_to_grow(sequence))
+        if slot is not None:
+            self._start(sequence, slot)
+        return slot is not None
 
-    def _place_restored(self, sequence: Sequence, state: SavedState, length: int) -> bool:
-        self._states.use(state)
-        target = self._choose_slot(None, 0)
-        cells = max(self._cells_to_grow(sequence), len(state.tokens))  # the whole state is put back before it is cut
-        if not self._make_room(cells - len(target.tokens), keep={target.index}):
-            return False
-        self._drop_cells(target)
-        if self._states.holds(state):  # else what was saved to make room has pushed it out
-            self._ops.append(RestoreState(target.index, state.id, length))
-            target.tokens = state.tokens[:length]
-        self._occupy(target, sequence)
-        return True
-
-    def _choose_slot(self, source: Slot | None, length: int) -> Slot:
-        """Take over the source where little of it is lost, else the idle slot that was used longest ago."""
-        idle = [s for s in self._slots if s.sequence is None]
-        if source in idle and (length * 2 >= len(source.tokens) or len(idle) == 1):
-            return source
-        return min((s for s in idle if s is not source), key=lambda s: (bool(s.tokens), s.last_used, s.index))
-
-    def _take(self, target: Slot, sequence: Sequence, source: Slot | None, length: int) -> None:
-        if source is target:
-            if len(target.tokens) - length >= MIN_STATE_TOKENS:
-                self._save(target)
-            self._ops.append(Truncate(target.index, length))
-            del target.tokens[length:]
-        else:
-            self._drop_cells(target)
-            if source is not None and length >= MIN_SHARED_TOKENS and self.limits.partial_reuse:
-                self._ops.append(CopyPrefix(source.index, target.index, length))
-                target.tokens = source.tokens[:length]
-        self._occupy(target, sequence)
-
-    def _occupy(self, target: Slot, sequence: Sequence) -> None:
-        target.sequence = sequence
-        target.adapters = sequence.request.adapters
-        target.last_used = self._clock
-        sequence.slot = target.index
-        sequence.num_computed = len(target.tokens)
+    def _start(self, sequence: Sequence, slot: Slot) -> None:
+        sequence.slot = slot.index
+        sequence.num_computed = len(slot.tokens)
         if not sequence.num_preemptions:
-            sequence.num_cached = min(len(target.tokens), sequence.num_prompt)
+            sequence.num_cached = min(len(slot.tokens), sequence.num_prompt)
         sequence.status = Status.RUNNING
         self.running.append(sequence)
         self._classes.serve(sequence.request.priority)
@@ -362,9 +257,6 @@ class Scheduler:
         self._charge_tenant(sequence, len(sequence.tokens))
 
     # ------------------------------------------------------------------ cells
-
-    def _cells_used(self) -> int:
-        return sum(len(s.tokens) for s in self._slots)
 
     def _reserved(self) -> int:
         """Cells that running sequences still need for tokens they already have."""
@@ -375,51 +267,9 @@ class Scheduler:
         growth = (min(GROWTH_TOKENS, s.request.max_tokens - s.num_output) for s in (sequence, *self.running))
         return len(sequence.tokens) + sum(growth)
 
-    def _make_room(self, cells: int, *, keep: set[int]) -> bool:
-        """Drop idle slots' cells, longest unused first, until `cells` more fit."""
-        free = self.limits.num_cells - self._cells_used() - self._reserved()
-        if free >= cells:
-            return True
-        idle = sorted(
-            (s for s in self._slots if s.sequence is None and s.tokens and s.index not in keep),
-            key=lambda s: s.last_used,
-        )
-        for slot in idle:
-            if free >= cells:
-                break
-            free += len(slot.tokens)
-            self._drop_cells(slot)
-        return free >= cells
-
-    def _trim_idle(self) -> None:
-        """While something runs, move what idle slots hold beyond a little to the saved states, longest unused first."""
-        if not self.running or not self.limits.state_cells:
-            return
-        idle = [s for s in self._slots if s.sequence is None and s.tokens]
-        excess = sum(len(s.tokens) for s in idle) - MAX_IDLE_CELLS
-        for slot in sorted(idle, key=lambda s: s.last_used) if excess > 0 else ():
-            if excess > 0:
-                excess -= len(slot.tokens)
-                self._drop_cells(slot)
-
-    def _drop_cells(self, slot: Slot) -> None:
-        """Empty a slot; what it held is saved where that is worth it."""
-        if slot.tokens:
-            self._save(slot)
-            self._ops.append(Truncate(slot.index, 0))
-            slot.tokens = []
-
-    def _save(self, slot: Slot) -> None:
-        state, dropped = self._states.add(slot.tokens, adapters=slot.adapters)
-        self._ops += [DropState(d) for d in dropped]
-        if state is not None:
-            self._ops.append(SaveState(slot.index, state.id))
-
     def _release(self, sequence: Sequence) -> None:
         assert sequence.slot is not None
-        slot = self._slots[sequence.slot]
-        slot.sequence = None
-        slot.last_used = self._clock
+        self.cache.release(self.cache.slots[sequence.slot])
         sequence.slot = None
         self.running.remove(sequence)
         self._charge_tenant(sequence, sequence.num_computed)
@@ -427,9 +277,9 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Give a running sequence's cells back; it goes on later from the saved state, or is computed again."""
         assert sequence.slot is not None
-        slot = self._slots[sequence.slot]
+        slot = self.cache.slots[sequence.slot]
         self._release(sequence)
-        self._drop_cells(slot)
+        self.cache.empty(slot)
         sequence.num_computed = 0
         sequence.num_preemptions += 1
         sequence.status = Status.WAITING
@@ -440,7 +290,7 @@ class Scheduler:
 
     def _relieve(self) -> None:
         """Where the cells do not reach, the youngest of the lowest class gives way."""
-        while not self._make_room(0, keep=set()) and len(self.running) > 1:
+        while not self.cache.make_room(0, keep=set()) and len(self.running) > 1:
             self._preempt(max(self.running, key=lambda s: s.rank))
 
     def _decode_chunks(self) -> list[Chunk]:
@@ -457,9 +307,9 @@ class Scheduler:
     def _with_draft(self, chunk: Chunk, room: int) -> Chunk:
         """The chunk with the guesses for which there is room, in the step and in the cells that nobody needs."""
         draft = chunk.sequence.draft
-        if not draft or not chunk.num_logits or not self.limits.partial_reuse:
+        if not draft or not chunk.num_logits or not self.limits.states.partial_reuse:
             return chunk
-        free = self.limits.num_cells - self._cells_used() - self._reserved()
+        free = self.limits.num_cells - self.cache.cells_used - self._reserved()
         draft = draft[: max(0, min(room, free // len(self.running)))]
         return Chunk(chunk.sequence, chunk.slot, chunk.start, chunk.tokens + draft, num_logits=1 + len(draft))
 

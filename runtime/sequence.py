@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from runtime.radix import common_prefix
 from runtime.request import FinishReason, Request, TokenId
 
 MAX_STEP_TOKENS = 64
@@ -74,3 +75,7 @@ class Sequence:
     @property
     def is_prefilling(self) -> bool:
         return self.num_pending > (MAX_STEP_TOKENS if self.num_output else 1)
+
+    def shared_with(self, other: Sequence) -> int:
+        """Tokens that both begin with, of which the other has one more to compute."""
+        return common_prefix(self.tokens, other.tokens, limit=len(other.tokens) - 1)

@@ -1,127 +1,411 @@
-"""Computed prefixes that left the KV cache: which are worth keeping, and which one a new prompt goes on from.
+"""Computed prefixes that left the KV cache: which are kept in memory, which on the disk, and which one a prompt goes on
+from.
 
-Pure bookkeeping: the bytes are the backend's. Restoring 800 tokens of the default model takes 1 ms, computing them more
-than a second.
+Pure bookkeeping: the bytes are the backend's and the disk's. Restoring 800 tokens of the default model takes 1 ms from
+memory and a few from the disk; computing them takes more than a second.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from dataclasses import dataclass
-from typing import NewType
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple, NewType
 
-from runtime.request import AdapterSet, TokenId
+from runtime.radix import RadixTree
+from runtime.request import Request, TokenId
 
 StateId = NewType("StateId", int)
 
 MIN_STATE_TOKENS = 32
 """A shorter prefix is computed again about as fast as it is restored."""
+HOT_USES = 2
+"""A prefix that served so many requests is written to the disk while there is time."""
+
+MAX_READ_RATIO = 16
+"""A file is read where it holds at most so many times the tokens that it saves: reading a token took a hundredth of the
+time of computing it."""
+
+
+class Scope(NamedTuple):
+    """Who may find a prefix: requests of one tenant, with one set of adapters. Timing and `cached_tokens` tell whether
+    somebody computed a prefix before, so nobody else may.
+
+    Attributes:
+        tenant: The key that a request came with; None for what the device's owner pinned for all.
+    """
+
+    tenant: str | None = ""
+    adapters: str = ""
+
+    @property
+    def visible(self) -> tuple[Scope, ...]:
+        """The scopes in which a request of this one may look."""
+        shared = Scope(None, self.adapters)
+        return (self, shared) if self != shared else (self,)
+
+
+def scope_of(request: Request) -> Scope:
+    """Where what a request computes is found again."""
+    adapters = "+".join(f"{a.digest}*{a.scale!r}" for a in request.adapters)
+    return Scope(None if request.pin else request.tenant, adapters)
 
 
 @dataclass(frozen=True, slots=True)
+class StateLimits:
+    """What may be kept outside the cells.
+
+    Attributes:
+        memory_bytes: All states in memory together; 0 keeps none, on the disk neither.
+        disk_bytes: All states on the disk together; 0 keeps none.
+        cell_bytes: Of one token's keys and values.
+        overhead_bytes: Of a state, however short: what a recurrent model remembers.
+        partial_reuse: Whether a state may be cut; else it serves only prompts that begin with all of it.
+    """
+
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+    cell_bytes: int = 1
+    overhead_bytes: int = 0
+    partial_reuse: bool = True
+
+
+NO_STATES = StateLimits()
+
+
+@dataclass(slots=True, eq=False)
 class SavedState:
-    """A sequence's cells, held by the backend under `id`; computed with `adapters`."""
+    """A computed prefix, its bytes held by the backend, by a file, or both.
+
+    Attributes:
+        pin: Name under which the device's owner pinned it, or empty.
+        uses: Requests that went on from it, the one that computed it included.
+        priority: What it is worth; the least goes first.
+    """
 
     id: StateId
     tokens: list[TokenId]
-    adapters: AdapterSet = ()
+    scope: Scope
+    size_bytes: int
+    uses: int = 1
+    pin: str = ""
+    priority: float = 0.0
+    in_memory: bool = False
+    on_disk: bool = False
+    is_loading: bool = False
 
 
-def common_prefix(a: list[TokenId], b: list[TokenId], *, limit: int) -> int:
-    """Length of the longest common prefix, at most `limit`: bisection over slice equality, at C speed."""
-    high = min(len(a), len(b), limit)
-    if a[:high] == b[:high]:
-        return high
-    low = 0
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+@dataclass(frozen=True, slots=True)
+class StoreState:
+    """Write a state to the disk; the backend holds its bytes."""
+
+    state: SavedState
+
+
+@dataclass(frozen=True, slots=True)
+class LoadState:
+    """Read a state from the disk."""
+
+    state: SavedState
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveState:
+    """Remove a state's file."""
+
+    state: SavedState
+
+
+DiskOp = StoreState | LoadState | RemoveState
+
+
+@dataclass(slots=True)
+class _Tier:
+    """One place where states lie: its budget, and the trees that find them."""
+
+    limit_bytes: int
+    used_bytes: int = 0
+    floor: float = 0.0
+    """Priority of what was dropped last: what is used now starts from there, so the past is forgotten."""
+    states: dict[StateId, SavedState] = field(default_factory=dict[StateId, SavedState])
+    trees: dict[Scope, RadixTree[StateId]] = field(default_factory=dict[Scope, RadixTree[StateId]])
+
+    def add(self, state: SavedState) -> None:
+        self.states[state.id] = state
+        self.used_bytes += state.size_bytes
+        self.trees.setdefault(state.scope, RadixTree()).insert(state.id, state.tokens)
+
+    def remove(self, state: SavedState) -> None:
+        del self.states[state.id]
+        self.used_bytes -= state.size_bytes
+        tree = self.trees[state.scope]
+        tree.remove(state.id)
+        if not len(tree):
+            del self.trees[state.scope]
+
+    def find(
+        self, tokens: list[TokenId], scopes: Iterable[Scope], *, limit: int, partial: bool
+    ) -> tuple[SavedState | None, int]:
+        best, length = None, 0
+        for scope in scopes:
+            if (tree := self.trees.get(scope)) is None:
+                continue
+            found, n = tree.find(tokens, limit=limit) if partial else tree.find_whole(tokens, limit=limit)
+            if n > length:
+                best, length = self.states[next(iter(found))], n
+        return best, length
+
+    def find_some(self, tokens: list[TokenId], scopes: Iterable[Scope]) -> Iterator[SavedState]:
+        """A few states that begin with all of `tokens`."""
+        for scope in scopes:
+            if (tree := self.trees.get(scope)) is not None:
+                found, length = tree.find(tokens, limit=len(tokens))
+                yield from (self.states[i] for i in islice(found, 16 if length == len(tokens) else 0))
+
+    def victims(self, size_bytes: int) -> list[SavedState] | None:
+        """What has to go before so much more fits, the least valuable first; None where even that is too little."""
+        missing = self.used_bytes + size_bytes - self.limit_bytes
+        chosen: list[SavedState] = []
+        for state in sorted(self.states.values(), key=_worth) if missing > 0 else ():
+            if missing <= 0 or state.pin:
+                break
+            missing -= state.size_bytes
+            chosen.append(state)
+        return chosen if missing <= 0 else None
+
+
+def _worth(state: SavedState) -> tuple[bool, float]:
+    return bool(state.pin), state.priority
 
 
 class SavedStates:
-    """The states that fit a budget of cells, the longest unused dropped first.
+    """The states that fit their budgets, in memory and on the disk.
 
-    Args:
-        max_cells: Cells that all states together may hold; 0 keeps none.
+    What goes first is the state of the least value: the tokens that it saves, times its uses, for each byte that it
+    takes, counted from the value of what went last (GDSF: L. Cherkasova, HPL-98-69R1, 1998).
     """
 
-    def __init__(self, max_cells: int) -> None:
-        self._max_cells = max_cells
-        self._states: OrderedDict[StateId, SavedState] = OrderedDict()
-        self._cells = 0
+    def __init__(self, limits: StateLimits) -> None:
+        self.limits = limits
+        self._memory = _Tier(limits.memory_bytes)
+        self._disk = _Tier(limits.disk_bytes)
         self._next_id = 0
+        self._dropped: list[StateId] = []
+        self._disk_ops: deque[DiskOp] = deque()
 
     @property
-    def num_cells(self) -> int:
-        """Cells held now."""
-        return self._cells
+    def memory_bytes(self) -> int:
+        """Bytes in memory now."""
+        return self._memory.used_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes on the disk now, those included that are being written."""
+        return self._disk.used_bytes
 
     @property
     def num_states(self) -> int:
-        return len(self._states)
+        """States in memory."""
+        return len(self._memory.states)
 
-    def find(self, tokens: list[TokenId], *, limit: int, adapters: AdapterSet = ()) -> tuple[SavedState | None, int]:
-        """The state of these adapters that shares the longest beginning with `tokens`, and how long that is, at most
-        `limit`."""
-        best, length = None, 0
-        for state in self._of(adapters):
-            n = common_prefix(state.tokens, tokens, limit=limit)
-            if n > length:
-                best, length = state, n
-        return best, length
+    def size_bytes(self, num_tokens: int) -> int:
+        """Bytes of a state of so many tokens."""
+        return self.limits.overhead_bytes + num_tokens * self.limits.cell_bytes
 
-    def _of(self, adapters: AdapterSet) -> list[SavedState]:
-        return [s for s in self._states.values() if s.adapters == adapters]
-
-    def holds(self, state: SavedState) -> bool:
-        """Whether a state was not dropped meanwhile."""
-        return state.id in self._states
-
-    def use(self, state: SavedState) -> None:
-        """Note that a state was of use: it is dropped later."""
-        self._states.move_to_end(state.id)
-
-    def add(self, tokens: list[TokenId], *, adapters: AdapterSet = ()) -> tuple[SavedState | None, list[StateId]]:
-        """Decide whether cells that are about to go are kept.
-
-        Returns:
-            The new state, or None where they are too few, too many, or the beginning of one that is held already; and
-            the states that are dropped for it.
-        """
-        if not MIN_STATE_TOKENS <= len(tokens) <= self._max_cells:
-            return None, []
-        covering, length = self.find(tokens, limit=len(tokens), adapters=adapters)
-        if covering is not None and length == len(tokens):
-            self.use(covering)
-            return None, []
-        dropped = self._drop_beginnings_of(tokens, adapters) + self._make_room(len(tokens))
-        self._next_id += 1
-        state = SavedState(StateId(self._next_id), list(tokens), adapters)
-        self._states[state.id] = state
-        self._cells += len(tokens)
-        return state, dropped
-
-    def clear(self) -> list[StateId]:
-        """Forget everything; what the backend may drop."""
-        ids = list(self._states)
-        self._states.clear()
-        self._cells = 0
-        return ids
-
-    def _drop_beginnings_of(self, tokens: list[TokenId], adapters: AdapterSet) -> list[StateId]:
-        return [self._drop(s) for s in self._of(adapters) if tokens[: len(s.tokens)] == s.tokens]
-
-    def _make_room(self, cells: int) -> list[StateId]:
-        dropped: list[StateId] = []
-        while self._cells + cells > self._max_cells:
-            dropped.append(self._drop(next(iter(self._states.values()))))
+    def take_dropped(self) -> list[StateId]:
+        """What the backend may forget, since the last call."""
+        dropped, self._dropped = self._dropped, []
         return dropped
 
-    def _drop(self, state: SavedState) -> StateId:
-        del self._states[state.id]
-        self._cells -= len(state.tokens)
-        return state.id
+    def take_disk_ops(self) -> list[DiskOp]:
+        """What the disk has to do, since the last call; to be done after the step that was planned last."""
+        ops = list(self._disk_ops)
+        self._disk_ops.clear()
+        return ops
+
+    # ------------------------------------------------------------------ finding and using
+
+    def find_in_memory(self, tokens: list[TokenId], scope: Scope, *, limit: int) -> tuple[SavedState | None, int]:
+        """The state that shares the longest beginning with `tokens`, and how long that is, at most `limit`."""
+        return self._memory.find(tokens, scope.visible, limit=limit, partial=self.limits.partial_reuse)
+
+    def find_on_disk(self, tokens: list[TokenId], scope: Scope, *, limit: int) -> tuple[SavedState | None, int]:
+        """The same among the files; nothing where reading it would cost more than it saves."""
+        state, length = self._disk.find(tokens, scope.visible, limit=limit, partial=self.limits.partial_reuse)
+        if state is not None and len(state.tokens) > length * MAX_READ_RATIO:
+            return None, 0
+        return state, length
+
+    def find_near(self, tokens: list[TokenId], scope: Scope, *, slack: int) -> SavedState | None:
+        """A state that holds these tokens and nothing else, give or take a few at the end."""
+        for tier in (self._memory, self._disk):
+            state, length = tier.find(tokens, scope.visible, limit=len(tokens), partial=False)
+            if state is not None and length >= len(tokens) - slack:
+                return state
+            for state in tier.find_some(tokens, scope.visible):
+                if len(state.tokens) <= len(tokens) + slack:
+                    return state
+        return None
+
+    def use(self, state: SavedState) -> None:
+        """Note that a state served a request."""
+        state.uses += 1
+        self._appraise(state)
+        if state.uses >= HOT_USES:
+            self.persist(state)
+
+    def _appraise(self, state: SavedState) -> None:
+        floor = max(self._memory.floor if state.in_memory else 0.0, self._disk.floor if state.on_disk else 0.0)
+        state.priority = floor + state.uses * len(state.tokens) / state.size_bytes
+
+    # ------------------------------------------------------------------ memory
+
+    def add(self, tokens: list[TokenId], scope: Scope, *, uses: int = 1) -> SavedState | None:
+        """Decide whether cells that are about to go are kept in memory.
+
+        Those that `HOT_USES` requests shared are kept by themselves, also where a longer state holds them too.
+
+        Returns:
+            The new state, whose bytes the backend has to save; None where they are too few, too many, or held already.
+        """
+        size = self.size_bytes(len(tokens))
+        if len(tokens) < MIN_STATE_TOKENS or size > self.limits.memory_bytes:
+            return None
+        if uses < HOT_USES and self._covers(tokens, scope):
+            return None
+        known, length = self._disk.find(tokens, (scope,), limit=len(tokens), partial=False)
+        known = known if length == len(tokens) else None
+        for beginning in self._outgrown(tokens, scope) if self.limits.partial_reuse else ():
+            self._forget(beginning)
+        if not self._make_memory(size):
+            return None
+        state = known or self._new(tokens, scope)
+        state.uses = max(state.uses, uses)
+        self._hold(state)
+        return state
+
+    def _new(self, tokens: list[TokenId], scope: Scope) -> SavedState:
+        self._next_id += 1
+        return SavedState(StateId(self._next_id), list(tokens), scope, self.size_bytes(len(tokens)))
+
+    def _hold(self, state: SavedState) -> None:
+        state.in_memory = True
+        self._memory.add(state)
+        self._appraise(state)
+        if state.uses >= HOT_USES:
+            self.persist(state)
+
+    def _covers(self, tokens: list[TokenId], scope: Scope) -> bool:
+        """Whether memory holds a state of the same scope that serves as well as one of `tokens` would."""
+        covering, length = self._memory.find(tokens, (scope,), limit=len(tokens), partial=self.limits.partial_reuse)
+        if covering is None or length < len(tokens):
+            return False
+        self._appraise(covering)
+        return True
+
+    def _outgrown(self, tokens: list[TokenId], scope: Scope) -> Iterator[SavedState]:
+        """States of one request that are beginnings of `tokens`: the longer one serves as well."""
+        limit = len(tokens)
+        while limit > 0:
+            state, limit = self._memory.find(tokens, (scope,), limit=limit, partial=False)
+            if state is not None and state.uses < HOT_USES and not state.pin:
+                yield state
+            limit -= 1
+
+    def _make_memory(self, size_bytes: int) -> bool:
+        victims = self._memory.victims(size_bytes)
+        for victim in victims or ():
+            self._memory.floor = max(self._memory.floor, victim.priority)
+            self._forget(victim)
+        return victims is not None
+
+    def _forget(self, state: SavedState) -> None:
+        """Drop a state from memory. A write of it that was planned and not begun is off."""
+        self._memory.remove(state)
+        state.in_memory = False
+        self._dropped.append(state.id)
+        if StoreState(state) in self._disk_ops:
+            self._disk_ops.remove(StoreState(state))
+            self._disk.remove(state)
+            state.on_disk = False
+
+    def clear(self) -> None:
+        """Forget what is in memory; the files stay."""
+        for state in list(self._memory.states.values()):
+            self._forget(state)
+
+    # ------------------------------------------------------------------ pins
+
+    def pin(self, state: SavedState, name: str) -> None:
+        """Keep a state until `unpin`, here and on the disk."""
+        state.pin = name
+        self.persist(state)
+
+    def unpin(self, name: str) -> None:
+        """Let the states go that were pinned under a name."""
+        for state in [s for s in (*self._memory.states.values(), *self._disk.states.values()) if s.pin == name]:
+            state.pin = ""
+            if state.in_memory:
+                self._forget(state)
+            if state.on_disk:
+                self.remove(state)
+
+    # ------------------------------------------------------------------ disk
+
+    def adopt(self, tokens: list[TokenId], scope: Scope, *, uses: int, pin: str) -> SavedState | None:
+        """Take a file of an earlier run into the books; None where it cannot be used or is one too many."""
+        size = self.size_bytes(len(tokens))
+        if size > self.limits.memory_bytes or self._disk.used_bytes + size > self.limits.disk_bytes:
+            return None
+        state = self._new(tokens, scope)
+        state.uses, state.pin, state.on_disk = uses, pin, True
+        self._disk.add(state)
+        self._appraise(state)
+        return state
+
+    def persist(self, state: SavedState) -> None:
+        """Have a state in memory written to the disk, where less valuable ones give way for it."""
+        if state.on_disk or not state.in_memory:
+            return
+        victims = self._disk.victims(state.size_bytes)
+        if victims is None or any(v.priority > state.priority for v in victims):
+            return
+        for victim in victims:
+            self._disk.floor = max(self._disk.floor, victim.priority)
+            self.remove(victim)
+        state.on_disk = True
+        self._disk.add(state)
+        self._disk_ops.append(StoreState(state))
+
+    def persist_all(self) -> None:
+        """Have every state in memory written, the most valuable first: the process is about to end."""
+        for state in sorted(self._memory.states.values(), key=_worth, reverse=True):
+            self.persist(state)
+
+    def load(self, state: SavedState) -> None:
+        """Have a state read from the disk; `loaded` follows."""
+        if not state.is_loading:
+            state.is_loading = True
+            self._disk_ops.append(LoadState(state))
+
+    def loaded(self, state: SavedState, *, is_good: bool) -> bool:
+        """Book what came of a read: whether the backend is to hold its bytes. A file that proves bad is forgotten."""
+        state.is_loading = False
+        if not is_good:
+            self.remove(state)
+            return False
+        if state.in_memory or not state.on_disk or not self._make_memory(state.size_bytes):
+            return False
+        self._hold(state)
+        return True
+
+    def remove(self, state: SavedState) -> None:
+        """Take a state off the disk."""
+        if state.on_disk:
+            self._disk.remove(state)
+            state.on_disk = False
+            if StoreState(state) in self._disk_ops:
+                self._disk_ops.remove(StoreState(state))
+            else:
+                self._disk_ops.append(RemoveState(state))

@@ -44,6 +44,8 @@ class Generate(Message, frozen=True):
     return_tokens: bool = False
     constraint: Constraint | None = None
     adapters: tuple[Adapter, ...] = ()
+    tenant: str = ""
+    cache_key: str = ""
 
 
 class Cancel(Message, frozen=True):

@@ -144,8 +144,8 @@ class PromptMaker:
         grammar = self._grammars.compile(message.constraint) if message.constraint else None
         return Request(
             RequestId(message.id), tuple(tokens), max_tokens, message.params, tuple(message.stop), message.ignore_eos,
-            message.return_tokens, self._breakers(message.params), grammar=grammar,
-            adapters=self._checked(message.adapters),
+            message.return_tokens, self._breakers(message.params), tenant=message.tenant, cache_key=message.cache_key,
+            grammar=grammar, adapters=self._checked(message.adapters),
         )  # fmt: skip
 
     def _breakers(self, params: SamplingParams) -> Breakers:

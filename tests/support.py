@@ -25,6 +25,7 @@ from runtime.batch import Batch, CacheOp, Chunk, CopyPrefix, DropState, RestoreS
 from runtime.engine import Delta, Failure, Sink
 from runtime.request import Adapter, AdapterSet, Request, RequestId, TokenId
 from runtime.sequence import Sequence
+from runtime.states import StateId
 from runtime.tokenizer import Tokenizer
 
 SEED = Path(sys.prefix) / "share" / "slm-edge" / "seed"
@@ -136,7 +137,7 @@ class ScriptedBackend(Backend):
         assert all(c.sequence.request.adapters == batch.adapters for c in batch.chunks), "a step holds one set"
         for op in batch.cache_ops:
             self._apply(op)
-        return self._compute(batch)
+        return self._compute(batch) if batch.chunks else np.empty((0, self._vocab_size), np.float32)
 
     def _apply(self, op: CacheOp) -> None:
         match op:
@@ -148,7 +149,8 @@ class ScriptedBackend(Backend):
                 del self.cells[op.slot][op.length :]
             case SaveState():
                 self.states[op.state] = list(self.cells[op.slot])
-                assert sum(map(len, self.states.values())) <= self._capabilities.state_cells, "the states' budget"
+                held = sum(map(len, self.states.values()))
+                assert held <= self._capabilities.states.memory_bytes, "the states' budget"
             case RestoreState():
                 assert not self.cells[op.slot], "a state goes to an empty slot"
                 self.cells[op.slot] = list(self.states[op.state])
@@ -172,6 +174,12 @@ class ScriptedBackend(Backend):
             self.num_computed += len(chunk.tokens)
         assert sum(map(len, self.cells.values())) <= self._capabilities.num_cells, "more cells than there are"
         return np.stack(rows) if rows else np.empty((0, self._vocab_size), np.float32)
+
+    def state(self, state: StateId) -> memoryview:
+        return np.array(self.states[state], np.int64).data.cast("B")
+
+    def put_state(self, state: StateId, data: bytes) -> None:
+        self.states[state] = np.frombuffer(data, np.int64).tolist()
 
     def set_threads(self, threads: int) -> None:
         self.threads = threads

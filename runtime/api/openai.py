@@ -165,7 +165,15 @@ async def chat_completions(request: HttpRequest, state: State) -> Response[ChatC
     steps = await call.start(
         request.receive,
         lambda i, params: wire.Generate(
-            i, messages, None, params, max_tokens, body.stops(), body.ignore_eos, body.return_token_ids
+            i,
+            messages,
+            None,
+            params,
+            max_tokens,
+            body.stops(),
+            body.ignore_eos,
+            body.return_token_ids,
+            cache_key=body.prompt_cache_key or "",
         ),
     )
     if call.stream:
@@ -204,7 +212,15 @@ async def completions(request: HttpRequest, state: State) -> Response[Completion
     steps = await call.start(
         request.receive,
         lambda i, params: wire.Generate(
-            i, None, body.prompt, params, max_tokens, body.stops(), body.ignore_eos, body.return_token_ids
+            i,
+            None,
+            body.prompt,
+            params,
+            max_tokens,
+            body.stops(),
+            body.ignore_eos,
+            body.return_token_ids,
+            cache_key=body.prompt_cache_key or "",
         ),
     )
     if call.stream:

@@ -26,6 +26,7 @@ PositiveInt = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 LogitBias = Annotated[dict[str, Annotated[float, msgspec.Meta(ge=-100, le=100)]], msgspec.Meta(max_length=1024)]
 StopString = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
 StopList = Annotated[list[StopString], msgspec.Meta(max_length=16)]
+CacheKey = Annotated[str, msgspec.Meta(max_length=256)]
 Seed = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
@@ -96,6 +97,8 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     user: str | None = None
     timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86400)] | None = None
     """End with an error where the answer is not complete after this time; the appliance's own limit holds as well."""
+    prompt_cache_key: CacheKey | None = None
+    """A hint, as with OpenAI: of equally long cached prefixes, that of a request with the same key is gone on from."""
     ignore_eos: bool = False
     """Go on past the model's own end, up to the token limit; for benchmarks."""
     lora: Annotated[list[LoraField], msgspec.Meta(max_length=16)] | None = None

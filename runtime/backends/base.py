@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from runtime.batch import Batch
 from runtime.request import Adapter
+from runtime.states import NO_STATES, StateId, StateLimits
 from runtime.tokenizer import Tokenizer
 
 
@@ -23,8 +24,7 @@ class Capabilities:
         num_cells: KV cells that the slots share.
         context_tokens: Longest single sequence.
         max_step_tokens: Most tokens of one decode.
-        partial_reuse: Whether cells can be cut and shared at any length.
-        state_cells: Cells that saved states may hold together, outside the cache; 0 saves none.
+        states: What saved states may take outside the cache, and whether cells can be cut and shared at any length.
         adapter_bytes: What loaded adapters may take together; 0 where it can load none.
     """
 
@@ -32,8 +32,7 @@ class Capabilities:
     num_cells: int
     context_tokens: int
     max_step_tokens: int
-    partial_reuse: bool = True
-    state_cells: int = 0
+    states: StateLimits = NO_STATES
     adapter_bytes: int = 0
 
 
@@ -79,7 +78,8 @@ class Backend(Protocol):
         ...
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
-        """Run one step: the cache changes in order, then the chunks, with the batch's adapters, which are loaded.
+        """Run one step: the cache changes in order, then the chunks, where there are any, with the batch's adapters,
+        which are loaded.
 
         Returns:
             Scores after the tokens whose scores are wanted, in order, shape ``(num_logits, vocab)``. Valid until the
@@ -88,6 +88,14 @@ class Backend(Protocol):
         Raises:
             BackendError: The step failed; the cache is then undefined and must be cleared.
         """
+        ...
+
+    def state(self, state: StateId) -> memoryview:
+        """The bytes of a saved state; they never change, and stay valid while they are referred to."""
+        ...
+
+    def put_state(self, state: StateId, data: bytes) -> None:
+        """Take back the bytes of a state that this backend, of this build with this model, has saved."""
         ...
 
     def set_threads(self, threads: int) -> None:

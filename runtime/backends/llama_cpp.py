@@ -17,6 +17,7 @@ from edge.native.llama import bindings, last_error
 from runtime.backends.base import Capabilities, ModelFacts
 from runtime.batch import Batch, CacheOp, CopyPrefix, DropState, RestoreState, SaveState, Truncate
 from runtime.request import Adapter, AdapterSet, TokenId
+from runtime.states import StateId, StateLimits
 
 UBATCH_TOKENS = 512
 DEFAULT_CELLS = 32768
@@ -38,6 +39,7 @@ class LlamaOptions:
         available_bytes: Memory the model may take.
         state_bytes: Memory for states of sequences that left the cache, taken as they are saved.
         adapter_bytes: Memory for adapters, taken as they are loaded.
+        state_disk_bytes: Most of them on the disk.
     """
 
     threads: int
@@ -47,6 +49,7 @@ class LlamaOptions:
     available_bytes: int
     state_bytes: int = 0
     adapter_bytes: int = 0
+    state_disk_bytes: int = 0
 
 
 def choose_cells(*, asked: int, trained: int, bytes_per_cell: int, room_bytes: int) -> int:
@@ -201,8 +204,12 @@ class LlamaBackend:
         trained: int = lib.llama_model_n_ctx_train(self._model)
         carries_state = lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model)
         self._capabilities = Capabilities(
-            options.num_slots, cells, min(trained, cells), options.step_tokens, partial_reuse=not carries_state,
-            state_cells=options.state_bytes // self._bytes_per_cell(), adapter_bytes=options.adapter_bytes,
+            options.num_slots, cells, min(trained, cells), options.step_tokens,
+            StateLimits(
+                options.state_bytes, options.state_disk_bytes, self._bytes_per_cell(),
+                self._carried_bytes() if carries_state else 0, partial_reuse=not carries_state,
+            ),
+            options.adapter_bytes,
         )  # fmt: skip
 
     def _load(self, path: Path, on_progress: Callable[[float], None] | None) -> Any:
@@ -316,10 +323,12 @@ class LlamaBackend:
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         """Run one step; see :class:`runtime.backends.base.Backend`."""
         lib = self._lib
-        if batch.adapters != self._adapters:
-            self._set_adapters(batch.adapters)
         for op in batch.cache_ops:
             self._apply(op)
+        if not batch.chunks:
+            return np.empty((0, self._vocab_size), np.float32)
+        if batch.adapters != self._adapters:
+            self._set_adapters(batch.adapters)
         self._batch.fill(batch)
         status: int = lib.llama_decode(self._context, self._batch.native)
         if status:
@@ -339,8 +348,7 @@ class LlamaBackend:
             case SaveState():
                 self._states[op.state] = self._read_state(op.slot)
             case RestoreState():
-                self._write_state(op.slot, self._states[op.state])
-                self._truncate(op.slot, op.length)
+                self._write_state(op.slot, self._states[op.state], length=op.length)
             case DropState():
                 self._states.pop(op.state, None)
 
@@ -355,9 +363,33 @@ class LlamaBackend:
             raise BackendError(f"The state of slot {slot} cannot be read.")
         return state
 
-    def _write_state(self, slot: int, state: NDArray[np.uint8]) -> None:
-        if not self._lib.llama_state_seq_set_data(self._context, _pointer(state, _UINT8), state.size, slot):
+    def _write_state(self, slot: int, state: NDArray[np.uint8], *, length: int) -> None:
+        lib, memory = self._lib, self._memory
+        if not lib.llama_state_seq_set_data(self._context, _pointer(state, _UINT8), state.size, slot):
             raise BackendError(f"A saved state cannot be put back into slot {slot}.")
+        self._truncate(slot, length)
+        # A cache that forgot what lies outside a sliding window would answer, and wrongly.
+        expected = 0 if self._capabilities.states.partial_reuse else length - 1, length - 1
+        if (lib.llama_memory_seq_pos_min(memory, slot), lib.llama_memory_seq_pos_max(memory, slot)) != expected:
+            raise BackendError(f"A saved state gave slot {slot} other positions than it had.")
+
+    def state(self, state: StateId) -> memoryview:
+        """The bytes of a saved state."""
+        return self._states[state].data
+
+    def put_state(self, state: StateId, data: bytes) -> None:
+        """Take back the bytes of a saved state."""
+        self._states[state] = np.frombuffer(data, np.uint8)
+
+    def _carried_bytes(self) -> int:
+        """Bytes of what a recurrent model remembers, however long the text: measured on one token."""
+        self._batch.tokens[0] = self._batch.positions[0] = self._batch.slots[0] = self._batch.logits[0] = 0
+        self._batch.native.n_tokens = 1
+        if self._lib.llama_decode(self._context, self._batch.native):
+            raise BackendError(f"The model cannot compute one token: {last_error() or 'no reason given'}.")
+        size: int = self._lib.llama_state_seq_get_size(self._context, 0)
+        self.clear()
+        return size
 
     def set_threads(self, threads: int) -> None:
         """Use this many threads from the next step on."""

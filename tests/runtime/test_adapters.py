@@ -15,6 +15,7 @@ from runtime.adapters import MAX_ADAPTERS, ResidentAdapters, adapter_set
 from runtime.backends.base import Capabilities
 from runtime.engine import Engine
 from runtime.request import Adapter, AdapterSet, Request, RequestId, SamplingParams
+from runtime.states import StateLimits
 from runtime.turns import TURN_STEPS, Turns
 from tests.support import CollectingSink, ScriptedBackend
 
@@ -27,7 +28,7 @@ TEXT = tuple(range(1, 90))
 def make_engine(
     *, slots: int = 4, cells: int = 2000, step: int = 64, states: int = 0, adapter_bytes: int = 100
 ) -> tuple[Engine, ScriptedBackend, CollectingSink]:
-    can = Capabilities(slots, cells, cells, max(step, slots), state_cells=states, adapter_bytes=adapter_bytes)
+    can = Capabilities(slots, cells, cells, max(step, slots), StateLimits(states), adapter_bytes=adapter_bytes)
     backend, sink = ScriptedBackend(can), CollectingSink()
     return Engine(backend, sink, max_queue=100), backend, sink
 

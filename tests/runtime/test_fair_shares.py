@@ -14,6 +14,7 @@ from runtime.fair_shares import FairShares, share_out
 from runtime.request import Request, RequestId, SamplingParams
 from runtime.scheduler import CLASS_RATIO, GROWTH_TOKENS, TAKE_AFTER_TOKENS, Limits, Scheduler
 from runtime.sequence import GAVE_WAY_ENOUGH
+from runtime.states import StateLimits
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -125,7 +126,7 @@ def test_a_flood_of_one_tenant_delays_anothers_request_by_one_admission() -> Non
 
 
 def test_a_batch_job_gives_its_slot_to_who_waits_at_a_screen_and_loses_nothing() -> None:
-    machine = Machine(Limits(2, 20_000, 64, state_cells=20_000), key=lambda r: r.priority)
+    machine = Machine(Limits(2, 20_000, 64, states=StateLimits(20_000)), key=lambda r: r.priority)
     jobs = [machine.add(100, 1000, priority=1) for _ in range(6)]
     for _ in range(200):
         machine.step()
@@ -160,7 +161,7 @@ def test_no_class_starves_under_an_endless_flood_of_a_higher_one(
 ) -> None:
     """While a class wants, the one above gets at most `CLASS_RATIO` times what it gets, beside what passes while a slot
     or cells fall free; and what it gets is progress, bar what is computed again after giving way."""
-    machine = Machine(Limits(slots, cells, 64, state_cells=states), key=lambda r: r.priority)
+    machine = Machine(Limits(slots, cells, 64, states=StateLimits(states)), key=lambda r: r.priority)
     prompt, output = prompt // priority**3, output // priority**2 + 1
     ask = questions()
     for _ in range(4 * slots):
@@ -185,7 +186,7 @@ def test_no_class_starves_under_an_endless_flood_of_a_higher_one(
 def test_long_answers_in_few_cells_go_on_and_seldom_give_way(
     plan: list[tuple[int, int, int]], slots: int, cells: int, states: int
 ) -> None:
-    machine = Machine(Limits(slots, cells, 64, state_cells=states), key=lambda r: r.priority)
+    machine = Machine(Limits(slots, cells, 64, states=StateLimits(states)), key=lambda r: r.priority)
     for num_prompt, max_tokens, priority in plan:
         machine.add(num_prompt, max_tokens, priority=priority)
     while machine.scheduler.has_work:

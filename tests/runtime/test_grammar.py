@@ -24,6 +24,7 @@ from runtime.request import Constraint, FinishReason, Request, RequestId, Sampli
 from runtime.sampler import Sampler
 from runtime.sequence import Sequence
 from runtime.speculate import SpeculationStats, Speculator
+from runtime.states import StateLimits
 from runtime.tokenizer import Tokenizer
 from tests.support import CollectingSink, ScriptedBackend
 
@@ -223,7 +224,7 @@ def test_answers_match_their_schema_under_any_schedule(
     roomy = Capabilities(1, 3000, 3000, 512)
     alone = [answers_of([a], roomy) for a in plan]
     known = {i: s.last[RequestId(0)].tokens or () for i, s in enumerate(alone)}
-    can = Capabilities(slots, cells, cells, max(step, slots), state_cells=states)
+    can = Capabilities(slots, cells, cells, max(step, slots), StateLimits(states))
     sink = answers_of(plan, can, Foreteller(known) if drafts else None)
     assert not sink.failures
     for number, asked in enumerate(plan):

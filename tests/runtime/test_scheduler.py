@@ -11,12 +11,14 @@ from typing_extensions import override
 from edge.errors import BackendError, ContextOverflow, QueueFull
 from runtime.backends.base import Capabilities
 from runtime.batch import Batch
-from runtime.engine import Engine
+from runtime.engine import Delta, Engine
+from runtime.prefix_cache import MIN_SHARED_TOKENS
+from runtime.radix import common_prefix
 from runtime.request import FinishReason, Request, RequestId, SamplingParams
-from runtime.scheduler import MIN_SHARED_TOKENS, Limits, Scheduler
+from runtime.scheduler import Limits, Scheduler
 from runtime.sequence import Sequence
 from runtime.speculate import SpeculationStats, Speculator
-from runtime.states import SavedStates, common_prefix
+from runtime.states import StateLimits
 from tests.support import CollectingSink, ScriptedBackend
 
 GREEDY = SamplingParams(temperature=0)
@@ -59,7 +61,7 @@ def arrivals(draw: st.DrawFn) -> Arrival:
 
 
 def capabilities(*, slots: int, cells: int, step: int, partial: bool = True, states: int = 0) -> Capabilities:
-    return Capabilities(slots, cells, cells, step, partial_reuse=partial, state_cells=states)
+    return Capabilities(slots, cells, cells, step, StateLimits(states, partial_reuse=partial))
 
 
 @given(
@@ -97,6 +99,7 @@ def test_any_schedule_gives_the_answers_of_requests_alone(
     assert stats.cells_used == sum(map(len, backend.cells.values())), "the books and the cache differ"
     for i, a in enumerate(plan):
         check_answer(backend, sink, RequestId(i), a)
+        check_tenants(backend, sink.last.get(RequestId(i)), a, [b for b in plan if b is not a])
 
 
 class ScriptedSpeculator(Speculator):
@@ -132,6 +135,14 @@ def check_answer(backend: ScriptedBackend, sink: CollectingSink, request_id: Req
         assert got == full
     else:
         assert a.leaves_at is not None, "only who leaves gets no whole answer"
+
+
+def check_tenants(backend: ScriptedBackend, last: Delta | None, a: Arrival, others: list[Arrival]) -> None:
+    """What was reused is what others of the same tenant asked or were answered."""
+    kin = [b for b in others if b.tenant == a.tenant]
+    texts = [[*b.prompt, *backend.expected(list(b.prompt), max_tokens=b.max_tokens)] for b in kin]
+    known = max((common_prefix(t, list(a.prompt), limit=len(a.prompt) - 1) for t in texts), default=0)
+    assert last is None or last.num_cached <= known
 
 
 def test_a_short_prompt_overtakes_a_long_one() -> None:
@@ -200,23 +211,6 @@ def test_a_preempted_sequence_goes_on_from_its_saved_state() -> None:
     assert engine.stats().queues.num_preemptions > 0
     assert backend.num_computed <= 3 * 140, "nothing was computed twice"
     assert all(d.num_output == 100 for d in sink.last.values())
-
-
-@given(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=80), max_size=30), st.integers(0, 300))
-def test_states_keep_to_their_budget_and_find_what_they_hold(texts: list[list[int]], budget: int) -> None:
-    states = SavedStates(budget)
-    held: dict[int, list[int]] = {}
-    for tokens in texts:
-        state, dropped = states.add(tokens)
-        for d in dropped:
-            del held[d]
-        if state is not None:
-            held[state.id] = tokens
-        assert sum(map(len, held.values())) == states.num_cells <= budget
-        found, length = states.find(tokens, limit=len(tokens))
-        best = max((common_prefix(t, tokens, limit=len(tokens)) for t in held.values()), default=0)
-        assert length == best
-        assert (found is None) == (best == 0)
 
 
 def test_cells_run_out_and_the_youngest_gives_way() -> None:

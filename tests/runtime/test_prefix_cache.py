@@ -1,0 +1,213 @@
+"""Laws of the prefix cache: its tree finds what a scan finds, its budgets hold, tenants stay apart."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from runtime.prefix_cache import PrefixCache
+from runtime.radix import RadixTree, common_prefix
+from runtime.request import Request, RequestId
+from runtime.sequence import Sequence
+from runtime.states import DiskOp, LoadState, RemoveState, SavedState, SavedStates, Scope, StateLimits, StoreState
+
+TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=12)
+
+
+class TreeAgainstScan(RuleBasedStateMachine):
+    """A radix tree beside a dictionary that is searched whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tree: RadixTree[int] = RadixTree()
+        self.held: dict[int, list[int]] = {}
+
+    @rule(value=st.integers(0, 9), tokens=TOKENS)
+    def insert(self, value: int, tokens: list[int]) -> None:
+        if value not in self.held:
+            self.tree.insert(value, tokens)
+            self.held[value] = list(tokens)
+
+    @rule(value=st.integers(0, 9), tokens=TOKENS)
+    def extend(self, value: int, tokens: list[int]) -> None:
+        if value in self.held:
+            self.tree.extend(value, tokens)
+            self.held[value] += tokens
+
+    @rule(value=st.integers(0, 9))
+    def remove(self, value: int) -> None:
+        self.tree.remove(value)
+        self.held.pop(value, None)
+
+    @rule(tokens=TOKENS, limit=st.integers(0, 14))
+    def find(self, tokens: list[int], limit: int) -> None:
+        found, length = self.tree.find(tokens, limit=limit)
+        scan = {v: common_prefix(t, tokens, limit=limit) for v, t in self.held.items()}
+        assert length == max(scan.values(), default=0)
+        assert set(found) == ({v for v, n in scan.items() if n == length} if length else set())
+
+    @rule(tokens=TOKENS, limit=st.integers(0, 14))
+    def find_whole(self, tokens: list[int], limit: int) -> None:
+        found, length = self.tree.find_whole(tokens, limit=limit)
+        whole = {v: len(t) for v, t in self.held.items() if len(t) <= limit and t == tokens[: len(t)]}
+        assert length == max(whole.values(), default=0)
+        assert set(found) == {v for v, n in whole.items() if n == length}
+
+    @invariant()
+    def size(self) -> None:
+        assert len(self.tree) == len(self.held)
+
+
+TestTreeAgainstScan = TreeAgainstScan.TestCase
+
+OWN, OTHER = Scope("a"), Scope("b")
+LONG_TOKENS = st.lists(st.integers(1, 2), min_size=30, max_size=60)
+SCOPES = st.sampled_from([OWN, OTHER, Scope(None)])
+
+
+class BooksOfStates(RuleBasedStateMachine):
+    """Saved states beside a disk that does what it is told, late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states = SavedStates(StateLimits(memory_bytes=150, disk_bytes=200))
+        self.memory: dict[int, SavedState] = {}
+        self.files: dict[int, SavedState] = {}
+        self.reading: list[SavedState] = []
+
+    def settle(self) -> None:
+        for state_id in self.states.take_dropped():
+            del self.memory[state_id]
+
+    @rule(tokens=LONG_TOKENS, scope=SCOPES, uses=st.integers(1, 2))
+    def add(self, tokens: list[int], scope: Scope, uses: int) -> None:
+        if uses > 1 and self.states.find_near(tokens, scope, slack=0):
+            return
+        state = self.states.add(tokens, scope, uses=uses)
+        self.settle()
+        if state is not None:
+            self.memory[state.id] = state
+
+    @rule(tokens=LONG_TOKENS, scope=SCOPES)
+    def find_and_use(self, tokens: list[int], scope: Scope) -> None:
+        state, length = self.states.find_in_memory(tokens, scope, limit=len(tokens))
+        here = [s for s in self.memory.values() if s.scope in scope.visible]
+        assert length == max((common_prefix(s.tokens, tokens, limit=len(tokens)) for s in here), default=0)
+        if state is not None:
+            assert state.scope in (scope, Scope(None))
+            self.states.use(state)
+
+    @rule(tokens=LONG_TOKENS, scope=SCOPES)
+    def read(self, tokens: list[int], scope: Scope) -> None:
+        state, _ = self.states.find_on_disk(tokens, scope, limit=len(tokens))
+        if state is not None:
+            assert state.scope in (scope, Scope(None))
+            self.states.load(state)
+
+    @rule()
+    def disk_works(self) -> None:
+        for op in self.states.take_disk_ops():
+            self.apply(op)
+
+    def apply(self, op: DiskOp) -> None:
+        match op:
+            case StoreState(state):
+                assert self.memory[state.id] is state, "what is written is there to be read"
+                self.files[state.id] = state
+            case RemoveState(state):
+                self.files.pop(state.id, None)
+            case LoadState(state):
+                self.reading.append(state)
+
+    @rule(is_good=st.booleans())
+    def read_ends(self, is_good: bool) -> None:
+        if self.reading:
+            state = self.reading.pop(0)
+            holds = self.states.loaded(state, is_good=is_good and state.id in self.files)
+            self.settle()
+            if holds:
+                self.memory[state.id] = state
+
+    @rule(name=st.sampled_from(["x", "y"]), pin=st.booleans())
+    def pin(self, name: str, pin: bool) -> None:
+        if not pin:
+            self.states.unpin(name)
+            self.settle()
+        elif self.memory:
+            self.states.pin(next(iter(self.memory.values())), name)
+
+    @rule()
+    def fail(self) -> None:
+        self.states.clear()
+        self.settle()
+
+    @invariant()
+    def books_hold(self) -> None:
+        assert self.states.memory_bytes == sum(s.size_bytes for s in self.memory.values()) <= 150
+        assert self.states.disk_bytes <= 200
+        assert self.states.num_states == len(self.memory)
+        assert all(s.in_memory for s in self.memory.values())
+
+
+TestBooksOfStates = BooksOfStates.TestCase
+
+
+def test_what_was_used_most_stays() -> None:
+    states = SavedStates(StateLimits(memory_bytes=150))
+    often = states.add(list(range(50)), OWN)
+    assert often is not None
+    for _ in range(5):
+        states.use(often)
+    for i in range(1, 10):
+        assert states.add(list(range(100 * i, 100 * i + 50)), OWN) is not None
+    assert often.in_memory
+    for i in range(10, 30):  # and what was used long ago goes in the end
+        states.add(list(range(100 * i, 100 * i + 50)), OWN)
+    assert not often.in_memory
+
+
+def sequence(tokens: list[int], *, tenant: str = "", cache_key: str = "", pin: str = "") -> Sequence:
+    return Sequence(Request(RequestId(0), tuple(tokens), 1, tenant=tenant, cache_key=cache_key, pin=pin), 0)
+
+
+def cache_of(*, num_slots: int = 4) -> PrefixCache:
+    limits = StateLimits(memory_bytes=5000, disk_bytes=5000)
+    return PrefixCache(num_slots=num_slots, num_cells=5000, states=limits, reserved=lambda: 0)
+
+
+def run(cache: PrefixCache, s: Sequence) -> int:
+    """Compute a sequence and let it go; the tokens that it had not to compute."""
+    slot = cache.place(s, cells=len(s.tokens) + 1)
+    assert slot is not None
+    cached = len(slot.tokens)
+    cache.append(slot, s.tokens[cached:])
+    cache.release(slot)
+    return cached
+
+
+def test_another_tenants_prefix_is_not_found_and_a_pinned_one_is() -> None:
+    cache = cache_of()
+    prompt = list(range(100))
+    assert run(cache, sequence(prompt, tenant="a")) == 0
+    assert run(cache, sequence(prompt, tenant="b")) == 0
+    assert run(cache, sequence(prompt, tenant="a")) == 99
+    run(cache, sequence(list(range(200, 300)), pin="p"))
+    assert run(cache, sequence([*range(200, 300), 1], tenant="b")) == 100
+
+
+def test_of_equal_prefixes_the_one_of_the_same_cache_key_is_taken() -> None:
+    cache = cache_of()
+    shared = list(range(100))
+    for i, key in enumerate(("x", "y", "z")):
+        cache.slots[i].affinity = key
+        cache.append(cache.slots[i], [*shared, 1000 + i])
+    assert cache.place(sequence([*shared, 7], cache_key="y"), cells=102) is cache.slots[1]
+
+
+def test_a_prefix_that_two_share_is_saved_by_itself_and_written() -> None:
+    cache = cache_of()
+    shared = list(range(100))
+    for question in range(3):
+        run(cache, sequence([*shared, *range(1000 * question + 500, 1000 * question + 550)]))
+    stored = [op.state.tokens for op in cache.take_disk_ops() if isinstance(op, StoreState)]
+    assert stored == [shared]
