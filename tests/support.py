@@ -185,6 +185,9 @@ class ScriptedBackend(Backend):
     def put_state(self, state: StateId, data: bytes) -> None:
         self.states[state] = np.frombuffer(data, np.int64).tolist()
 
+    def settle(self) -> Iterator[object]:
+        return iter(())
+
     def set_threads(self, threads: int) -> None:
         self.threads = threads
 

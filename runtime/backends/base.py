@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -96,6 +96,10 @@ class Backend(Protocol):
 
     def put_state(self, state: StateId, data: bytes) -> None:
         """Take back the bytes of a state that this backend, of this build with this model, has saved."""
+        ...
+
+    def settle(self) -> Iterator[object]:
+        """Work that makes later steps faster, a few milliseconds at a time; stops of itself when done."""
         ...
 
     def set_threads(self, threads: int) -> None:

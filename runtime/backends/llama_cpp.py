@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.errors import BackendError, DoesNotFit, InvalidModelFile
+from edge.native.huge_pages import replace
 from edge.native.llama import bindings, last_error
 from runtime.backends.base import Capabilities, ModelFacts
 from runtime.batch import Batch, CacheOp, CopyPrefix, DropState, RestoreState, SaveState, Truncate
@@ -191,6 +192,8 @@ class LlamaBackend:
         size = path.stat().st_size
         if size > options.available_bytes:
             raise DoesNotFit(path.name, required_bytes=size, available_bytes=options.available_bytes)
+        self._path = path
+        self._may_settle = size * 2 <= options.available_bytes  # else they stay the kernel's to give back
         self._model = self._load(path, on_progress)
         self.tokenizer = LlamaTokenizer(lib.llama_model_get_vocab(self._model))
         self._vocab_size = self.tokenizer.vocab_size
@@ -390,6 +393,10 @@ class LlamaBackend:
         size: int = self._lib.llama_state_seq_get_size(self._context, 0)
         self.clear()
         return size
+
+    def settle(self) -> Iterator[object]:
+        """Put the weights on huge pages, where memory allows for a while that they are there twice in part."""
+        return replace(self._path) if self._may_settle else iter(())
 
     def set_threads(self, threads: int) -> None:
         """Use this many threads from the next step on."""
