@@ -8,8 +8,6 @@ SEED := $(VENV)/share/slm-edge/seed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 LOCKS := images/locks
 STAMPS := $(VENV)/.stamps
-# llama.cpp's libraries call each other at every step: bound directly, a token takes 3 % less time
-NATIVE_FLAGS := -fno-semantic-interposition -fno-plt
 # pip's own progress, without the lines about requirements that are there already
 QUIET := 2>&1 | grep -v -e 'already satisfied' -e '^WARNING: Location' || true
 
@@ -30,8 +28,7 @@ $(STAMPS)/project: pyproject.toml $(STAMPS)/venv
 
 $(STAMPS)/workstation: $(LOCKS)/workstation.txt $(STAMPS)/venv
 	@echo "==> Installing what the appliance needs (llama.cpp is compiled: about 4 minutes on two cores, once)"
-	@CMAKE_ARGS="$${CMAKE_ARGS:--DGGML_LTO=ON}" CFLAGS="$(NATIVE_FLAGS)" CXXFLAGS="$(NATIVE_FLAGS)" \
-	  $(PIP) install --no-deps --require-hashes --progress-bar off -r $< > $(VENV)/install.log 2>&1 & pid=$$!; \
+	@$(PIP) install --no-deps --require-hashes --progress-bar off -r $< > $(VENV)/install.log 2>&1 & pid=$$!; \
 	  while kill -0 $$pid 2>/dev/null; do sleep 3; [ -t 1 ] && printf '\r    %s s  %.60s' "$$(ps -o etimes= -p $$pid 2>/dev/null | tr -d ' ')" "$$(tail -n 1 $(VENV)/install.log)        " ; done; \
 	  wait $$pid || { tail -n 30 $(VENV)/install.log; exit 1; }
 	@echo "    done"; touch $@
