@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 
 from edge import errors
@@ -53,14 +52,11 @@ class Generation:
         self._error: EdgeError | None = None
         self._done = False
         self._wake: asyncio.Future[None] | None = None
-        self.made = time.monotonic()
-        self.is_accepted = False
         self._num_pushed = self._num_at_tick = 0
         self._timer: asyncio.TimerHandle | None = None
 
     def push(self, piece: wire.Piece) -> None:
         """Take a step's result."""
-        self.is_accepted = True
         self._num_pushed += 1
         self.num_output = piece.num_output
         self._pieces.append(piece)

@@ -14,12 +14,14 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 import psutil
 from typing_extensions import override
 
+from edge import __version__
 from edge.config import Settings
 from edge.errors import (
     BackendError,
@@ -60,7 +62,7 @@ LONG_LIFE_S = 60.0
 HALF_LIFE_S = 600.0
 MAX_LOAD_DEATHS = 3
 """Crashes in a row, each before the model was ready, after which the model counts as failed."""
-BACKOFF_S = (0.1, 0.5, 2.0, 5.0, 15.0, 30.0)
+BACKOFF_S = (0.1, 0.5, 2.0, 5.0)
 MAX_LOG_BYTES = 4 << 20
 RATE_WINDOW_S = 5.0
 
@@ -158,6 +160,8 @@ class ModelHost:
         self._last_progress = self._last_beat = 0.0
         self._last_steps: int = -1
         self._poison = poison
+        # What an upgrade may have mended gets another chance.
+        self._engine_id = f"{model.digest} {__version__} {version('llama-cpp-python')}"
         self._quarantine = Quarantine()
         self._box: BlackBox | None = None
         self._oom_kills: deque[int | None] = deque(maxlen=3)
@@ -277,9 +281,9 @@ class ModelHost:
 
     def _judge(self, message: wire.Generate) -> tuple[Fingerprint, Suspect] | None:
         """What is known against a request, if something is."""
-        if self._quarantine.is_empty and self._poison.is_empty:
+        if self._quarantine.is_empty and not self._poison.num_refused:
             return None
-        who = fingerprint(message, digest=str(self.model.digest))
+        who = fingerprint(message, engine=self._engine_id)
         self._poison.check(who)
         suspect = self._quarantine.suspect(who)
         return None if suspect is None else (who, suspect)
@@ -345,7 +349,7 @@ class ModelHost:
             self._drop_box()
 
     async def _keep_running(self, stop: asyncio.Event) -> None:
-        deaths = 0
+        deaths = load_deaths = 0
         while not stop.is_set():
             self._set_state("loading")
             try:
@@ -361,11 +365,11 @@ class ModelHost:
                 return
             reason = ending.reason
             deaths = 1 if self._num_answered or self._lived_s() > LONG_LIFE_S else deaths + 1
-            died_loading = self._ready_at is None
+            load_deaths = load_deaths + 1 if self._ready_at is None else 0
             self.num_restarts += 1
             log.error("the worker of %s ended: %s", self.ref, reason)
             await self._find_guilty(ending)
-            if died_loading and deaths >= MAX_LOAD_DEATHS:
+            if load_deaths >= MAX_LOAD_DEATHS:
                 hint = f"Its log: {self._log_path()}. Check the file: edge verify {self.ref}."
                 self._give_up(BackendError(f"The engine of '{self.ref}' ends while it loads ({reason}).", hint=hint))
                 return
@@ -381,7 +385,7 @@ class ModelHost:
         touched = box.read().ids
         box.close()
         held = self._leaving | self._generations
-        present = {i: fingerprint(held[i].message, digest=str(self.model.digest)) for i in touched if i in held}
+        present = {i: fingerprint(held[i].message, engine=self._engine_id) for i in touched if i in held}
         if not ending.is_fault or not present:
             return
         step = {who: held[i].num_output for i, who in present.items()}
@@ -473,10 +477,10 @@ class ModelHost:
     def _ending(self, code: int) -> Ending:
         if code != -signal.SIGKILL:
             return Ending(f"signal {-code}" if code < 0 else f"exit code {code}", code != 0)
-        now = oom_kills()
-        if now is None or now != self._oom_kills[0]:
+        if (now := oom_kills()) is not None and now != self._oom_kills[0]:
             hint = "It is being restarted. Unload a model, or set fewer context_tokens, where this comes again."
-            return Ending("the kernel ended it for lack of memory", True, hint)
+            # Nobody's fault: one that eats memory meets the worker's own limit first.
+            return Ending("the kernel ended it for lack of memory", False, hint)
         return Ending(f"signal {signal.SIGKILL}, from outside", False)
 
     def _hung(self) -> str | None:

@@ -80,9 +80,9 @@ class PoisonCabinet:
             raise RequestPoisoned(who)
 
     @property
-    def is_empty(self) -> bool:
-        """Whether nothing is refused."""
-        return not self._kept and not self._unkept
+    def num_refused(self) -> int:
+        """Requests that are refused."""
+        return len(self._kept) + len(self._unkept)
 
     def keep(self, case: Case) -> None:
         """Refuse a request from now on, also after a restart. Blocks for the disk."""

@@ -30,7 +30,7 @@ class Pool:
         self._settings = settings
         self._store = store
         self._hosts: dict[str, ModelHost] = {}
-        self._poison = PoisonCabinet(settings.poison_dir)
+        self.poison = PoisonCabinet(settings.poison_dir)
         self._known: dict[str, tuple[tuple[int, int], ModelHost]] = {}
         """Hosts by what people typed, and the version of the store that said so: no file is read for most requests."""
         self._selector = Selector(store)
@@ -70,7 +70,7 @@ class Pool:
         host = self._hosts.get(name)
         if host is None or (host.model.digest != model.digest and host.state in ("unloaded", "failed")):
             host = self._hosts[name] = ModelHost(
-                self._settings, model, self._poison, reserved_bytes=lambda: self._loading_bytes(but=name)
+                self._settings, model, self.poison, reserved_bytes=lambda: self._loading_bytes(but=name)
             )
         if len(self._known) < MAX_KNOWN_NAMES:
             self._known[ref] = (version, host)

@@ -27,10 +27,10 @@ MARGIN_TOKENS = 8
 differ a little."""
 
 
-def fingerprint(message: wire.Generate, *, digest: str) -> Fingerprint:
-    """What makes two requests the same: all but the id, and the model."""
+def fingerprint(message: wire.Generate, *, engine: str) -> Fingerprint:
+    """What makes two requests the same: all but the id, for one model and version of the engine."""
     body = msgspec.msgpack.encode(msgspec.structs.replace(message, id=0))
-    return Fingerprint(hashlib.blake2b(body, key=digest.encode()[:64], digest_size=8).hexdigest())
+    return Fingerprint(hashlib.blake2b(engine.encode() + b"\0" + body, digest_size=8).hexdigest())
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,9 @@ HEARTBEAT_S = 1.0
 MAX_CHARS_PER_TOKEN = 32
 """A prompt with more characters than this for each token of context is refused without being tokenized."""
 MAX_GROWTH_BYTES = 1 << 30
-"""Memory of its own that a worker may take beyond what it has after the load and what saved states may take."""
+"""Memory of its own that a worker may take beyond what it has after the load and what saved states may take; or half of
+what is left, where that is less, so that a request that eats memory meets this limit and not the kernel's."""
+MIN_GROWTH_BYTES = 128 << 20
 MAX_FILES = 256
 OOM_SCORE = 500
 """Half of the machine's memory on top of its own use: the kernel ends a worker, not the front, which can say so."""
@@ -329,7 +331,7 @@ def limit_memory(state_bytes: int) -> None:
         if line.startswith("VmData:")
     )
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    most = used + state_bytes + MAX_GROWTH_BYTES
+    most = used + state_bytes + min(MAX_GROWTH_BYTES, max(MIN_GROWTH_BYTES, available_bytes() // 2))
     if hard == resource.RLIM_INFINITY or most < hard:
         resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 

@@ -196,6 +196,9 @@ class Appliance:
             for m in models
             if m.state == "failed"
         ]
+        if num := self.pool.poison.num_refused:
+            what = f"requests that ended the engine twice are refused: {num}"
+            alerts.append(Alert(level="warning", what=what, fix="edge replay"))
         if disk_free < LOW_DISK_BYTES:
             alerts.append(Alert(level="critical", what=f"{disk_free >> 20} MiB of disk are free", fix="edge rm MODEL"))
         if memory_share < LOW_MEMORY_SHARE:
