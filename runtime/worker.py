@@ -40,8 +40,9 @@ HEARTBEAT_S = 1.0
 MAX_CHARS_PER_TOKEN = 32
 """A prompt with more characters than this for each token of context is refused without being tokenized."""
 MAX_GROWTH_BYTES = 1 << 30
-"""Memory of its own that a worker may take beyond what it has after the load and what saved states may take; or half of
-what is left, where that is less, so that a request that eats memory meets this limit and not the kernel's."""
+"""Memory of its own that a worker may take beyond what it has after the load and what saved states and adapters may
+take; or half of what is left, where that is less, so that a request that eats memory meets this limit and not the
+kernel's."""
 MIN_GROWTH_BYTES = 128 << 20
 MAX_FILES = 256
 OOM_SCORE = 500
@@ -232,7 +233,7 @@ class Worker:
                 can.num_slots, facts.vocab_size, facts.chat_template is not None, _build(), time.monotonic() - started,
             )
         )  # fmt: skip
-        limit_memory(load.state_bytes or available_bytes() // 16)
+        limit_memory(self._budget_bytes)
         threading.Thread(target=self._read, name="reader", daemon=True).start()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         self._engine.run()
@@ -250,6 +251,7 @@ class Worker:
             state_bytes=load.state_bytes or available_bytes() // 16,
             adapter_bytes=available_bytes() // 8,
         )
+        self._budget_bytes = options.state_bytes + options.adapter_bytes
         last = 0.0
 
         def report(fraction: float) -> None:
@@ -323,7 +325,7 @@ def limit_process() -> None:
         log.warning("the kernel was not told to end this process first: %s", e)
 
 
-def limit_memory(state_bytes: int) -> None:
+def limit_memory(budget_bytes: int) -> None:
     """Bound what the process may take from now on (RLIMIT_DATA: not the weights, which are mapped from their file)."""
     used = next(
         int(line.split()[1]) << 10
@@ -331,7 +333,7 @@ def limit_memory(state_bytes: int) -> None:
         if line.startswith("VmData:")
     )
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    most = used + state_bytes + min(MAX_GROWTH_BYTES, max(MIN_GROWTH_BYTES, available_bytes() // 2))
+    most = used + budget_bytes + min(MAX_GROWTH_BYTES, max(MIN_GROWTH_BYTES, available_bytes() // 2))
     if hard == resource.RLIM_INFINITY or most < hard:
         resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
