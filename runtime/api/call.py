@@ -19,10 +19,11 @@ from runtime import wire
 from runtime.api.appliance import Appliance
 from runtime.api.openai_schema import SamplingFields, TokenDetails, Usage
 from runtime.api.responses import until_disconnect
+from runtime.api.structured import checked
 from runtime.generation import Generation
 from runtime.host import ModelHost
 from runtime.pool import READY_WAIT_S
-from runtime.request import SamplingParams
+from runtime.request import Constraint, SamplingParams
 from runtime.selection import Selection
 
 MAX_ATTEMPTS = 3
@@ -42,6 +43,7 @@ class Call:
             raise InvalidRequest("'return_token_ids' is not supported in streams.", field="return_token_ids")
         if body.n not in (None, 1):
             raise InvalidRequest("'n' can only be 1 in this version.", field="n", hint="Send the request n times.")
+        self._structure = body.structure()
         self.appliance = appliance
         self.body = body
         self.operation: Operation = operation
@@ -61,6 +63,11 @@ class Call:
         self._generation: Generation | None = None
         self._finished = False
 
+    @property
+    def constraint(self) -> Constraint | None:
+        """The form that the answer shall have, for the decoder."""
+        return self._structure.constraint if self._structure is not None else None
+
     async def start(self, receive: Receive, make: Make) -> AsyncGenerator[list[wire.Piece]]:
         """Hand the request to the engine and wait until it is accepted, or the client goes away.
 
@@ -78,6 +85,8 @@ class Call:
     async def _start(self, make: Make) -> AsyncGenerator[list[wire.Piece]]:
         try:
             steps = self._steps(make)
+            if self._structure is not None:
+                steps = checked(steps, self._structure)
             while not (first := await anext(steps)):
                 pass  # nobody to send a ping to yet
             # The first says that the engine accepted the request; more may have come with it.

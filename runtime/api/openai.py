@@ -174,6 +174,7 @@ async def chat_completions(request: HttpRequest, state: State) -> Response[ChatC
             body.ignore_eos,
             body.return_token_ids,
             cache_key=body.prompt_cache_key or "",
+            constraint=call.constraint,
         ),
     )
     if call.stream:
@@ -221,6 +222,7 @@ async def completions(request: HttpRequest, state: State) -> Response[Completion
             body.ignore_eos,
             body.return_token_ids,
             cache_key=body.prompt_cache_key or "",
+            constraint=call.constraint,
         ),
     )
     if call.stream:

@@ -8,6 +8,7 @@ import msgspec
 
 from edge.errors import InvalidRequest
 from edge.store.details import Sampling
+from runtime.api.structured import MAX_TEXT_CHARS, ResponseFormat, Structure, StructuredOutputs, structure_of
 from runtime.request import SamplingParams
 
 T = TypeVar("T")
@@ -105,6 +106,11 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     """Adapters to answer with, beside those in the model's name (`model+adapter`)."""
     return_token_ids: bool = False
     """Give the token ids of prompt and answer, as vLLM does."""
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    """vLLM's."""
+    grammar: Annotated[str, msgspec.Meta(max_length=MAX_TEXT_CHARS)] | None = None
+    """llama-server's: GBNF, or Lark."""
 
     def params(self, makers: Sampling) -> SamplingParams:
         """The sampling parameters: the request's, else what the model's makers advise, else those that cut nothing.
@@ -146,6 +152,14 @@ class SamplingFields(msgspec.Struct, kw_only=True):
                 "'repeat_penalty' and 'repetition_penalty' differ.", field="repetition_penalty", hint=hint
             )
         return self.repeat_penalty, _first(self.repeat_last_n, plain.repeat_last_n)
+
+    def structure(self) -> Structure | None:
+        """The form that the answer shall have.
+
+        Raises:
+            InvalidRequest: It is not done, or there are two.
+        """
+        return structure_of(self.response_format, self.structured_outputs, self.grammar)
 
     def stops(self) -> list[str]:
         """The stop strings."""

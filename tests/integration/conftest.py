@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import SEED, RunningAppliance, running_appliance
+from edge.store.models import ModelStore
+from tests.support import DEFAULT_MODEL, SEED, GreedyLaw, RunningAppliance, running_appliance
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +17,14 @@ def appliance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningAppli
     assert (SEED / "index.json").exists(), "no seed models: run `make setup`"
     with running_appliance(tmp_path_factory.mktemp("home")) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def law() -> Iterator[GreedyLaw]:
+    """The judge of greedy answers of the default model."""
+    law = GreedyLaw(ModelStore(SEED).get(DEFAULT_MODEL).weights)
+    yield law
+    law.close()
 
 
 @pytest.fixture

@@ -17,6 +17,20 @@ def chat(**more: Any) -> dict[str, Any]:
     return {"model": DEFAULT_MODEL, "messages": HI, **more}
 
 
+SCHEMA = "response_format.json_schema.schema"
+
+
+def schema(body: dict[str, Any]) -> dict[str, Any]:
+    return chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": body}})
+
+
+def nested(depth: int) -> dict[str, Any]:
+    inner: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        inner = {"type": "array", "items": inner}
+    return inner
+
+
 CASES: list[tuple[str, str, Any, int, str | None, str]] = [
     # name, path, body, status, param, part of the message
     ("not json", CHAT, b"{", 400, None, "not valid JSON"),
@@ -68,7 +82,31 @@ CASES: list[tuple[str, str, Any, int, str | None, str]] = [
     ("logit_bias a word", CHAT, chat(logit_bias={"dog": 1}), 400, "logit_bias", "token ids"),
     ("logit_bias out of range", CHAT, chat(logit_bias={"1": 500}), 400, "logit_bias[...]", "<= 100"),
     ("tools", CHAT, chat(tools=[{"type": "function"}]), 400, "tools", "not supported"),
-    ("json mode", CHAT, chat(response_format={"type": "json_object"}), 400, "response_format", "not supported"),
+    ("unknown format", CHAT, chat(response_format={"type": "xml"}), 400, "response_format.type", "xml"),
+    ("unknown part of a format", CHAT, chat(response_format={"type": "text", "x": 1}), 400, "response_format", "x"),
+    ("format without schema", CHAT, chat(response_format={"type": "json_schema"}), 400,
+     "response_format.json_schema", "missing"),
+    ("schema keyword not done", CHAT, schema({"type": "object", "properties": {"a": {"not": {}}}}), 400,
+     f"{SCHEMA}.properties.a.not", "Leave it out"),
+    ("schema that is not one", CHAT, schema({"type": "strin"}), 400, f"{SCHEMA}.type", "integer"),
+    ("schema too deep", CHAT, schema(nested(60)), 400, f"{SCHEMA}{'.items' * 32}.type", "deeper"),
+    ("schema too large", CHAT, schema({"enum": list(range(100_000))}), 400, f"{SCHEMA}.enum", "2,000"),
+    ("schema that allows nothing", CHAT, schema({"allOf": [{"type": "string"}, {"type": "null"}]}), 400,
+     SCHEMA, "Unsatisfiable"),
+    ("schema that goes in a circle", CHAT, schema({"$ref": "#"}), 400, SCHEMA, "cannot be followed"),
+    ("pattern with look-ahead", CHAT, schema({"type": "string", "pattern": "(?=a)b"}), 400, SCHEMA, "look-a"),
+    ("patterns that intersect", CHAT, schema({"allOf": [{"pattern": f"(.*a){{9}}.{{{i}}}"} for i in range(20)]}), 400,
+     SCHEMA, "patterns"),
+    ("broken expression", CHAT, chat(structured_outputs={"regex": "("}), 400, "structured_outputs.regex", "regex"),
+    ("endless expression", TEXT, {"model": DEFAULT_MODEL, "prompt": "x", "structured_outputs": {"regex": "(" * 50_000}},
+     400, "structured_outputs.regex", "regex"),
+    ("no choices", CHAT, chat(structured_outputs={"choice": []}), 400, "structured_outputs.choice", "length"),
+    ("grammar of nothing", CHAT, chat(grammar="root ::= root"), 400, "grammar", "cannot be followed"),
+    ("grammar without end", CHAT, chat(grammar="start: r0\n" + "\n".join(f"r{i}: r{i + 1}" for i in range(9000))),
+     400, "grammar", "rules"),
+    ("two forms", CHAT, chat(response_format={"type": "json_object"}, grammar='start: "a"'), 400, "grammar", "two"),
+    ("structured outputs of nothing", CHAT, chat(structured_outputs={}), 400, "structured_outputs", "nothing"),
+    ("old name of structured outputs", CHAT, chat(guided_regex="a"), 400, "guided_regex", "not supported"),
     ("logprobs", CHAT, chat(logprobs=True), 400, "logprobs", "not supported"),
     ("too long a prompt", CHAT, chat(messages=[{"role": "user", "content": "word " * 20_000}]),
      400, "messages", "maximum context length is 8192 tokens"),

@@ -6,19 +6,15 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import openai
-import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
-from edge.store.models import ModelStore
 from tests.support import (
     DEFAULT_MODEL,
-    SEED,
     GreedyLaw,
     RunningAppliance,
     chat_body,
@@ -29,13 +25,6 @@ from tests.support import (
 )
 
 TOPICS = ("rain", "bread", "the sea", "bicycles", "winter", "a small dog", "glass", "music")
-
-
-@pytest.fixture(scope="module")
-def law() -> Iterator[GreedyLaw]:
-    law = GreedyLaw(ModelStore(SEED).get(DEFAULT_MODEL).weights)
-    yield law
-    law.close()
 
 
 def client_of(appliance: RunningAppliance) -> openai.OpenAI:
