@@ -67,19 +67,25 @@ class _Received:
     error: str = ""
 
 
+def _is_chat(ask: Ask) -> bool:
+    return ask.is_turn or bool(ask.schema)
+
+
 def body_of(ask: Ask, model: str, history: list[dict[str, str]]) -> bytes:
     """The JSON of a request: greedy, streamed, of a fixed length unless it may end. The same for every server."""
-    prompt = {"messages": [*history, {"role": "user", "content": ask.text}]} if ask.is_turn else {"prompt": ask.text}
+    prompt = {"messages": [*history, {"role": "user", "content": ask.text}]} if _is_chat(ask) else {"prompt": ask.text}
+    schema = {"name": "answer", "strict": True, "schema": msgspec.Raw(ask.schema.encode())}
+    form = {"response_format": {"type": "json_schema", "json_schema": schema}} if ask.schema else {}
     return msgspec.json.encode(
         {"model": model, **prompt, "max_tokens": ask.max_tokens, "temperature": 0, "ignore_eos": not ask.may_end,
          "stream": True,
-         "stream_options": {"include_usage": True}}
+         "stream_options": {"include_usage": True}, **form}
     )  # fmt: skip
 
 
 def head_of(ask: Ask, port: int, length: int) -> bytes:
     """The request line and headers."""
-    path = "/v1/chat/completions" if ask.is_turn else "/v1/completions"
+    path = "/v1/chat/completions" if _is_chat(ask) else "/v1/completions"
     return (
         f"POST {path} HTTP/1.1\r\nHost: {HOST}:{port}\r\nContent-Type: application/json\r\n"
         f"Content-Length: {length}\r\nConnection: close\r\n\r\n"

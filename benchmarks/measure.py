@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import subprocess
 import sys
@@ -11,12 +12,13 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
+import jsonschema
 import msgspec
 
 from . import machine
 from .loadgen import run as run_plan
 from .peers import BenchError, Contender, Server, running, spinning
-from .plan import Ask, Outcome, Plan
+from .plan import Answer, Ask, Outcome, Plan
 from .workloads import Clients, Workload
 
 QUIET_CORES = 0.1
@@ -160,6 +162,23 @@ def _sample(place: Place, server: Server, outcome: Outcome, metrics: dict[str, f
     )
 
 
+def judged(outcome: Outcome, clients: Clients) -> Outcome:
+    """The outcome with an error for each whole answer that does not obey its schema."""
+    asks = {number: iter(mine) for number, mine in enumerate(clients)}
+    answers = [_judged(a, next(asks[a.client])) for a in outcome.answers]
+    return msgspec.structs.replace(outcome, answers=answers)
+
+
+def _judged(answer: Answer, ask: Ask) -> Answer:
+    if not ask.schema or answer.error:
+        return answer
+    try:
+        jsonschema.validate(json.loads(answer.text), json.loads(ask.schema))
+    except (ValueError, jsonschema.ValidationError) as e:
+        return msgspec.structs.replace(answer, error=f"not of its schema: {str(e)[:100]}")
+    return answer
+
+
 def measure_load(place: Place, server: Server, clients: Clients) -> Sample:
     """Send the requests to a running server."""
     limit_s = place.workload.limit_s
@@ -167,12 +186,14 @@ def measure_load(place: Place, server: Server, clients: Clients) -> Sample:
         generate_load(server, clients, limit_s=limit_s)
     time.sleep(_SETTLE_S)
     server_before, before = machine.tree_cpu_s(server.process.pid), machine.read_cpu()
-    outcome = generate_load(server, clients, limit_s=limit_s)
+    outcome = judged(generate_load(server, clients, limit_s=limit_s), clients)
     after, server_after = machine.read_cpu(), machine.tree_cpu_s(server.process.pid)
     ended = max((a.arrivals[-1] for a in outcome.answers if a.arrivals), default=outcome.wall_s)
     if any(a.error for a in outcome.answers):
         ended = outcome.wall_s
     metrics = {"tok_s": sum(a.num_output for a in outcome.answers) / ended}
+    if any(ask.schema for asks in clients for ask in asks):
+        metrics["time per answer_s"] = ended / len(outcome.answers)
     others = machine.others_cores(before, after)
     return _sample(place, server, outcome, metrics, cpu_s=server_after - server_before, others_cores=others)
 

@@ -13,12 +13,14 @@ class Ask(msgspec.Struct, frozen=True):
 
     Attributes:
         may_end: Whether the model may end its answer before `max_tokens`.
+        schema: What the answer has to obey, a JSON schema as JSON text; asked of the chat endpoint, without history.
     """
 
     text: str
     max_tokens: int
     is_turn: bool = False
     may_end: bool = False
+    schema: str = ""
 
 
 class Plan(msgspec.Struct, frozen=True):

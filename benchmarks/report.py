@@ -180,7 +180,9 @@ def _value(row: Row, side: Side) -> str:
 
 
 def _name(row: Row) -> str:
-    return f"{row.workload} ×{row.clients}" if row.metric == "tok_s" else f"{row.workload}: {row.metric[:-2]}"
+    if row.metric == "tok_s":
+        return f"{row.workload} ×{row.clients}"
+    return f"{row.workload}{f' ×{row.clients}' if row.clients > 1 else ''}: {row.metric.removesuffix('_s')}"
 
 
 Column = tuple[str, Callable[[Row], str]]

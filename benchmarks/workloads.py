@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -178,6 +179,61 @@ def one_word(clients: int, rng: random.Random) -> Clients:
     return _each(clients, 1, lambda: Ask(_prompt(rng, 40), 2))
 
 
+_NAME: dict[str, object] = {"type": "string", "maxLength": 24}
+_WORD: dict[str, object] = {"type": "string", "maxLength": 16}
+
+
+def _count(most: int) -> dict[str, object]:
+    return {"type": "integer", "minimum": 0, "maximum": most}
+
+
+def _object(**properties: dict[str, object]) -> dict[str, object]:
+    return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+
+
+PERSON = _object(
+    name=_NAME,
+    age=_count(150),
+    occupation=_NAME,
+    is_active={"type": "boolean"},
+    address=_object(street=_NAME, city=_WORD, country={"enum": ["France", "Spain", "Italy"]}),
+)
+TICKET = _object(
+    category={"enum": ["billing", "bug", "feature_request", "account"]},
+    priority={"enum": ["low", "medium", "high", "urgent"]},
+    needs_human_review={"type": "boolean"},
+    estimated_resolution_hours=_count(72),
+    assigned_department={"enum": ["engineering", "customer_success", "finance"]},
+)
+_ITEM = _object(product_name=_WORD, quantity_in_stock=_count(999), warehouse_location={"enum": ["north", "south"]})
+ITEMS = _object(inventory_items={"type": "array", "minItems": 3, "maxItems": 3, "items": _ITEM})
+
+
+def _json(clients: int, rng: random.Random, what: str, schema: dict[str, object]) -> Clients:
+    """Answers of a schema, with bounded texts so that the model ends them; the tokens are as many as it takes."""
+
+    def ask() -> Ask:
+        wish = f"Write {what} as JSON. Use the name {rng.choice(_NAMES)} and the number {rng.randrange(10**5)}."
+        return Ask(f"{sentence(rng)} {wish}", 256, may_end=True, schema=json.dumps(schema))
+
+    return _each(clients, 6 if clients == 1 else 3, ask)
+
+
+def json_person(clients: int, rng: random.Random) -> Clients:
+    """A person with an address inside."""
+    return _json(clients, rng, "a person", PERSON)
+
+
+def json_ticket(clients: int, rng: random.Random) -> Clients:
+    """A support ticket, mostly choices of a few words."""
+    return _json(clients, rng, "a support ticket", TICKET)
+
+
+def json_items(clients: int, rng: random.Random) -> Clients:
+    """A list of three things."""
+    return _json(clients, rng, "three items of an inventory", ITEMS)
+
+
 @dataclass(frozen=True, slots=True)
 class Workload:
     """One row group of the report.
@@ -215,6 +271,9 @@ WORKLOADS = {
         Workload("prefix", "800 shared, cold, 25 own in, 32 out", prefix, clients=(8,), rounds=3),
         Workload("repeat", "24 prompts of 120 seen before, 32 out", repeat, primed=True, rounds=3),
         Workload("chat", "5 turns, 230 new in each, 64 out", chat, clients=(4,), rounds=3),
+        Workload("json-person", "JSON: a person, nested", json_person, clients=(1, 4), rounds=3),
+        Workload("json-ticket", "JSON: a ticket of choices", json_ticket, clients=(1, 4), rounds=3),
+        Workload("json-items", "JSON: a list of three", json_items, clients=(1, 4), rounds=3),
         Workload("restart", "800-token prefix asked before a restart", one_document, kind="restart", rounds=3),
         Workload("start", "exec to the first token", one_word, kind="start", context_tokens=8192),
         Workload("busy", "short; one core taken", short, clients=(1, 8), rounds=1, busy_cores=1, limit_s=20.0),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
 
-from benchmarks.measure import Place
-from benchmarks.plan import MAX_CLIENTS, MAX_REQUESTS
+from benchmarks.measure import Place, judged
+from benchmarks.plan import MAX_CLIENTS, MAX_REQUESTS, Answer, Outcome
 from benchmarks.workloads import WORKLOADS, Clients, Workload
 
 LOADS = list(WORKLOADS.values())
@@ -62,3 +63,13 @@ def test_chat_is_made_of_turns() -> None:
     clients = WORKLOADS["chat"].make(4, random.Random(0))
     assert [len(c) for c in clients] == [5] * 4
     assert all(ask.is_turn for c in clients for ask in c)
+
+
+def test_json_answers_are_judged() -> None:
+    clients = WORKLOADS["json-ticket"].make(1, random.Random(0))
+    good = {"category": "bug", "priority": "low", "needs_human_review": True, "estimated_resolution_hours": 3,
+            "assigned_department": "finance"}  # fmt: skip
+    texts = [json.dumps(good), json.dumps({**good, "priority": "none"}), json.dumps(good)[:-1]]
+    answers = [Answer(0, 0.0, [1.0], text, 1, 0, 5) for text in texts]
+    errors = [a.error for a in judged(Outcome(answers, 1.0, 0.1), clients).answers]
+    assert [bool(e) for e in errors] == [False, True, True]
