@@ -43,6 +43,8 @@ class Settings:
     """Most tokens of one engine step."""
     state_bytes: int = 0
     """Memory for computed prompts that left a model's cache; 0 means a sixteenth of what is available."""
+    preload: str = "auto"
+    """`auto` loads the default model at the start; `off` loads each model when it is first asked for."""
     speculation: str = "auto"
     """`auto` guesses tokens that the text repeats where that is faster, `off` never does; answers are the same."""
     max_queue: int = 256
@@ -119,8 +121,9 @@ def _check(settings: Settings) -> Settings:
     for name, low in _LEAST.items():
         if getattr(settings, name) < low:
             raise ConfigError(f"{name} must be at least {low}, got {getattr(settings, name)}.")
-    if settings.speculation not in ("auto", "off"):
-        raise ConfigError(f"speculation must be auto or off, got {settings.speculation!r}.")
+    for name in ("preload", "speculation"):
+        if getattr(settings, name) not in ("auto", "off"):
+            raise ConfigError(f"{name} must be auto or off, got {getattr(settings, name)!r}.")
     if settings.gateway_url and not settings.gateway_url.startswith(("http://", "https://")):
         raise ConfigError(f"gateway_url must begin with http:// or https://, got {settings.gateway_url!r}.")
     return settings

@@ -156,7 +156,7 @@ class ModelHost:
         self._transport: asyncio.Transport | None = None
         self._changed = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
-        self._stop = asyncio.Event()
+        self._stop, self._told = asyncio.Event(), asyncio.Event()
         self._last_progress = self._last_beat = 0.0
         self._last_steps: int = -1
         self._poison = poison
@@ -239,9 +239,14 @@ class ModelHost:
             if not self._stop.is_set():
                 return
             await asyncio.wait([self._supervisor])  # an unload is under way
-        self._stop = asyncio.Event()
+        self._stop, self._told = asyncio.Event(), asyncio.Event()
         self._set_state("loading")
         self._supervisor = asyncio.create_task(self._supervise(self._stop), name=f"worker {self.ref}")
+
+    async def begin_load(self) -> None:
+        """Start the worker, and return once it knows what to load, or could not be started."""
+        await self._start_supervisor()
+        await _wait(self._told, STOP_TIMEOUT_S)
 
     async def start(self, make: Callable[[int], wire.Generate], *, timeout_s: float, allowed_s: float) -> Generation:
         """Send a request to the worker. One that may have ended it before waits until it can run alone.
@@ -404,6 +409,7 @@ class ModelHost:
             generation.fail(RequestPoisoned(who))
 
     def _give_up(self, error: EdgeError) -> None:
+        self._told.set()
         self.error = error
         self._fail_all(error)
         self._set_state("failed")
@@ -437,6 +443,7 @@ class ModelHost:
         self._oom_kills.clear()
         self._oom_kills.append(oom_kills())
         self._send(load)
+        self._told.set()
 
     def _drop_box(self) -> None:
         if self._box is not None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from edge.config import Settings
-from edge.errors import DoesNotFit, ServerStopping
+from edge.errors import DoesNotFit, EdgeError, ServerStopping
 from edge.store.models import ModelStore, StoredModel
 from runtime import wire
 from runtime.host import ModelHost
@@ -75,6 +75,13 @@ class Pool:
         if len(self._known) < MAX_KNOWN_NAMES:
             self._known[ref] = (version, host)
         return host
+
+    async def preload(self, ref: str) -> None:
+        """Begin to load a model; its engine is starting when this returns. One that is not in the store is left out."""
+        try:
+            await (await self.host(ref)).begin_load()
+        except EdgeError as e:
+            log.info("%s is not loaded at the start: %s", ref, e)
 
     def _loading_bytes(self, *, but: str) -> int:
         """Weights of models that are being loaded: their memory still looks free."""

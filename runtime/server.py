@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import gc
+import importlib
 import ipaddress
 import logging
 import os
@@ -11,22 +11,14 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-
-import uvicorn
-from typing_extensions import override
 
 from edge.config import Settings
 from edge.errors import ConfigError, EdgeError
 from edge.store.models import ModelStore
-from edge.telemetry.service import Telemetry
-from runtime.api.app import create_app
-from runtime.api.appliance import Appliance
 from runtime.logs import RecentLines
+from runtime.pool import Pool
 
 log = logging.getLogger("edge.server")
-
-DRAIN_S = 30.0
 
 
 def check_bind(host: str) -> None:
@@ -90,52 +82,14 @@ def _unix_socket(path: Path) -> socket.socket:
     return sock
 
 
-class _Server(uvicorn.Server):
-    """uvicorn, with a drain of our own on the first signal; the second ends at once."""
-
-    def __init__(self, config: uvicorn.Config, on_signal: Callable[[], object]) -> None:
-        super().__init__(config)
-        self._on_signal = on_signal
-        self._was_asked = False
-
-    @override
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._was_asked:
-            self.should_exit = self.force_exit = True
-        self._was_asked = True
-        self._on_signal()
-
-
-async def _serve(appliance: Appliance, sockets: list[socket.socket], on_ready: Callable[[], None]) -> None:
-    loop = asyncio.get_running_loop()
-    config = uvicorn.Config(
-        create_app(appliance), log_config=None, access_log=False, http="httptools", ws="none",
-        timeout_keep_alive=75, timeout_graceful_shutdown=5, server_header=False,
-    )  # fmt: skip
-    draining = asyncio.Event()
-    server = _Server(config, lambda: loop.call_soon_threadsafe(draining.set))
-
-    async def drain() -> None:
-        await draining.wait()
-        if (num := sum(h.num_active for h in appliance.pool.hosts())) > 0:
-            log.warning("stopping: waiting for %d requests, %.0f s at most", num, DRAIN_S)
-        await appliance.pool.drain(DRAIN_S)
-        appliance.end_events()
-        server.should_exit = True
-
-    async def announce() -> None:
-        while not server.started:  # noqa: ASYNC110  # uvicorn has no event for it
-            await asyncio.sleep(0.01)
-        gc.collect()
-        gc.freeze()  # what start-up made stays: later collections need not look at it
-        on_ready()
-
-    helpers = [asyncio.create_task(drain()), asyncio.create_task(announce())]
-    try:
-        await server.serve(sockets=sockets)
-    finally:
-        for task in helpers:
-            task.cancel()
+async def _serve(
+    settings: Settings, store: ModelStore, logs: RecentLines, sockets: list[socket.socket], on_ready: Callable[[], None]
+) -> None:
+    pool = Pool(settings, store)
+    if settings.preload == "auto":
+        await pool.preload(settings.default_model)
+    front = await asyncio.to_thread(importlib.import_module, "runtime.front")  # 0.3 s, while the engine starts
+    await front.answer(settings, store, pool, logs, sockets, on_ready)
 
 
 def serve(settings: Settings, logs: RecentLines, *, on_ready: Callable[[int], None]) -> None:
@@ -153,10 +107,9 @@ def serve(settings: Settings, logs: RecentLines, *, on_ready: Callable[[int], No
     try:
         sockets.append(_unix_socket(settings.socket_path))
         store = ModelStore(settings.store_dir, seed=settings.seed)
-        appliance = Appliance(settings, store, Telemetry(settings), logs)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             port: int = sockets[0].getsockname()[1]
-            runner.run(_serve(appliance, sockets, lambda: on_ready(port)))
+            runner.run(_serve(settings, store, logs, sockets, lambda: on_ready(port)))
     except KeyboardInterrupt:
         log.warning("stopped at once by a second signal")
     except OSError as e:

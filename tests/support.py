@@ -256,7 +256,7 @@ class RunningAppliance:
 def edge_env(home: Path, **more: str) -> dict[str, str]:
     """The environment of an `edge` process with that home and nothing of the caller's settings."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("EDGE_", "OTEL_")) and "proxy" not in k.lower()}
-    return {**kept, "EDGE_HOME": str(home), "PYTHONUNBUFFERED": "1", **more}
+    return {**kept, "EDGE_HOME": str(home), "EDGE_PRELOAD": "off", "PYTHONUNBUFFERED": "1", **more}
 
 
 def run_edge(*args: str, home: Path, timeout_s: float = 120, **more: str) -> subprocess.CompletedProcess[str]:

@@ -24,7 +24,8 @@ from edge.store.models import ModelStore
 def serve(verbose: bool, **flags: object) -> None:
     """Serve the store's models on a local API: OpenAI's under /v1, the operator's under /edge/v1.
 
-    A model is loaded when it is first asked for. The API answers on TCP and on the Unix socket
+    The default model is loaded at the start (not with EDGE_PRELOAD=off), any other when it is first
+    asked for. The API answers on TCP and on the Unix socket
     EDGE_HOME/run/edge.sock.
 
     \b

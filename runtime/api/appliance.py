@@ -44,12 +44,14 @@ LOW_MEMORY_SHARE = 0.05
 class Appliance:
     """One running appliance. Owned by the event loop."""
 
-    def __init__(self, settings: Settings, store: ModelStore, telemetry: Telemetry, logs: RecentLines) -> None:
+    def __init__(
+        self, settings: Settings, store: ModelStore, pool: Pool, telemetry: Telemetry, logs: RecentLines
+    ) -> None:
         self.settings = settings
         self.store = store
         self.telemetry = telemetry
         self.logs = logs
-        self.pool = Pool(settings, store)
+        self.pool = pool
         self.jobs = Jobs(self._job_changed)
         self._watchers: set[asyncio.Queue[bytes | None]] = set()
         self._started = time.monotonic()

@@ -25,6 +25,17 @@ def test_a_second_appliance_leaves_the_first_ones_socket(home: Path) -> None:
             assert http.get("/livez").status_code == 200
 
 
+def test_the_default_model_is_loaded_at_the_start_where_it_is_in_the_store(home: Path) -> None:
+    with running_appliance(home, EDGE_PRELOAD="auto") as appliance, appliance.client() as http:
+        wait_until(lambda: http.get("/edge/v1/models").json()["models"][0]["state"] == "ready", what="the model")
+    with (
+        running_appliance(home, EDGE_PRELOAD="auto", EDGE_DEFAULT_MODEL="not:there") as appliance,
+        appliance.client() as http,
+    ):
+        assert http.get("/readyz").status_code == 200
+        assert appliance.worker_pids() == []
+
+
 def test_a_model_that_cannot_be_served_fails_at_once_and_leaves_no_process(home: Path) -> None:
     seeded = ModelStore(home / "store", seed=SEED).get(DEFAULT_MODEL)
     files = [PackageFile(seeded.weights, name) for name in ("a.gguf", "b.gguf")]

@@ -1,0 +1,89 @@
+"""The HTTP front: the application on its sockets, and a drain on the first signal.
+
+Apart from `runtime.server`, since importing what speaks HTTP takes longer than starting an engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from typing_extensions import override
+
+from edge.config import Settings
+from edge.store.models import ModelStore
+from edge.telemetry.service import Telemetry
+from runtime.api.app import create_app
+from runtime.api.appliance import Appliance
+from runtime.logs import RecentLines
+from runtime.pool import Pool
+
+log = logging.getLogger("edge.server")
+
+DRAIN_S = 30.0
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with a drain of our own on the first signal; the second ends at once."""
+
+    def __init__(self, config: uvicorn.Config, on_signal: Callable[[], object]) -> None:
+        super().__init__(config)
+        self._on_signal = on_signal
+        self._was_asked = False
+
+    @override
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._was_asked:
+            self.should_exit = self.force_exit = True
+        self._was_asked = True
+        self._on_signal()
+
+
+async def answer(
+    settings: Settings,
+    store: ModelStore,
+    pool: Pool,
+    logs: RecentLines,
+    sockets: list[socket.socket],
+    on_ready: Callable[[], None],
+) -> None:
+    """Answer requests on these sockets until a signal, then drain.
+
+    Args:
+        on_ready: Called once, when all sockets answer.
+    """
+    appliance = Appliance(settings, store, pool, Telemetry(settings), logs)
+    loop = asyncio.get_running_loop()
+    config = uvicorn.Config(
+        create_app(appliance), log_config=None, access_log=False, http="httptools", ws="none",
+        timeout_keep_alive=75, timeout_graceful_shutdown=5, server_header=False,
+    )  # fmt: skip
+    draining = asyncio.Event()
+    server = _Server(config, lambda: loop.call_soon_threadsafe(draining.set))
+
+    async def drain() -> None:
+        await draining.wait()
+        if (num := sum(h.num_active for h in appliance.pool.hosts())) > 0:
+            log.warning("stopping: waiting for %d requests, %.0f s at most", num, DRAIN_S)
+        await appliance.pool.drain(DRAIN_S)
+        appliance.end_events()
+        server.should_exit = True
+
+    async def announce() -> None:
+        while not server.started:  # noqa: ASYNC110  # uvicorn has no event for it
+            await asyncio.sleep(0.01)
+        gc.collect()
+        gc.freeze()  # what start-up made stays: later collections need not look at it
+        on_ready()
+
+    helpers = [asyncio.create_task(drain()), asyncio.create_task(announce())]
+    try:
+        await server.serve(sockets=sockets)
+    finally:
+        for task in helpers:
+            task.cancel()
