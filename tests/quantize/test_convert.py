@@ -13,7 +13,7 @@ import pytest
 
 from edge.errors import EdgeError, InvalidModelFile, RecipeError, UnsupportedFormat
 from edge.formats.gguf import read_gguf
-from quantize.checkpoint import lossless_precision, open_checkpoint
+from quantize.checkpoint import ModelSettings, lossless_precision, open_checkpoint
 from quantize.gguf.convert import convert
 from quantize.gguf.sentencepiece import read_pieces
 from tests.quantize.checkpoints import (
@@ -246,4 +246,5 @@ def test_config_defaults_follow_transformers(tmp_path: Path) -> None:
     directory = make_smollm(tmp_path / "a")
     write_json(directory / "config.json", {k: v for k, v in config(vocab_size=300).items() if k != "rope_theta"})
     settings = open_checkpoint(directory).settings
+    assert isinstance(settings, ModelSettings)
     assert (settings.rope_base, settings.head_size, settings.num_kv_heads) == (10000.0, 16, 2)
