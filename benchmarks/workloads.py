@@ -168,6 +168,37 @@ def chat(clients: int, rng: random.Random) -> Clients:
     return _each(clients, 5, lambda: Ask(f"{passage(rng, 200)} {question(rng)}", 64, is_turn=True))
 
 
+def copy(clients: int, rng: random.Random) -> Clients:
+    """A text of about 130 tokens, and as many out: the text again."""
+
+    def ask() -> Ask:
+        text = " ".join(sentence(rng) for _ in range(6))
+        return Ask(f"Original:\n{text}\n\nExact copy:\n", 130)
+
+    return _each(clients, 4 if clients == 1 else 2, ask)
+
+
+def edit(clients: int, rng: random.Random) -> Clients:
+    """Seven records, and about as many tokens out: the records with one field changed."""
+
+    def ask() -> Ask:
+        rows = [_record(rng) for _ in range(7)]
+        first = json.dumps(rows[0] | {"count": 0})
+        text = "\n".join(json.dumps(row) for row in rows)
+        return Ask(f"Rows:\n{text}\n\nThe same rows with every count set to 0:\n{first}\n", 130)
+
+    return _each(clients, 4 if clients == 1 else 2, ask)
+
+
+def _record(rng: random.Random) -> dict[str, str | int]:
+    return {
+        "id": rng.randint(100, 999),
+        "name": rng.choice(_NAMES),
+        "place": rng.choice(_PLACES),
+        "count": rng.randint(2, 99),
+    }
+
+
 def one_document(clients: int, rng: random.Random) -> Clients:
     """Two questions on a document of 800 tokens, to be asked before and after a restart; two tokens out."""
     shared = passage(rng, 800)
@@ -274,6 +305,8 @@ WORKLOADS = {
         Workload("json-person", "JSON: a person, nested", json_person, clients=(1, 4), rounds=3),
         Workload("json-ticket", "JSON: a ticket of choices", json_ticket, clients=(1, 4), rounds=3),
         Workload("json-items", "JSON: a list of three", json_items, clients=(1, 4), rounds=3),
+        Workload("copy", "a text of 130 tokens, and the same text out", copy, clients=(1, 4), rounds=3),
+        Workload("edit", "seven records, and the same with a change out", edit, clients=(1, 4), rounds=3),
         Workload("restart", "800-token prefix asked before a restart", one_document, kind="restart", rounds=3),
         Workload("start", "exec to the first token", one_word, kind="start", context_tokens=8192),
         Workload("busy", "short; one core taken", short, clients=(1, 8), rounds=1, busy_cores=1, limit_s=20.0),

@@ -19,6 +19,7 @@ from edge.store.models import ModelStore
 @click.option("--threads", type=int, help="Threads of one engine; 0 means every usable core.")
 @click.option("--context-tokens", type=int, help="KV cells of one model; 0 chooses from model and memory.")
 @click.option("--max-sequences", type=int, help="Sequences that one engine computes at once (16).")
+@click.option("--speculation", type=click.Choice(["auto", "off"]), help="Guess tokens that the text repeats (auto).")
 @click.option("--gateway-url", help="Where telemetry goes; without it nothing leaves the device.")
 @click.option("-v", "--verbose", is_flag=True, help="Log more than warnings to the terminal.")
 def serve(verbose: bool, **flags: object) -> None:
