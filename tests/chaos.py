@@ -130,7 +130,7 @@ class Mix:
                 body |= {"response_format": json_schema(SCHEMA), "max_tokens": 48}
             case "grammar bomb":
                 schema = json_schema(self._rng.choice(GRAMMAR_BOMBS))
-                codes = frozenset({"invalid_request", "invalid_schema", "request_poisoned"})
+                codes = frozenset({"invalid_request", "constraint_failed", "request_poisoned"})
                 return Ask(kind, body | {"response_format": schema}, codes)
             case "abort" | "hang" | "eat memory":
                 word = {"abort": f"bomb:abort@{self._rng.randrange(6)}", "hang": "bomb:hang", "eat memory": "bomb:eat"}
@@ -324,19 +324,21 @@ class Footprint:
     """What the appliance holds of the machine."""
 
     front_bytes: int
-    worker_bytes: int
+    healthy_bytes: int
+    harmed_bytes: int
     num_files: int
     num_threads: int
     num_processes: int
 
     @classmethod
-    def of(cls, appliance: RunningAppliance) -> Footprint:
+    def of(cls, appliance: RunningAppliance, *, healthy_pid: int) -> Footprint:
         """Of a running one, with its workers."""
         front = psutil.Process(appliance.process.pid)
         children = front.children(recursive=True)
         return cls(
             front.memory_info().rss,
-            sum(child.memory_info().rss for child in children),
+            sum(child.memory_info().rss for child in children if child.pid == healthy_pid),
+            sum(child.memory_info().rss for child in children if child.pid != healthy_pid),
             front.num_fds(),
             front.num_threads(),
             1 + len(children),
@@ -379,7 +381,8 @@ def summary(
         },
         "longest /livez in s": round(liveness.longest_s, 3),
         "front in MiB": [before.front_bytes >> 20, after.front_bytes >> 20],
-        "workers in MiB": [before.worker_bytes >> 20, after.worker_bytes >> 20],
+        "healthy worker in MiB": [before.healthy_bytes >> 20, after.healthy_bytes >> 20],
+        "harmed worker in MiB": [before.harmed_bytes >> 20, after.harmed_bytes >> 20],
         "open files of the front": [before.num_files, after.num_files],
         "threads of the front": [before.num_threads, after.num_threads],
     }  # fmt: skip
