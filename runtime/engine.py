@@ -18,7 +18,8 @@ from runtime.backends.base import Backend
 from runtime.batch import Batch, Chunk
 from runtime.governor import Governor
 from runtime.grammar import Guide
-from runtime.request import AdapterSet, FinishReason, Request, RequestId, TokenId
+from runtime.logprobs import Logprobs
+from runtime.request import AdapterSet, FinishReason, Request, RequestId, TokenId, TokenLogprob
 from runtime.sampler import Sampler
 from runtime.scheduler import Limits, Scheduler, SchedulerStats
 from runtime.sequence import Sequence
@@ -60,6 +61,7 @@ class Delta:
         num_cached: Prompt tokens that were reused.
         timings: Set on the last delta.
         tokens: Prompt and answer as token ids, on the last delta of who asked for them.
+        logprobs: Of tokens whose text is certain, for who asked for them.
     """
 
     request_id: RequestId
@@ -70,6 +72,7 @@ class Delta:
     finish_reason: FinishReason | None = None
     timings: Timings | None = None
     tokens: tuple[TokenId, ...] | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,9 @@ class _Answer:
     stops: StopMatcher
     arrived: float
     guide: Guide | None
+    logprobs: Logprobs | None
+    num_certain: int = 0
+    """Characters of the answer that were passed on."""
     detokenizer: Detokenizer = field(default_factory=Detokenizer)
     started: float | None = None
     first_token: float | None = None
@@ -128,6 +134,16 @@ class _Answer:
         """What was held back and comes out at the end, unless a stop string is in it."""
         tail = self.stops.push(self.detokenizer.finish())
         return tail.text + ("" if tail.stopped else self.stops.finish())
+
+    def take_logprobs(self, text: str, reason: FinishReason | None) -> tuple[TokenLogprob, ...] | None:
+        """What became certain with a step's text. Of an answer that is over, each token with text in it is reported,
+        also one that a stop string cut in two; the token that ended it is not."""
+        if self.logprobs is None:
+            return None
+        self.num_certain += len(text)
+        if reason is FinishReason.STOP:
+            return self.logprobs.finish(num_certain=self.num_certain)
+        return self.logprobs.take(num_known=self.stops.num_known, num_certain=self.num_certain)
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +316,10 @@ class Engine:
             self._failures.append(Failure(request.id, e))
             return
         sampler = Sampler(request.params, num_prompt=len(request.prompt), breakers=request.breakers)
-        self._answers[request.id] = _Answer(sequence, sampler, StopMatcher(request.stop), message.at, guide)
+        num_top = request.params.logprobs
+        logprobs = None if num_top is None else Logprobs(num_top, self._backend.tokenizer)
+        stops = StopMatcher(request.stop)
+        self._answers[request.id] = _Answer(sequence, sampler, stops, message.at, guide, logprobs)
         self._deliver(sequence, *self._append_forced(sequence))
 
     def _load_adapters(self, wanted: AdapterSet) -> None:
@@ -387,7 +406,7 @@ class Engine:
         try:
             for row in rows:
                 num_drawn += 1
-                token = self._draw(sequence, logits[row], best[row])
+                token = self._draw_reported(sequence, logits[row], best[row])
                 more, reason = self._append(sequence, token)
                 text += more
                 if reason is not None or guesses[num_drawn - 1 : num_drawn] != [token]:
@@ -402,6 +421,16 @@ class Engine:
                 more, reason = self._append_forced(sequence)
                 text += more
             self._deliver(sequence, text, reason)
+
+    def _draw_reported(self, sequence: Sequence, logits: NDArray[np.float32], best: TokenId) -> TokenId:
+        """The next token, and for who asked what the model itself thought of it."""
+        answer = self._answers[sequence.request.id]
+        if answer.logprobs is None:
+            return self._draw(sequence, logits, best)
+        scores = logits.copy()
+        token = self._draw(sequence, logits, best)
+        answer.logprobs.add(scores, token, offset=answer.stops.num_known)
+        return token
 
     def _draw(self, sequence: Sequence, logits: NDArray[np.float32], best: TokenId) -> TokenId:
         """The next token after these scores, which are overwritten, `best` being the best of them."""
@@ -446,9 +475,11 @@ class Engine:
 
     def _append_forced(self, sequence: Sequence) -> tuple[str, FinishReason | None]:
         """Add the tokens that the grammar leaves no choice about: nobody needs the model's scores for them, so the next
-        step computes them together (jump-forward, Zheng et al. 2023, arXiv:2312.07104)."""
+        step computes them together (jump-forward, Zheng et al. 2023, arXiv:2312.07104). Who asks for log-probabilities
+        does need them; there each is drawn in its turn."""
         text, reason = "", None
-        guide = self._answers[sequence.request.id].guide
+        answer = self._answers[sequence.request.id]
+        guide = answer.guide if answer.logprobs is None else None
         while guide is not None and reason is None and guide.forced is not None:
             more, reason = self._append(sequence, guide.forced)
             text += more
@@ -457,7 +488,8 @@ class Engine:
 
     def _deliver(self, sequence: Sequence, text: str, reason: FinishReason | None) -> None:
         if reason is None:
-            self._deltas.append(self._delta(sequence, text))
+            logprobs = self._answers[sequence.request.id].take_logprobs(text, None)
+            self._deltas.append(self._delta(sequence, text, logprobs=logprobs))
         else:
             self._finish(sequence, text, reason)
 
@@ -472,15 +504,17 @@ class Engine:
         started = answer.started or now
         first = max(started, answer.first_token or now)  # what a grammar forces comes before the prompt is read
         timings = Timings(started - answer.arrived, first - started, now - answer.arrived)
-        self._deltas.append(self._delta(sequence, text, reason=reason, timings=timings))
+        logprobs = answer.take_logprobs(text, reason)
+        self._deltas.append(self._delta(sequence, text, reason=reason, timings=timings, logprobs=logprobs))
         self._scheduler.retire(sequence, reason=reason)
 
     @staticmethod
     def _delta(
-        sequence: Sequence, text: str, *, reason: FinishReason | None = None, timings: Timings | None = None
-    ) -> Delta:
+        sequence: Sequence, text: str, *, reason: FinishReason | None = None, timings: Timings | None = None,
+        logprobs: tuple[TokenLogprob, ...] | None = None,
+    ) -> Delta:  # fmt: skip
         wants_tokens = reason is not None and sequence.request.return_tokens
         return Delta(
             sequence.request.id, text, sequence.num_output, sequence.num_prompt, sequence.num_cached, reason, timings,
-            tuple(sequence.tokens) if wants_tokens else None,
+            tuple(sequence.tokens) if wants_tokens else None, logprobs,
         )  # fmt: skip

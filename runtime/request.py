@@ -127,6 +127,23 @@ AdapterSet = tuple[Adapter, ...]
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """What the model itself thought of a token: natural logarithms of the softmax of its scores, before bias,
+    penalties, masks and temperature.
+
+    Attributes:
+        token: The token's bytes; of a control token, what spells it.
+        top: The likeliest tokens and theirs, best first.
+        offset: Characters of the answer before it.
+    """
+
+    token: bytes
+    logprob: float
+    top: tuple[tuple[bytes, float], ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One generation.
 

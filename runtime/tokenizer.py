@@ -31,6 +31,10 @@ class Tokenizer(Protocol):
         """Bytes of a token in an answer; empty for control tokens."""
         ...
 
+    def text(self, token: TokenId) -> str:
+        """What spells a token, control tokens too; where these have no spelling, as in an answer."""
+        return self.piece(token).decode("utf-8", "replace")
+
 
 class Detokenizer:
     """Bytes of tokens to text. A character whose bytes are not complete is held back."""
@@ -56,14 +60,20 @@ class Emission:
 
 
 class StopMatcher:
-    """Holds text back while it may be the beginning of a stop string."""
+    """Holds text back while it may be the beginning of a stop string.
+
+    Attributes:
+        num_known: Characters that came in.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(s for s in stops if s)
         self._held = ""
+        self.num_known = 0
 
     def push(self, text: str) -> Emission:
         """Add text; what is certain comes out. After a stop string nothing more does."""
+        self.num_known += len(text)
         if not self._stops:
             return Emission(text, stopped=False)
         self._held += text

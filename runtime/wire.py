@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from runtime.request import Adapter, Constraint, SamplingParams
+from runtime.request import Adapter, Constraint, SamplingParams, TokenLogprob
 
 MAX_FRAME_BYTES = 256 << 20
 _HEADER = struct.Struct("<I")
@@ -112,6 +112,7 @@ class Piece(msgspec.Struct, array_like=True, frozen=True):
     total_s: float = 0.0
     tokens: tuple[int, ...] | None = None
     """Of prompt and answer, for who asked for them."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 class Failed(msgspec.Struct, array_like=True, frozen=True):

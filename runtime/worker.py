@@ -90,12 +90,12 @@ def failed(request_id: int, error: EdgeError) -> wire.Failed:
 
 def _piece(d: Delta) -> wire.Piece:
     if d.finish_reason is None or d.timings is None:
-        return wire.Piece(d.request_id, d.text, d.num_output, d.num_prompt, d.num_cached)
+        return wire.Piece(d.request_id, d.text, d.num_output, d.num_prompt, d.num_cached, logprobs=d.logprobs)
     t = d.timings
     reason = "stop" if d.finish_reason == "stop" else "length"
     return wire.Piece(
         d.request_id, d.text, d.num_output, d.num_prompt, d.num_cached, reason, t.queue_s, t.prefill_s, t.total_s,
-        d.tokens,
+        d.tokens, d.logprobs,
     )  # fmt: skip
 
 

@@ -65,6 +65,9 @@ class LetterTokenizer(Tokenizer):
     def piece(self, token: TokenId) -> bytes:
         return chr(0x4E00 + token).encode() if token else b""
 
+    def text(self, token: TokenId) -> str:
+        return chr(0x4E00 + token) if token else "<end>"
+
 
 def salt(adapters: AdapterSet) -> int:
     """What an adapter set adds to each token's cell, so that cells show what they were computed with."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import dataclasses
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 import msgspec
 from litestar import Request
 from litestar.datastructures import State
 from litestar.types import Receive
 
-from edge.errors import EdgeError, InvalidRequest, WorkerDied
+from edge.errors import EdgeError, WorkerDied
 from edge.telemetry.span import Operation, RequestRecord
 from runtime import wire
 from runtime.api.appliance import Appliance
@@ -31,21 +33,25 @@ MAX_ATTEMPTS = 3
 
 HttpRequest = Request[object, object, State]
 Make = Callable[[int, SamplingParams], wire.Generate]
+Steps = AsyncGenerator[list[wire.Piece]]
 
 
 class Call:
-    """Its identity, its way into the engine, and its telemetry record."""
+    """Its identity, its way into the engine, and its telemetry record. Each of `n` answers has its own: the engine
+    sees `n` requests.
+
+    Args:
+        index: Which of the answers.
+    """
 
     def __init__(
-        self, appliance: Appliance, http: HttpRequest, body: SamplingFields, *, operation: Operation, max_tokens: int
-    ) -> None:
-        if body.stream and body.return_token_ids:
-            raise InvalidRequest("'return_token_ids' is not supported in streams.", field="return_token_ids")
-        if body.n not in (None, 1):
-            raise InvalidRequest("'n' can only be 1 in this version.", field="n", hint="Send the request n times.")
+        self, appliance: Appliance, http: HttpRequest, body: SamplingFields, *, operation: Operation, max_tokens: int,
+        index: int = 0,
+    ) -> None:  # fmt: skip
         self._structure = body.structure()
         self.appliance = appliance
         self.body = body
+        self.index = index
         self.operation: Operation = operation
         self.max_tokens = max_tokens
         self.stream = bool(body.stream)
@@ -68,8 +74,8 @@ class Call:
         """The form that the answer shall have, for the decoder."""
         return self._structure.constraint if self._structure is not None else None
 
-    async def start(self, receive: Receive, make: Make) -> AsyncGenerator[list[wire.Piece]]:
-        """Hand the request to the engine and wait until it is accepted, or the client goes away.
+    async def start(self, make: Make) -> Steps:
+        """Hand the request to the engine and wait until it is accepted.
 
         Args:
             make: The request under an id, with these sampling parameters.
@@ -80,9 +86,6 @@ class Call:
         Raises:
             EdgeError: The model cannot be had, or the engine refuses the request.
         """
-        return await until_disconnect(receive, self._start(make))
-
-    async def _start(self, make: Make) -> AsyncGenerator[list[wire.Piece]]:
         try:
             steps = self._steps(make)
             if self._structure is not None:
@@ -123,6 +126,8 @@ class Call:
         host = await self.appliance.pool.ready(selection.model, timeout_s=min(READY_WAIT_S, self._left_s()))
         self._adopt(host, selection)
         params = self.body.params(host.model.details.sampling)
+        if params.seed is not None:
+            params = dataclasses.replace(params, seed=params.seed + self.index)
         self._generation = await host.start(
             lambda request_id: msgspec.structs.replace(make(request_id, params), adapters=selection.adapters),
             timeout_s=self._left_s(),
@@ -145,16 +150,10 @@ class Call:
                     self._first_token = time.perf_counter()
             yield pieces
 
-    def usage(self) -> Usage:
-        """Tokens so far."""
-        p = self._last
-        prompt, output, cached = (p.num_prompt, p.num_output, p.num_cached) if p else (0, 0, 0)
-        return Usage(
-            prompt_tokens=prompt,
-            completion_tokens=output,
-            total_tokens=prompt + output,
-            prompt_tokens_details=TokenDetails(cached_tokens=cached),
-        )
+    @property
+    def last(self) -> wire.Piece | None:
+        """What came last."""
+        return self._last
 
     def prompt_ids(self) -> list[int] | msgspec.UnsetType:
         """Token ids of the prompt, once the answer is over and if they were asked for."""
@@ -199,6 +198,71 @@ class Call:
                 trace_parent=self._trace_parent,
             )
         )
+
+
+async def start_all(calls: Sequence[Call], receive: Receive, make: Make) -> list[Steps]:
+    """Start the answers of one request together, so that they read its prompt once; see :meth:`Call.start`.
+
+    Raises:
+        EdgeError: One of them cannot start, or the client goes away; then none goes on.
+    """
+    return await until_disconnect(receive, _start_all(calls, make))
+
+
+async def _start_all(calls: Sequence[Call], make: Make) -> list[Steps]:
+    tasks = [asyncio.create_task(c.start(make)) for c in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException as e:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for call in calls:
+            call.finish(e)
+        raise
+
+
+async def merged(streams: Sequence[Steps]) -> AsyncGenerator[tuple[int, list[wire.Piece]]]:
+    """What each step gives which of the answers, until all are over; the first error ends all."""
+    if len(streams) == 1:
+        async for pieces in streams[0]:
+            yield 0, pieces
+        return
+    arrived: asyncio.Queue[tuple[int, list[wire.Piece]] | None] = asyncio.Queue()
+
+    async def forward(index: int, steps: Steps) -> None:
+        async with contextlib.aclosing(steps):
+            async for pieces in steps:
+                arrived.put_nowait((index, pieces))
+
+    tasks = [asyncio.create_task(forward(i, s)) for i, s in enumerate(streams)]
+    for task in tasks:
+        task.add_done_callback(lambda _: arrived.put_nowait(None))
+    try:
+        for _ in streams:
+            while (item := await arrived.get()) is not None:
+                yield item
+            for task in tasks:
+                if task.done():
+                    task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def usage_of(calls: Sequence[Call]) -> Usage:
+    """Tokens so far: of the prompt, which the answers share, once; of the answers together. What was cached is what
+    the first to be read found: the others find its prompt."""
+    last = [c.last for c in calls if c.last is not None]
+    prompt = last[0].num_prompt if last else 0
+    output = sum(p.num_output for p in last)
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=output,
+        total_tokens=prompt + output,
+        prompt_tokens_details=TokenDetails(cached_tokens=min((p.num_cached for p in last), default=0)),
+    )
 
 
 def _error_type(error: BaseException | None, *, finished: bool) -> str | None:

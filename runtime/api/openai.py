@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 from litestar import Response, get, post
@@ -11,11 +12,13 @@ from litestar.datastructures import State
 
 from edge.errors import EdgeError
 from edge.store.models import StoredModel
+from edge.telemetry.span import Operation
 from runtime import wire
 from runtime.api import sse
 from runtime.api.appliance import appliance_of
-from runtime.api.call import Call, HttpRequest
+from runtime.api.call import Call, HttpRequest, Steps, merged, start_all, usage_of
 from runtime.api.errors import fault_of
+from runtime.api.logprobs import chat_logprobs, text_logprobs
 from runtime.api.openai_schema import (
     AssistantMessage,
     ChatChoice,
@@ -27,57 +30,86 @@ from runtime.api.openai_schema import (
     CompletionRequest,
     Model,
     Models,
+    SamplingFields,
 )
 from runtime.api.parsing import check_items, parse_body
 from runtime.api.responses import EventStream, until_disconnect
+from runtime.request import TokenLogprob
 from runtime.selection import combined_name, refuse_adapter
 
 
-async def _collect(call: Call, steps: AsyncGenerator[list[wire.Piece]]) -> tuple[str, str]:
-    """The whole answer and why it ended."""
-    texts: list[str] = []
-    reason = "stop"
-    async for pieces in steps:
-        texts += [p.text for p in pieces]
-        reason = next((p.finish_reason for p in pieces if p.finish_reason), reason)
-    return "".join(texts), reason
+@dataclass(slots=True)
+class _Answer:
+    """One whole answer."""
+
+    texts: list[str] = field(default_factory=list[str])
+    reason: str = "stop"
+    logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
 
 
-async def _answer(http: HttpRequest, call: Call, steps: AsyncGenerator[list[wire.Piece]]) -> tuple[str, str]:
+async def _collect(streams: Sequence[Steps]) -> list[_Answer]:
+    answers = [_Answer() for _ in streams]
+    async for index, pieces in merged(streams):
+        answer = answers[index]
+        for p in pieces:
+            answer.texts.append(p.text)
+            answer.logprobs += p.logprobs or ()
+            answer.reason = p.finish_reason or answer.reason
+    return answers
+
+
+async def _answers(http: HttpRequest, calls: Sequence[Call], streams: Sequence[Steps]) -> list[_Answer]:
+    """The whole answers, in order."""
     error: BaseException | None = None
     try:
-        return await until_disconnect(http.receive, _collect(call, steps))
+        return await until_disconnect(http.receive, _collect(streams))
     except BaseException as e:
         error = e
         raise
     finally:
+        _finish(calls, error)
+
+
+def _finish(calls: Sequence[Call], error: BaseException | None) -> None:
+    for call in calls:
         call.finish(error)
 
 
-Format = Callable[[str | None, str | None], bytes]
-"""One event's JSON, of a text that was added and of the reason why the answer ended."""
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What one event of a stream tells of one answer: a text that was added, or why the answer ended."""
+
+    index: int
+    text: str = ""
+    logprobs: Sequence[TokenLogprob] | None = None
+    reason: str | None = None
+
+
+Choice = Callable[[Event], bytes]
+"""The JSON of an event's choice."""
 
 
 async def _events(
-    call: Call,
-    steps: AsyncGenerator[list[wire.Piece]],
-    *,
-    first: bytes,
-    format_event: Format,
-    tail: Callable[[], bytes],
+    calls: Sequence[Call], streams: Sequence[Steps], *, head: bytes, format_event: Choice, tail: Callable[[], bytes]
 ) -> AsyncGenerator[bytes]:
-    """The stream of an answer. What goes wrong after the first byte is an event, since the status is spent."""
+    """The stream of the answers. What goes wrong after the first byte is an event, since the status is spent."""
     error: BaseException | None = None
+    num_open = len(streams)
     try:
-        if first:
-            yield sse.data(first)
-        async for pieces in steps:
+        if head:
+            yield head
+        async for index, pieces in merged(streams):
             if not pieces:
                 yield sse.PING
                 continue
-            out = b"".join(sse.data(format_event(p.text, None)) for p in pieces if p.text)
-            if reason := pieces[-1].finish_reason:
-                out += sse.data(format_event(None, reason)) + tail() + sse.DONE
+            out = b"".join(_piece_events(index, p, format_event) for p in pieces)
+            if pieces[-1].finish_reason:
+                num_open -= 1
+                out += b"" if num_open else tail() + sse.DONE
             if out:
                 yield out
     except EdgeError as e:
@@ -87,61 +119,64 @@ async def _events(
         error = e
         raise
     finally:
-        call.finish(error)
+        _finish(calls, error)
 
 
-def _chunk_format(call: Call, kind: str, choice: Callable[[str | None, str | None], bytes]) -> Format:
-    """Events with all that stays the same encoded once."""
-    head = msgspec.json.encode(
-        {
-            "id": call.id,
-            "object": kind,
-            "created": call.created,
-            "model": call.model,
-            "system_fingerprint": call.fingerprint,
-        }
-    )[:-1]
-
-    def format_event(text: str | None, reason: str | None) -> bytes:
-        return head + b',"choices":[' + choice(text, reason) + b"]}"
-
-    return format_event
+def _piece_events(index: int, p: wire.Piece, format_event: Choice) -> bytes:
+    out = sse.data(format_event(Event(index, p.text, p.logprobs))) if p.text or p.logprobs else b""
+    return out + sse.data(format_event(Event(index, reason=p.finish_reason))) if p.finish_reason else out
 
 
-def _chat_choice(text: str | None, reason: str | None) -> bytes:
-    if reason is not None:
-        return b'{"index":0,"delta":{},"logprobs":null,"finish_reason":"' + reason.encode() + b'"}'
-    return b'{"index":0,"delta":{"content":' + msgspec.json.encode(text) + b'},"logprobs":null,"finish_reason":null}'
+def _chat_choice(event: Event) -> bytes:
+    if event.reason is not None:
+        return b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":"%s"}' % (event.index, event.reason.encode())
+    logprobs = b"null" if event.logprobs is None else msgspec.json.encode(chat_logprobs(event.logprobs))
+    parts = (event.index, msgspec.json.encode(event.text), logprobs)
+    return b'{"index":%d,"delta":{"content":%s},"logprobs":%s,"finish_reason":null}' % parts
 
 
-def _text_choice(text: str | None, reason: str | None) -> bytes:
-    why = b'"' + reason.encode() + b'"' if reason else b"null"
-    return b'{"index":0,"text":' + msgspec.json.encode(text or "") + b',"logprobs":null,"finish_reason":' + why + b"}"
+def _text_choice(event: Event) -> bytes:
+    why = b'"%s"' % event.reason.encode() if event.reason else b"null"
+    logprobs = b"null" if event.logprobs is None else msgspec.json.encode(text_logprobs(event.logprobs))
+    parts = (event.index, msgspec.json.encode(event.text), logprobs, why)
+    return b'{"index":%d,"text":%s,"logprobs":%s,"finish_reason":%s}' % parts
 
 
 def _stream(
-    call: Call,
-    steps: AsyncGenerator[list[wire.Piece]],
-    warnings: list[str],
-    *,
-    kind: str,
-    choice: Callable[[str | None, str | None], bytes],
+    calls: Sequence[Call], streams: Sequence[Steps], warnings: list[str], *, kind: str, choice: Choice,
     first_choice: bytes = b"",
-) -> EventStream:
-    format_event = _chunk_format(call, kind, choice)
-    empty = format_event("", None)
-    head = empty[: empty.index(b',"choices":[')]
+) -> EventStream:  # fmt: skip
+    """The answers as events; `first_choice`, with a place for the index, begins each of them."""
+    call = calls[0]
+    same = {
+        "id": call.id,
+        "object": kind,
+        "created": call.created,
+        "model": call.model,
+        "system_fingerprint": call.fingerprint,
+    }
+    start = msgspec.json.encode(same)[:-1] + b',"choices":['  # encoded once: all that stays the same
     wants_usage = call.body.stream_options is not None and call.body.stream_options.include_usage
 
     def tail() -> bytes:
         """OpenAI's last chunk: no choices, and the usage; only for who asked."""
-        if not wants_usage:
-            return b""
-        return sse.data(head + b',"choices":[],"usage":' + msgspec.json.encode(call.usage()) + b"}")
+        return sse.data(start + b'],"usage":' + msgspec.json.encode(usage_of(calls)) + b"}") if wants_usage else b""
 
-    first = head + b',"choices":[' + first_choice + b"]}" if first_choice else b""
-    events = _events(call, steps, first=first, format_event=format_event, tail=tail)
-    return EventStream(events, on_close=lambda: call.finish(None), headers=warning_headers(warnings))
+    def format_event(event: Event) -> bytes:
+        return start + choice(event) + b"]}"
+
+    firsts = [sse.data(start + first_choice % c.index + b"]}") for c in calls] if first_choice else []
+    events = _events(calls, streams, head=b"".join(firsts), format_event=format_event, tail=tail)
+    return EventStream(events, on_close=lambda: _finish(calls, None), headers=warning_headers(warnings))
+
+
+def _calls(state: State, http: HttpRequest, body: SamplingFields, operation: Operation, max_tokens: int) -> list[Call]:
+    """One for each of the answers that are asked for."""
+    body.check()
+    appliance = appliance_of(state)
+    return [
+        Call(appliance, http, body, operation=operation, max_tokens=max_tokens, index=i) for i in range(body.n or 1)
+    ]
 
 
 def warning_headers(warnings: list[str]) -> dict[str, str]:
@@ -160,9 +195,10 @@ async def chat_completions(request: HttpRequest, state: State) -> Response[ChatC
     body, warnings = parse_body(content, ChatRequest)
     warnings += check_items(content, "messages", _MESSAGE_FIELDS, frozenset({"tool_calls", "function_call"}))
     max_tokens = body.max_completion_tokens or body.max_tokens or 0
-    call = Call(appliance_of(state), request, body, operation="chat", max_tokens=max_tokens)
+    calls = _calls(state, request, body, "chat", max_tokens)
     messages = [_wire_message(m) for m in body.messages]
-    steps = await call.start(
+    streams = await start_all(
+        calls,
         request.receive,
         lambda i, params: wire.Generate(
             i,
@@ -174,14 +210,15 @@ async def chat_completions(request: HttpRequest, state: State) -> Response[ChatC
             body.ignore_eos,
             body.return_token_ids,
             cache_key=body.prompt_cache_key or "",
-            constraint=call.constraint,
+            constraint=calls[0].constraint,
         ),
     )
-    if call.stream:
-        role = b'{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
+    if body.stream:
+        role = b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
         kind = "chat.completion.chunk"
-        return _stream(call, steps, warnings, kind=kind, choice=_chat_choice, first_choice=role)
-    text, reason = await _answer(request, call, steps)
+        return _stream(calls, streams, warnings, kind=kind, choice=_chat_choice, first_choice=role)
+    answers = await _answers(request, calls, streams)
+    call = calls[0]
     completion = ChatCompletion(
         id=call.id,
         created=call.created,
@@ -189,10 +226,15 @@ async def chat_completions(request: HttpRequest, state: State) -> Response[ChatC
         system_fingerprint=call.fingerprint,
         choices=[
             ChatChoice(
-                index=0, message=AssistantMessage(content=text), finish_reason=reason, token_ids=call.answer_ids()
+                index=c.index,
+                message=AssistantMessage(content=a.text),
+                logprobs=chat_logprobs(a.logprobs) if body.logprobs else None,
+                finish_reason=a.reason,
+                token_ids=c.answer_ids(),
             )
+            for c, a in zip(calls, answers, strict=True)
         ],
-        usage=call.usage(),
+        usage=usage_of(calls),
         prompt_token_ids=call.prompt_ids(),
         warnings=warnings or msgspec.UNSET,
     )
@@ -209,8 +251,9 @@ async def completions(request: HttpRequest, state: State) -> Response[Completion
     """Continue a text, or token ids."""
     body, warnings = parse_body(await request.body(), CompletionRequest)
     max_tokens = body.max_tokens or 16  # OpenAI's default for this endpoint
-    call = Call(appliance_of(state), request, body, operation="text_completion", max_tokens=max_tokens)
-    steps = await call.start(
+    calls = _calls(state, request, body, "text_completion", max_tokens)
+    streams = await start_all(
+        calls,
         request.receive,
         lambda i, params: wire.Generate(
             i,
@@ -222,19 +265,29 @@ async def completions(request: HttpRequest, state: State) -> Response[Completion
             body.ignore_eos,
             body.return_token_ids,
             cache_key=body.prompt_cache_key or "",
-            constraint=call.constraint,
+            constraint=calls[0].constraint,
         ),
     )
-    if call.stream:
-        return _stream(call, steps, warnings, kind="text_completion", choice=_text_choice)
-    text, reason = await _answer(request, call, steps)
+    if body.stream:
+        return _stream(calls, streams, warnings, kind="text_completion", choice=_text_choice)
+    answers = await _answers(request, calls, streams)
+    call = calls[0]
     completion = Completion(
         id=call.id,
         created=call.created,
         model=call.model,
         system_fingerprint=call.fingerprint,
-        choices=[CompletionChoice(index=0, text=text, finish_reason=reason, token_ids=call.answer_ids())],
-        usage=call.usage(),
+        choices=[
+            CompletionChoice(
+                index=c.index,
+                text=a.text,
+                logprobs=None if body.logprobs is None else text_logprobs(a.logprobs),
+                finish_reason=a.reason,
+                token_ids=c.answer_ids(),
+            )
+            for c, a in zip(calls, answers, strict=True)
+        ],
+        usage=usage_of(calls),
         prompt_token_ids=call.prompt_ids(),
         warnings=warnings or msgspec.UNSET,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
+from typing_extensions import override
 
 from edge.errors import InvalidRequest
 from edge.store.details import Sampling
@@ -28,6 +29,7 @@ LogitBias = Annotated[dict[str, Annotated[float, msgspec.Meta(ge=-100, le=100)]]
 StopString = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
 StopList = Annotated[list[StopString], msgspec.Meta(max_length=16)]
 CacheKey = Annotated[str, msgspec.Meta(max_length=256)]
+TopLogprobs = Annotated[int, msgspec.Meta(ge=0, le=20)]
 Seed = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
@@ -94,7 +96,8 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     logit_bias: LogitBias | None = None
     stop: StopString | StopList | None = None
     seed: Seed | None = None
-    n: int | None = None
+    n: Annotated[int, msgspec.Meta(ge=1, le=8)] | None = None
+    """How many answers: drawn with `seed`, `seed` + 1 and so on, the prompt read once."""
     user: str | None = None
     timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86400)] | None = None
     """End with an error where the answer is not complete after this time; the appliance's own limit holds as well."""
@@ -111,6 +114,25 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     """vLLM's."""
     grammar: Annotated[str, msgspec.Meta(max_length=MAX_TEXT_CHARS)] | None = None
     """llama-server's: GBNF, or Lark."""
+
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are reported beside each; None reports nothing.
+
+        Raises:
+            InvalidRequest: Two fields contradict each other.
+        """
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Look at what fields say together.
+
+        Raises:
+            InvalidRequest: They contradict each other.
+        """
+        if self.stream and self.return_token_ids:
+            raise InvalidRequest("'return_token_ids' is not supported in streams.", field="return_token_ids")
+        self._repetition(SamplingParams())
+        self.num_logprobs()
 
     def params(self, makers: Sampling) -> SamplingParams:
         """The sampling parameters: the request's, else what the model's makers advise, else those that cut nothing.
@@ -139,6 +161,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
             xtc_threshold=_first(self.xtc_threshold, plain.xtc_threshold),
             temperature=_first(self.temperature, makers.temperature, plain.temperature),
             seed=None if self.seed is None else self.seed % (1 << 63),
+            logprobs=self.num_logprobs(),
         )
 
     def _repetition(self, plain: SamplingParams) -> tuple[float, int]:
@@ -173,12 +196,37 @@ class ChatRequest(SamplingFields, kw_only=True):
 
     messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1)]
     max_completion_tokens: PositiveInt | None = None
+    logprobs: bool | None = None
+    top_logprobs: TopLogprobs | None = None
+
+    @override
+    def num_logprobs(self) -> int | None:
+        """See :meth:`SamplingFields.num_logprobs`."""
+        if self.top_logprobs and not self.logprobs:
+            hint = 'Send "logprobs": true with it.'
+            raise InvalidRequest("'top_logprobs' needs 'logprobs'.", field="top_logprobs", hint=hint)
+        return self.top_logprobs or 0 if self.logprobs else None
 
 
 class CompletionRequest(SamplingFields, kw_only=True):
     """`POST /v1/completions`."""
 
     prompt: str | list[TokenCount]
+    logprobs: TopLogprobs | None = None
+    best_of: int | None = None
+    """Only as many as `n`: choosing among answers is left to who asks."""
+
+    @override
+    def num_logprobs(self) -> int | None:
+        """See :meth:`SamplingFields.num_logprobs`."""
+        return self.logprobs
+
+    @override
+    def check(self) -> None:
+        """See :meth:`SamplingFields.check`."""
+        super().check()
+        if self.best_of not in (None, self.n or 1):
+            raise InvalidRequest("'best_of' can only be 'n'.", field="best_of", hint="Ask for n answers and choose.")
 
 
 class TokenDetails(msgspec.Struct, kw_only=True):
@@ -204,12 +252,42 @@ class AssistantMessage(msgspec.Struct, kw_only=True):
     refusal: str | None = None
 
 
+class TopLogprob(msgspec.Struct, kw_only=True):
+    """A token and the natural logarithm of its probability, by the model's own scores."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ContentLogprob(TopLogprob, kw_only=True):
+    """A token of the answer, and the likeliest in its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct, kw_only=True):
+    """The tokens of an answer."""
+
+    content: list[ContentLogprob]
+    refusal: None = None
+
+
+class TextLogprobs(msgspec.Struct, kw_only=True):
+    """The tokens of a continuation, in the older endpoint's shape."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
 class ChatChoice(msgspec.Struct, kw_only=True):
     """One answer of a chat completion."""
 
     index: int
     message: AssistantMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str
     token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
@@ -233,7 +311,7 @@ class CompletionChoice(msgspec.Struct, kw_only=True):
 
     index: int
     text: str
-    logprobs: None = None
+    logprobs: TextLogprobs | None = None
     finish_reason: str
     token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
