@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 MAX_GRAMMARS = 64
 """Compiled grammars kept."""
 MAX_CONSTRAINT_CHARS = 128 << 10
+MAX_GRAMMAR_CHARS = 32 << 10
+"""Of GBNF and Lark: reading GBNF takes 1.4 s for 120 KB."""
 MAX_RULES = 1000
 """Rules of a grammar. The compiler descends from rule to rule: 20,000 in a chain overflowed a stack of 8 MB."""
 MAX_INTERSECTIONS = 6
@@ -41,8 +43,8 @@ def _limits() -> LLParserLimits:
     from llguidance import LLParserLimits
 
     return LLParserLimits(
-        max_items_in_row=1000, step_max_items=10_000, step_lexer_fuel=100_000, max_lexer_states=20_000,
-        max_grammar_size=100_000, verbose_errors=False,
+        initial_lexer_fuel=300_000, max_items_in_row=1000, step_max_items=10_000, step_lexer_fuel=100_000,
+        max_lexer_states=20_000, max_grammar_size=100_000, verbose_errors=False,
     )  # fmt: skip
 
 
@@ -230,8 +232,9 @@ def grammar_of(constraint: Constraint) -> str:
     from llguidance import LLMatcher
 
     text = constraint.text
-    if len(text) > MAX_CONSTRAINT_CHARS:
-        raise _refused(constraint, f"it is longer than {MAX_CONSTRAINT_CHARS:,} characters")
+    most = MAX_GRAMMAR_CHARS if constraint.kind in ("lark", "gbnf") else MAX_CONSTRAINT_CHARS
+    if len(text) > most:
+        raise _refused(constraint, f"it is longer than {most:,} characters")
     match constraint.kind:
         case "json_object":
             return _of_schema(constraint, '{"type":"object"}')
