@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, assert_never
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.errors import ConstraintFailed, InvalidRequest
+from edge.errors import ConstraintFailed, InvalidRequest, UnsupportedFormat
 from runtime.request import Constraint, TokenId
 from runtime.tokenizer import Tokenizer
 
@@ -194,6 +194,7 @@ class Grammars:
 
         Raises:
             InvalidRequest: It does not parse, asks for what the decoder cannot hold, allows no answer, or is too large.
+            UnsupportedFormat: The model's vocabulary does not allow for any.
         """
         if (found := self._compiled.get(constraint)) is None:
             found = self._compile(constraint)
@@ -218,8 +219,13 @@ class Grammars:
         if self._native is None:
             from llguidance import LLTokenizer, TokenizerWrapper
 
+            if not (ends := sorted(self._tokenizer.eog_tokens)):
+                raise UnsupportedFormat("The model has no token that ends an answer, so no form of one can be held.")
             vocabulary = TokenizerWrapper(_Vocabulary(self._tokenizer, self._vocab_size))
-            self._native = LLTokenizer(vocabulary, self._vocab_size, sorted(self._tokenizer.eog_tokens))
+            try:
+                self._native = LLTokenizer(vocabulary, self._vocab_size, ends)
+            except ValueError as e:
+                raise UnsupportedFormat(f"No form can be held with the model's vocabulary: {_reason(str(e))}.") from e
         return self._native
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from edge.errors import ConstraintFailed, InvalidRequest
+from edge.errors import ConstraintFailed, InvalidRequest, UnsupportedFormat
 from runtime.backends.base import Capabilities
 from runtime.batch import Batch
 from runtime.engine import Engine
@@ -351,3 +351,14 @@ def test_compiled_grammars_are_kept_within_bounds() -> None:
         grammars.compile(Constraint("regex", f"a{i}"))
         assert grammars.compile(Constraint("regex", "a0")) is first
     assert len(grammars) == MAX_GRAMMARS
+
+
+def test_a_model_without_an_end_token_refuses_forms() -> None:
+    class Endless(WordTokenizer):
+        @property
+        @override
+        def eog_tokens(self) -> frozenset[TokenId]:
+            return frozenset()
+
+    with pytest.raises(UnsupportedFormat, match="ends an answer"):
+        Grammars(Endless(), VOCAB).compile(Constraint("regex", "a"))
