@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -357,14 +358,25 @@ class GreedyLaw:
     model: twice the largest change of a likely token's score that a used cache makes.
     """
 
-    def __init__(self, weights: Path, adapters: AdapterSet = ()) -> None:
+    def __init__(self, weights: Path) -> None:
         from runtime.backends.llama_cpp import LlamaBackend, LlamaOptions
 
         self.backend = LlamaBackend(weights, LlamaOptions(1, 8, 512, 4096, 4 << 30))
-        self.adapters = adapters
+        self.adapters: AdapterSet = ()
+        self._loaded: set[str] = set()
+
+    @cached_property
+    def epsilon(self) -> float:
+        """Measured when first asked for: where other processes want the cores, its two threads take half a minute."""
+        return 2 * self._rounding()
+
+    def use(self, adapters: AdapterSet) -> None:
+        """Judge answers with these adapters from now on."""
         for adapter in adapters:
-            self.backend.load_adapter(adapter)
-        self.epsilon = 2 * self._rounding()
+            if adapter.digest not in self._loaded:
+                self.backend.load_adapter(adapter)
+                self._loaded.add(adapter.digest)
+        self.adapters = adapters
 
     def close(self) -> None:
         """Free the model."""
@@ -413,4 +425,7 @@ class GreedyLaw:
 
     def obeys(self, prompt: list[TokenId], answer: list[TokenId], reference: list[TokenId]) -> bool:
         """Whether `answer` equals the reference, or parts from it only after near ties."""
-        return answer == reference or self.gap(prompt, answer) <= self.epsilon
+        if answer == reference:
+            return True
+        gap = self.gap(prompt, answer)
+        return gap == 0 or gap <= self.epsilon

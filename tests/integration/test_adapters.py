@@ -55,6 +55,13 @@ def appliance(tmp_path_factory: pytest.TempPathFactory, base: GgufFile) -> Itera
         yield running
 
 
+@pytest.fixture(scope="module")
+def law() -> Iterator[GreedyLaw]:
+    judge = GreedyLaw(default_weights())
+    yield judge
+    judge.close()
+
+
 @dataclass(frozen=True)
 class Answer:
     """What came back."""
@@ -83,26 +90,25 @@ def answers(appliance: RunningAppliance, bodies: list[dict[str, Any]], *, at_onc
         return list(pool.map(partial(ask, appliance), bodies))
 
 
-def test_two_adapters_and_the_base_under_mixed_load_answer_as_each_does_alone(appliance: RunningAppliance) -> None:
+def test_two_adapters_and_the_base_under_mixed_load_answer_as_each_does_alone(
+    appliance: RunningAppliance, law: GreedyLaw
+) -> None:
     bodies = [chat_body(q, model=name, max_tokens=16) for q in QUESTIONS for name in NAMES]
     alone = answers(appliance, bodies, at_once=1)
     for base, polite, rude in zip(*[iter(alone)] * 3, strict=True):
         assert len({base.text, polite.text, rude.text}) == 3, "each adapter changes the answer"
     mixed = answers(appliance, bodies, at_once=len(bodies))
     for i, name in enumerate(NAMES):
-        check_law(appliance, name, alone[i::3], mixed[i::3])
+        check_law(law, appliance, name, alone[i::3], mixed[i::3])
 
 
-def check_law(appliance: RunningAppliance, name: str, references: list[Answer], others: list[Answer]) -> None:
+def check_law(
+    law: GreedyLaw, appliance: RunningAppliance, name: str, references: list[Answer], others: list[Answer]
+) -> None:
     """The greedy law, scored with the adapters of `name`."""
-    pairs = list(zip(references, others, strict=True))
-    if all(a.tokens == b.tokens for a, b in pairs):
-        return
-    law = GreedyLaw(default_weights(), adapters_of(appliance, name))
-    try:
-        assert all(law.obeys(b.prompt, b.tokens, a.tokens) for a, b in pairs)
-    finally:
-        law.close()
+    law.use(adapters_of(appliance, name))
+    for reference, other in zip(references, others, strict=True):
+        assert law.obeys(other.prompt, other.tokens, reference.tokens)
 
 
 def adapters_of(appliance: RunningAppliance, name: str) -> AdapterSet:
@@ -116,7 +122,7 @@ def test_what_one_adapter_computed_is_no_prefix_of_another(appliance: RunningApp
     assert all(a.cached > 20 for a in answers(appliance, asked, at_once=1))
 
 
-def test_the_body_names_adapters_and_scales(appliance: RunningAppliance) -> None:
+def test_the_body_names_adapters_and_scales(appliance: RunningAppliance, law: GreedyLaw) -> None:
     plain, polite, stacked, off, named = answers(
         appliance,
         [
@@ -129,8 +135,8 @@ def test_the_body_names_adapters_and_scales(appliance: RunningAppliance) -> None
         at_once=1,
     )
     assert len({plain.text, polite.text, stacked.text}) == 3
-    check_law(appliance, NAMES[0], [plain], [off])
-    check_law(appliance, NAMES[1], [polite], [named])
+    check_law(law, appliance, NAMES[0], [plain], [off])
+    check_law(law, appliance, NAMES[1], [polite], [named])
     assert (plain.model, named.model, stacked.model) == (NAMES[0], NAMES[1], f"{DEFAULT_MODEL}+rude+polite")
 
 
