@@ -45,6 +45,8 @@ class Settings:
     """Memory for computed prompts that left a model's cache; 0 means a sixteenth of what is available."""
     preload: str = "auto"
     """`auto` loads the default model at the start; `off` loads each model when it is first asked for."""
+    token_interval_ms: int = 0
+    """Longest wanted time between two tokens while other prompts are read; 0 means chosen from what a step costs."""
     speculation: str = "auto"
     """`auto` guesses tokens that the text repeats where that is faster, `off` never does; answers are the same."""
     max_queue: int = 256
@@ -73,6 +75,10 @@ class Settings:
     @property
     def socket_path(self) -> Path:
         return self.run_dir / "edge.sock"
+
+    @property
+    def tuning_dir(self) -> Path:
+        return self.home / "tuning"
 
     @property
     def logs_dir(self) -> Path:
@@ -111,7 +117,7 @@ def _convert(name: str, value: object, where: str) -> object:
 
 _LEAST = {
     "threads": 0, "context_tokens": 0, "state_bytes": 0, "max_sequences": 1, "step_tokens": 1, "max_queue": 1,
-    "max_body_bytes": 1024, "request_timeout_s": 1, "outbox_bytes": 1 << 16,
+    "token_interval_ms": 0,     "max_body_bytes": 1024, "request_timeout_s": 1, "outbox_bytes": 1 << 16,
 }  # fmt: skip
 
 

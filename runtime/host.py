@@ -40,6 +40,7 @@ from runtime.blackbox import BlackBox
 from runtime.generation import Generation, error_from_wire
 from runtime.poison import PoisonCabinet, case_of
 from runtime.quarantine import Fingerprint, Quarantine, Suspect, fingerprint
+from runtime.tuning import Tuning, load_tuning
 
 log = logging.getLogger("edge.host")
 
@@ -455,10 +456,13 @@ class ModelHost:
 
     def _load_message(self) -> wire.Load:
         s = self.settings
+        tuned = Tuning() if s.threads else load_tuning(s.tuning_dir, str(self.model.digest)) or Tuning()
         return wire.Load(
-            path=str(self.model.weights), ref=self.ref, threads=s.threads, num_slots=s.max_sequences,
-            step_tokens=s.step_tokens, context_tokens=s.context_tokens, max_queue=s.max_queue,
-            state_bytes=s.state_bytes, reserved_bytes=self._reserved_bytes(), speculation=s.speculation,
+            path=str(self.model.weights), ref=self.ref, threads=s.threads or tuned.prefill_threads,
+            num_slots=s.max_sequences, step_tokens=s.step_tokens, context_tokens=s.context_tokens,
+            max_queue=s.max_queue, state_bytes=s.state_bytes, reserved_bytes=self._reserved_bytes(), speculation=s.speculation,
+            token_interval_ms=s.token_interval_ms, decode_threads=tuned.decode_threads,
+            ubatch_tokens=tuned.ubatch_tokens, flash_attention=tuned.flash_attention,
         )  # fmt: skip
 
     async def _watch(self, stop: asyncio.Event) -> Ending:

@@ -46,6 +46,7 @@ class Generate(Message, frozen=True):
     adapters: tuple[Adapter, ...] = ()
     tenant: str = ""
     cache_key: str = ""
+    priority: int = 0
 
 
 class Cancel(Message, frozen=True):
@@ -72,6 +73,10 @@ class Load(Message, frozen=True):
     reserved_bytes: int = 0
     """Memory that looks free but is for models that are being loaded now."""
     speculation: str = "auto"
+    token_interval_ms: int = 0
+    decode_threads: int = 0
+    ubatch_tokens: int = 0
+    flash_attention: bool | None = None
 
 
 # ---------------------------------------------------------------- worker to front

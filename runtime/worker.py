@@ -21,7 +21,7 @@ from pathlib import Path
 from edge.errors import BackendError, ContextOverflow, EdgeError, InvalidRequest, QueueFull
 from edge.formats.gguf import read_gguf
 from edge.formats.lora import check_finite, read_lora
-from edge.hardware.memory import available_bytes, usable_cores
+from edge.hardware.memory import available_bytes, cpu_quota, usable_cores
 from runtime import wire
 from runtime.adapters import adapter_set
 from runtime.backends.base import Backend
@@ -148,7 +148,7 @@ class PromptMaker:
         return Request(
             RequestId(message.id), tuple(tokens), max_tokens, message.params, tuple(message.stop), message.ignore_eos,
             message.return_tokens, self._breakers(message.params), tenant=message.tenant, cache_key=message.cache_key,
-            grammar=grammar, adapters=self._checked(message.adapters),
+            grammar=grammar, adapters=self._checked(message.adapters), priority=message.priority,
         )  # fmt: skip
 
     def _breakers(self, params: SamplingParams) -> Breakers:
@@ -221,10 +221,13 @@ class Worker:
         except EdgeError as e:
             self._connection.send(wire.Step([], [failed(0, e)]))
             sys.exit(1)
-        governor = Governor(max_threads=load.threads or usable_cores(), cores=usable_cores())
+        governor = Governor(
+            max_threads=load.threads or usable_cores(), cores=len(os.sched_getaffinity(0)), quota=cpu_quota()
+        )
         self._engine = Engine(
             backend, SocketSink(self._connection), max_queue=load.max_queue, governor=governor, observer=self._box,
             speculator=NgramSpeculator() if load.speculation == "auto" else None,
+            token_interval_s=load.token_interval_ms / 1000,
         )  # fmt: skip
         can, facts = backend.capabilities, backend.facts
         self._connection.send(
@@ -240,7 +243,7 @@ class Worker:
         backend.close()
 
     def _open(self, load: wire.Load) -> Backend:
-        from runtime.backends.llama_cpp import LlamaBackend, LlamaOptions
+        from runtime.backends.llama_cpp import UBATCH_TOKENS, LlamaBackend, LlamaOptions
 
         options = LlamaOptions(
             threads=load.threads or usable_cores(),
@@ -250,6 +253,9 @@ class Worker:
             available_bytes=max(0, available_bytes() - load.reserved_bytes),
             state_bytes=load.state_bytes or available_bytes() // 16,
             adapter_bytes=available_bytes() // 8,
+            decode_threads=load.decode_threads,
+            ubatch_tokens=load.ubatch_tokens or UBATCH_TOKENS,
+            flash_attention=load.flash_attention,
         )
         self._budget_bytes = options.state_bytes + options.adapter_bytes
         last = 0.0

@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "unload": ("edge.cli.running:unload", "Unload a model from the running appliance."),
     "pin": ("edge.cli.models:pin", "Keep a model in memory once it is loaded."),
     "replay": ("edge.cli.replay:replay", "Look into requests that ended the engine."),
+    "tune": ("edge.cli.tune:tune", "Measure which engine settings are fastest for a model on this device."),
     "quantize": ("edge.cli.quantize:quantize", "Turn a checkpoint into measured, packaged models."),
     "image": ("edge.cli.image:image", "Build a container image for a hardware target."),
     "telemetry": ("edge.cli.telemetry:telemetry", "Show, flush or follow the telemetry outbox."),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 _UNLIMITED = 1 << 60  # cgroup v1 says "no limit" with a number near 2^63
@@ -87,13 +89,41 @@ def available_bytes(root: Path = Path("/")) -> int:
     return min([_meminfo(root).get("MemAvailable", _UNLIMITED), *groups])
 
 
+@dataclass(frozen=True, slots=True)
+class CpuQuota:
+    """Processor time that a control group allows.
+
+    Attributes:
+        cores: Seconds of it in a second.
+        stat: The file that says how much the group has used (cpu.stat of cgroup v2).
+    """
+
+    cores: float
+    stat: Path
+
+    def used_s(self) -> float:
+        """Processor time of the whole group since it was made; 0 where the file cannot be read."""
+        try:
+            lines = self.stat.read_text("ascii").splitlines()
+        except (OSError, UnicodeDecodeError):
+            return 0.0
+        return next((int(line.split()[1]) / 1e6 for line in lines if line.startswith("usage_usec ")), 0.0)
+
+
+def cpu_quota(root: Path = Path("/")) -> CpuQuota | None:
+    """The tightest quota around this process (cpu.max, cgroup v2); None without one."""
+    found: list[CpuQuota] = []
+    for directory in _cgroup_dirs(root):
+        try:
+            quota, period = (directory / "cpu.max").read_text("ascii").split()
+        except (OSError, ValueError, UnicodeDecodeError):
+            continue
+        if quota.isdigit() and period.isdigit() and int(period) > 0:
+            found.append(CpuQuota(int(quota) / int(period), directory / "cpu.stat"))
+    return min(found, key=lambda q: q.cores, default=None)
+
+
 def usable_cores(root: Path = Path("/")) -> int:
     """Cores this process may run on: its affinity, cut by the control group's quota (rounded up), at least one."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = (root / "sys/fs/cgroup/cpu.max").read_text("ascii").split()
-    except (OSError, ValueError, UnicodeDecodeError):
-        return cores
-    if not quota.isdigit() or not period.isdigit() or int(period) == 0:
-        return cores
-    return max(1, min(cores, -(-int(quota) // int(period))))
+    cores, quota = len(os.sched_getaffinity(0)), cpu_quota(root)
+    return cores if quota is None else max(1, min(cores, math.ceil(quota.cores)))

@@ -211,6 +211,7 @@ async def chat_completions(request: HttpRequest, state: State) -> Response[ChatC
             body.return_token_ids,
             cache_key=body.prompt_cache_key or "",
             constraint=calls[0].constraint,
+            priority=body.priority or 0,
         ),
     )
     if body.stream:
@@ -266,6 +267,7 @@ async def completions(request: HttpRequest, state: State) -> Response[Completion
             body.return_token_ids,
             cache_key=body.prompt_cache_key or "",
             constraint=calls[0].constraint,
+            priority=body.priority or 0,
         ),
     )
     if body.stream:

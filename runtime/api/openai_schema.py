@@ -23,6 +23,7 @@ DryBase = Annotated[float, msgspec.Meta(ge=1, le=100)]
 DryBreakers = Annotated[
     list[Annotated[str, msgspec.Meta(min_length=1, max_length=40)]], msgspec.Meta(min_length=1, max_length=16)
 ]
+Priority = Annotated[int, msgspec.Meta(ge=0, le=3)]
 TokenCount = Annotated[int, msgspec.Meta(ge=0, le=(1 << 31) - 1)]
 PositiveInt = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 LogitBias = Annotated[dict[str, Annotated[float, msgspec.Meta(ge=-100, le=100)]], msgspec.Meta(max_length=1024)]
@@ -74,6 +75,8 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: PositiveInt | None = None
+    priority: Priority | None = None
+    """vLLM's: a lower value is served first. 0, the default, is for who waits at a screen."""
     temperature: Temperature | None = None
     top_p: Probability | None = None
     top_k: TokenCount | None = None

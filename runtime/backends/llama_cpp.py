@@ -41,6 +41,10 @@ class LlamaOptions:
         state_bytes: Memory for states of sequences that left the cache, taken as they are saved.
         adapter_bytes: Memory for adapters, taken as they are loaded.
         state_disk_bytes: Most of them on the disk.
+        decode_threads: Most threads of a step of one token; 0 means as many as others have.
+        ubatch_tokens: Tokens that the library computes at once.
+        flash_attention: On or off; None lets the library choose.
+        kv_q8: Whether cells are kept in eight bits (Q8_0): half the memory, other answers.
     """
 
     threads: int
@@ -51,6 +55,10 @@ class LlamaOptions:
     state_bytes: int = 0
     adapter_bytes: int = 0
     state_disk_bytes: int = 0
+    decode_threads: int = 0
+    ubatch_tokens: int = UBATCH_TOKENS
+    flash_attention: bool | None = None
+    kv_q8: bool = False
 
 
 def choose_cells(*, asked: int, trained: int, bytes_per_cell: int, room_bytes: int) -> int:
@@ -189,6 +197,7 @@ class LlamaBackend:
         self._lib = lib = bindings()
         self._context: Any = None
         self._model: Any = None
+        self._decode_threads = options.decode_threads
         size = path.stat().st_size
         if size > options.available_bytes:
             raise DoesNotFit(path.name, required_bytes=size, available_bytes=options.available_bytes)
@@ -235,7 +244,7 @@ class LlamaBackend:
     def _compute_bytes(self, options: LlamaOptions) -> int:
         """Memory beside weights and cells. The largest compute buffer holds one row of scores for each token of a
         micro-batch, and the output buffer one for each token of a step that wants them."""
-        return PROCESS_BYTES + 2 * min(UBATCH_TOKENS, options.step_tokens) * self._vocab_size * 4
+        return PROCESS_BYTES + 2 * min(options.ubatch_tokens, options.step_tokens) * self._vocab_size * 4
 
     def _cells(self, options: LlamaOptions, *, room_bytes: int) -> int:
         return choose_cells(
@@ -256,9 +265,16 @@ class LlamaBackend:
         lib = self._lib
         params = lib.llama_context_default_params()
         params.n_ctx, params.n_batch = cells, options.step_tokens
-        params.n_ubatch = min(UBATCH_TOKENS, options.step_tokens)
+        params.n_ubatch = min(options.ubatch_tokens, options.step_tokens)
         params.n_seq_max = options.num_slots
-        params.n_threads = params.n_threads_batch = options.threads
+        params.n_threads = min(options.threads, options.decode_threads or options.threads)
+        params.n_threads_batch = options.threads
+        if options.flash_attention is not None:
+            params.flash_attn_type = (
+                lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if options.flash_attention else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            )
+        if options.kv_q8:
+            params.type_k = params.type_v = lib.GGML_TYPE_Q8_0
         params.kv_unified, params.no_perf = True, True
         params.swa_full = True  # a sliding window would forget the prefixes that slots keep for reuse
         context = lib.llama_init_from_model(self._model, params)
@@ -400,7 +416,7 @@ class LlamaBackend:
 
     def set_threads(self, threads: int) -> None:
         """Use this many threads from the next step on."""
-        self._lib.llama_set_n_threads(self._context, threads, threads)
+        self._lib.llama_set_n_threads(self._context, min(threads, self._decode_threads or threads), threads)
 
     def clear(self) -> None:
         """Empty the cache."""
