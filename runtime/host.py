@@ -460,8 +460,8 @@ class ModelHost:
         return wire.Load(
             path=str(self.model.weights), ref=self.ref, threads=s.threads or tuned.prefill_threads,
             num_slots=s.max_sequences, step_tokens=s.step_tokens, context_tokens=s.context_tokens,
-            max_queue=s.max_queue, state_bytes=s.state_bytes, reserved_bytes=self._reserved_bytes(), speculation=s.speculation,
-            token_interval_ms=s.token_interval_ms, decode_threads=tuned.decode_threads,
+            max_queue=s.max_queue, state_bytes=s.state_bytes, reserved_bytes=self._reserved_bytes(),
+            speculation=s.speculation, token_interval_ms=s.token_interval_ms, decode_threads=tuned.decode_threads,
             ubatch_tokens=tuned.ubatch_tokens, flash_attention=tuned.flash_attention,
         )  # fmt: skip
 
