@@ -127,7 +127,7 @@ class Ours:
     def environment(self) -> dict[str, str]:
         """Its environment: nothing of the caller's settings, and models that stay loaded."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith("EDGE_")}
-        return {**kept, "EDGE_HOME": str(self.home), "EDGE_KEEP_ALIVE_S": "-1"}
+        return {**kept, "EDGE_HOME": str(self.home), "EDGE_DEFAULT_MODEL": self.model, "EDGE_KEEP_ALIVE_S": "-1"}
 
     def command(self, port: int, *, context_tokens: int, threads: int) -> list[str]:
         """The command line of a server."""
