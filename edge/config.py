@@ -45,6 +45,9 @@ class Settings:
     """Memory for computed prompts that left a model's cache; 0 means a sixteenth of what is available."""
     preload: str = "auto"
     """`auto` loads the default model at the start; `off` loads each model when it is first asked for."""
+    state_disk_bytes: int = -1
+    """Most of them, for each model, on the disk, where they outlive a restart; 0 writes none, -1 means a twentieth of
+    what is free, at most 1 GiB."""
     token_interval_ms: int = 0
     """Longest wanted time between two tokens while other prompts are read; 0 means chosen from what a step costs."""
     speculation: str = "auto"
@@ -116,8 +119,8 @@ def _convert(name: str, value: object, where: str) -> object:
 
 
 _LEAST = {
-    "threads": 0, "context_tokens": 0, "state_bytes": 0, "max_sequences": 1, "step_tokens": 1, "max_queue": 1,
-    "token_interval_ms": 0,     "max_body_bytes": 1024, "request_timeout_s": 1, "outbox_bytes": 1 << 16,
+    "threads": 0, "context_tokens": 0, "state_bytes": 0, "state_disk_bytes": -1, "max_sequences": 1, "step_tokens": 1,
+    "max_queue": 1, "token_interval_ms": 0, "max_body_bytes": 1024, "request_timeout_s": 1, "outbox_bytes": 1 << 16,
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import queue
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -24,6 +25,7 @@ from runtime.sampler import Sampler
 from runtime.scheduler import Limits, Scheduler, SchedulerStats
 from runtime.sequence import Sequence
 from runtime.speculate import SpeculationStats, Speculator
+from runtime.states import LoadState, RemoveState, SavedState, Scope, StoreState
 from runtime.step_budget import BudgetTuner
 from runtime.step_cost import StepCosts
 from runtime.tokenizer import Detokenizer, StopMatcher
@@ -106,6 +108,22 @@ class Observer(Protocol):
         ...
 
 
+class Disk(Protocol):
+    """Where states go that shall outlive the process. Returns at once; what comes of it comes on any thread."""
+
+    def write(self, state: SavedState, data: memoryview, done: Callable[[bool], None]) -> None:
+        """Write a state; `done` hears whether it is on the disk."""
+        ...
+
+    def read(self, state: SavedState, done: Callable[[memoryview | None], None]) -> None:
+        """Read a state; `done` gets its bytes, or None where there are none to be trusted."""
+        ...
+
+    def remove(self, scope: Scope, tokens: list[TokenId]) -> None:
+        """Remove a state."""
+        ...
+
+
 class Sink(Protocol):
     """Where answers go. Called on the engine's thread, once a step; must not block."""
 
@@ -157,6 +175,21 @@ class _Cancel:
     request_id: RequestId
 
 
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    state: SavedState
+    is_stored: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    state: SavedState
+    data: memoryview | None
+
+
+_Message = _Submit | _Cancel | _Stored | _Loaded | None
+
+
 class Engine:
     """Runs requests on a backend. `submit`, `cancel` and `stop` may come from any thread; `run` blocks its own.
 
@@ -165,6 +198,7 @@ class Engine:
         governor: Chooses the threads of each step; without one they stay as the backend was opened.
         speculator: Guesses tokens where the backend can take guesses back.
         observer: Hears of each step before it is computed.
+        disk: Keeps states where the backend's limits let it.
         token_interval_s: Longest wanted time between two tokens while prompts are read beside; 0 chooses one.
         clock: Seconds, monotonic.
     """
@@ -172,7 +206,7 @@ class Engine:
     def __init__(
         self, backend: Backend, sink: Sink, *, max_queue: int, governor: Governor | None = None,
         speculator: Speculator | None = None, observer: Observer | None = None, token_interval_s: float = 0.0,
-        clock: Callable[[], float] = time.monotonic,
+        disk: Disk | None = None, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         can = backend.capabilities
         self._backend = backend
@@ -181,6 +215,7 @@ class Engine:
         self._governor = governor
         self._speculator = speculator if can.states.partial_reuse else None
         self._observer = observer
+        self._disk = disk
         self._adapters = ResidentAdapters(can.adapter_bytes)
         self._threads = 0
         self._max_queue = max_queue
@@ -191,7 +226,7 @@ class Engine:
         self._scheduler = Scheduler(
             Limits(can.num_slots, can.num_cells, can.max_step_tokens, states=can.states), self._budget.prompt_tokens
         )
-        self._inbox: queue.SimpleQueue[_Submit | _Cancel | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._answers: dict[RequestId, _Answer] = {}
         self._deltas: list[Delta] = []
         self._failures: list[Failure] = []
@@ -231,7 +266,15 @@ class Engine:
                 self._wait_for_work(chores)
             elif self._steps % STEPS_PER_CHORE == 0:
                 next(chores, None)
-            self.advance()
+            if not self.advance() and self._scheduler.has_work:
+                self._wait_for_disk()
+
+    def _wait_for_disk(self) -> None:
+        """Who waits for a state to be read is all there is."""
+        try:
+            self._handle(self._inbox.get(timeout=0.1))
+        except queue.Empty:
+            return
 
     def _wait_for_work(self, chores: Iterator[object]) -> None:
         if self._observer is not None:
@@ -252,7 +295,42 @@ class Engine:
         if batch is not None:
             self._compute(batch)
             self._flush()
+        self._use_disk()
         return batch is not None
+
+    def adopt(self, tokens: list[TokenId], scope: Scope, *, uses: int, pin: str) -> bool:
+        """Take a state on the disk into the books, before `run`; False where it is of no use."""
+        return self._scheduler.cache.adopt(tokens, scope, uses=uses, pin=pin) is not None
+
+    def persist(self) -> None:
+        """After `run`: have the disk take all that is worth keeping.
+
+        Raises:
+            BackendError: A state cannot be read out of the cache.
+        """
+        for sequence in list(self._scheduler.sequences()):
+            self._scheduler.retire(sequence, reason=None)
+        self._scheduler.cache.save_all()
+        self._backend.decode(Batch(self._scheduler.cache.take_ops(), ()))
+        self._use_disk()
+
+    def _use_disk(self) -> None:
+        """Have done what the cache wants of the disk; the backend holds by now what the planned step saved."""
+        for op in self._scheduler.cache.take_disk_ops():
+            assert self._disk is not None, "without a disk its budget is 0"
+            match op:
+                case StoreState(state):
+                    self._disk.write(state, self._backend.state(state.id), partial(self._on_stored, state))
+                case LoadState(state):
+                    self._disk.read(state, partial(self._on_loaded, state))
+                case RemoveState(state):
+                    self._disk.remove(state.scope, state.tokens)
+
+    def _on_stored(self, state: SavedState, is_stored: bool) -> None:
+        self._inbox.put(_Stored(state, is_stored))
+
+    def _on_loaded(self, state: SavedState, data: memoryview | None) -> None:
+        self._inbox.put(_Loaded(state, data))
 
     def _speculate(self) -> None:
         """Have tokens guessed. Beside a prompt none are: its step is long, and what guesses cost in it is not known."""
@@ -289,14 +367,21 @@ class Engine:
             except queue.Empty:
                 return
 
-    def _handle(self, message: _Submit | _Cancel | None) -> None:
-        if message is None:
-            self._stopping = True
-        elif isinstance(message, _Cancel):
-            self._scheduler.cancel(message.request_id)
-            self._answers.pop(message.request_id, None)
-        else:
-            self._accept(message)
+    def _handle(self, message: _Message) -> None:
+        match message:
+            case None:
+                self._stopping = True
+            case _Submit():
+                self._accept(message)
+            case _Cancel():
+                self._scheduler.cancel(message.request_id)
+                self._answers.pop(message.request_id, None)
+            case _Stored():
+                if not message.is_stored:
+                    self._scheduler.cache.states.remove(message.state)
+            case _Loaded(state, data):
+                if self._scheduler.cache.loaded(state, is_good=data is not None) and data is not None:
+                    self._backend.put_state(state.id, data)
 
     def _accept(self, message: _Submit) -> None:
         request = message.request

@@ -463,6 +463,7 @@ class ModelHost:
             max_queue=s.max_queue, state_bytes=s.state_bytes, reserved_bytes=self._reserved_bytes(),
             speculation=s.speculation, token_interval_ms=s.token_interval_ms, decode_threads=tuned.decode_threads,
             ubatch_tokens=tuned.ubatch_tokens, flash_attention=tuned.flash_attention,
+            home=str(s.home), weights_digest=self.model.weights.name, state_disk_bytes=s.state_disk_bytes,
         )  # fmt: skip
 
     async def _watch(self, stop: asyncio.Event) -> Ending:

@@ -17,6 +17,9 @@ from runtime.states import HOT_USES, MIN_STATE_TOKENS, DiskOp, SavedState, Saved
 
 MIN_SHARED_TOKENS = 32
 """A prefix shorter than this is not worth waiting for, nor worth a copy between slots."""
+MIN_PARTING_TOKENS = 8
+"""Where a prompt leaves a cached text so many tokens before its end, it is another text with the same beginning; a chat
+that goes on leaves none, or the few in which the template writes an answer otherwise than the model did."""
 MAX_IDLE_CELLS = 256
 """Cells that slots without a sequence may hold while others run. Attention looks at every used cell of the cache:
 1,500 idle ones made a one-token step of the default model 19 % longer. Saved, they come back in a millisecond."""
@@ -231,8 +234,8 @@ class PrefixCache:
                 self._set_tokens(target, source.tokens[:length])
                 self._keep_shared(target)
             return
-        is_parting = len(target.tokens) - length >= MIN_STATE_TOKENS
-        if is_parting:
+        lost = len(target.tokens) - length
+        if lost >= MIN_STATE_TOKENS:
             self._save(target)
         self.cut(target, length)
         if target.scope != scope:  # what was pinned for all, gone on from by one
@@ -240,7 +243,7 @@ class PrefixCache:
             self._set_tokens(target, [])
             target.scope = scope
             self._set_tokens(target, tokens)
-        if is_parting:
+        if lost >= MIN_PARTING_TOKENS:
             self._keep_shared(target)
 
     def _keep_shared(self, slot: Slot) -> None:

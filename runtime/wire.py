@@ -77,6 +77,9 @@ class Load(Message, frozen=True):
     decode_threads: int = 0
     ubatch_tokens: int = 0
     flash_attention: bool | None = None
+    home: str = ""
+    weights_digest: str = ""
+    state_disk_bytes: int = 0
 
 
 # ---------------------------------------------------------------- worker to front

@@ -10,6 +10,7 @@ import ctypes
 import logging
 import os
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -33,10 +34,15 @@ from runtime.grammar import Grammars
 from runtime.penalties import find_breakers
 from runtime.request import NO_BREAKERS, Adapter, AdapterSet, Breakers, Request, RequestId, SamplingParams
 from runtime.speculate import NgramSpeculator
+from runtime.state_files import StateFiles, open_states
 
 log = logging.getLogger("edge.worker")
 
 HEARTBEAT_S = 1.0
+PERSIST_S = 3.0
+"""How long a worker that ends may write states; the front waits for it a little longer."""
+MAX_DISK_BYTES = 1 << 30
+"""What states take on the disk without being told."""
 MAX_CHARS_PER_TOKEN = 32
 """A prompt with more characters than this for each token of context is refused without being tokenized."""
 MAX_GROWTH_BYTES = 1 << 30
@@ -216,7 +222,8 @@ class Worker:
         """Load the model, say so, and answer until told to stop. A load that fails is told and ends the process."""
         started = time.monotonic()
         try:
-            backend = self._open(load)
+            files = _state_files(load)
+            backend = self._open(load, disk_bytes=_disk_bytes(load) if files else 0)
             self._prompts = PromptMaker(backend)
         except EdgeError as e:
             self._connection.send(wire.Step([], [failed(0, e)]))
@@ -227,8 +234,10 @@ class Worker:
         self._engine = Engine(
             backend, SocketSink(self._connection), max_queue=load.max_queue, governor=governor, observer=self._box,
             speculator=NgramSpeculator() if load.speculation == "auto" else None,
-            token_interval_s=load.token_interval_ms / 1000,
+            token_interval_s=load.token_interval_ms / 1000, disk=files,
         )  # fmt: skip
+        if files is not None:
+            self._adopt(files)
         can, facts = backend.capabilities, backend.facts
         self._connection.send(
             wire.Ready(
@@ -240,9 +249,17 @@ class Worker:
         threading.Thread(target=self._read, name="reader", daemon=True).start()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         self._engine.run()
+        if files is not None:
+            self._engine.persist()
+            files.close(timeout_s=PERSIST_S)
         backend.close()
 
-    def _open(self, load: wire.Load) -> Backend:
+    def _adopt(self, files: StateFiles) -> None:
+        for found in files.open():
+            if not self._engine.adopt(found.tokens, found.scope, uses=found.uses, pin=found.pin):
+                files.remove(found.scope, found.tokens)
+
+    def _open(self, load: wire.Load, *, disk_bytes: int) -> Backend:
         from runtime.backends.llama_cpp import UBATCH_TOKENS, LlamaBackend, LlamaOptions
 
         options = LlamaOptions(
@@ -256,6 +273,7 @@ class Worker:
             decode_threads=load.decode_threads,
             ubatch_tokens=load.ubatch_tokens or UBATCH_TOKENS,
             flash_attention=load.flash_attention,
+            state_disk_bytes=disk_bytes,
         )
         self._budget_bytes = options.state_bytes + options.adapter_bytes
         last = 0.0
@@ -303,6 +321,31 @@ class Worker:
                 )
             )  # fmt: skip
             time.sleep(HEARTBEAT_S)
+
+
+def _state_files(load: wire.Load) -> StateFiles | None:
+    """Where states of this model outlive the process; None where they do not."""
+    from runtime.backends.llama_cpp import STATE_LAYOUT
+
+    if load.state_disk_bytes == 0:
+        return None
+    home = Path(load.home)
+    try:
+        return open_states(
+            home / "states",
+            home / "state.key",
+            weights_digest=load.weights_digest,
+            build=f"{_build()} {STATE_LAYOUT} {load.flash_attention}",
+        )
+    except OSError as e:
+        log.warning("states are not kept on the disk: %s", e)
+        return None
+
+
+def _disk_bytes(load: wire.Load) -> int:
+    if load.state_disk_bytes > 0:
+        return load.state_disk_bytes
+    return min(MAX_DISK_BYTES, shutil.disk_usage(load.home).free // 20)
 
 
 def _build() -> str:

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from runtime.backends.base import Backend, Capabilities, ModelFacts
 from runtime.batch import Batch, CacheOp, Chunk, CopyPrefix, DropState, RestoreState, SaveState, Truncate
-from runtime.engine import Delta, Failure, Sink
+from runtime.engine import Delta, Disk, Failure, Sink
 from runtime.request import Adapter, AdapterSet, Request, RequestId, TokenId
 from runtime.sequence import Sequence
-from runtime.states import StateId
+from runtime.states import SavedState, Scope, StateId
 from runtime.tokenizer import Tokenizer
 
 SEED = Path(sys.prefix) / "share" / "slm-edge" / "seed"
@@ -186,7 +186,7 @@ class ScriptedBackend(Backend):
     def state(self, state: StateId) -> memoryview:
         return np.array(self.states[state], np.int64).data.cast("B")
 
-    def put_state(self, state: StateId, data: bytes) -> None:
+    def put_state(self, state: StateId, data: memoryview) -> None:
         self.states[state] = np.frombuffer(data, np.int64).tolist()
 
     def settle(self) -> Iterator[object]:
@@ -201,6 +201,49 @@ class ScriptedBackend(Backend):
 
     def close(self) -> None:
         self.clear()
+
+
+class ScriptedDisk(Disk):
+    """Does what it is told when `work` is called, and fails where the plan says so."""
+
+    def __init__(self, plan: list[bool]) -> None:
+        self._plan = plan
+        self._jobs: list[Callable[[], None]] = []
+        self._num_jobs = 0
+        self.files: dict[tuple[Scope, tuple[TokenId, ...]], tuple[memoryview, str]] = {}
+
+    def write(self, state: SavedState, data: memoryview, done: Callable[[bool], None]) -> None:
+        def job() -> None:
+            if good := self._is_good():
+                self.files[state.scope, tuple(state.tokens)] = data, state.pin
+            done(good)
+
+        self._jobs.append(job)
+
+    def read(self, state: SavedState, done: Callable[[memoryview | None], None]) -> None:
+        def job() -> None:
+            found = self.files.get((state.scope, tuple(state.tokens)))
+            done(found[0] if found is not None and self._is_good() else None)
+
+        self._jobs.append(job)
+
+    def remove(self, scope: Scope, tokens: list[TokenId]) -> None:
+        self._jobs.append(lambda: void(self.files.pop((scope, tuple(tokens)), None)))
+
+    def _is_good(self) -> bool:
+        self._num_jobs += 1
+        return self._plan[self._num_jobs % len(self._plan)] if self._plan else True
+
+    def work(self) -> bool:
+        """Do what was asked; whether there was anything."""
+        jobs, self._jobs = self._jobs, []
+        for job in jobs:
+            job()
+        return bool(jobs)
+
+
+def void(_: object) -> None:
+    """Drop a value."""
 
 
 class CollectingSink(Sink):

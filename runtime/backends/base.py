@@ -94,7 +94,7 @@ class Backend(Protocol):
         """The bytes of a saved state; they never change, and stay valid while they are referred to."""
         ...
 
-    def put_state(self, state: StateId, data: bytes) -> None:
+    def put_state(self, state: StateId, data: memoryview) -> None:
         """Take back the bytes of a state that this backend, of this build with this model, has saved."""
         ...
 

@@ -23,6 +23,8 @@ from runtime.states import StateId, StateLimits
 UBATCH_TOKENS = 512
 DEFAULT_CELLS = 32768
 """Most cells taken without being asked for; a request may use all of them."""
+STATE_LAYOUT = "f16 keys and values, unified"
+"""Beside model and build, what decides the bytes of a saved state."""
 MIN_CELLS = 4096
 """Cells for many short sequences beside each other, where the model's own context is shorter."""
 PROCESS_BYTES = 96 << 20
@@ -396,7 +398,7 @@ class LlamaBackend:
         """The bytes of a saved state."""
         return self._states[state].data
 
-    def put_state(self, state: StateId, data: bytes) -> None:
+    def put_state(self, state: StateId, data: memoryview) -> None:
         """Take back the bytes of a saved state."""
         self._states[state] = np.frombuffer(data, np.uint8)
 

@@ -20,7 +20,7 @@ from runtime.scheduler import Limits, Scheduler
 from runtime.sequence import Sequence
 from runtime.speculate import SpeculationStats, Speculator
 from runtime.states import StateLimits
-from tests.support import CollectingSink, ScriptedBackend
+from tests.support import CollectingSink, ScriptedBackend, ScriptedDisk
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -61,8 +61,10 @@ def arrivals(draw: st.DrawFn) -> Arrival:
     )
 
 
-def capabilities(*, slots: int, cells: int, step: int, partial: bool = True, states: int = 0) -> Capabilities:
-    return Capabilities(slots, cells, cells, step, StateLimits(states, partial_reuse=partial))
+def capabilities(
+    *, slots: int, cells: int, step: int, partial: bool = True, states: int = 0, disk: int = 0
+) -> Capabilities:
+    return Capabilities(slots, cells, cells, step, StateLimits(states, disk, partial_reuse=partial))
 
 
 any_schedule = given(
@@ -73,6 +75,8 @@ any_schedule = given(
     partial=st.booleans(),
     states=st.sampled_from([0, 90, 300, 5000]),
     guesses=st.lists(st.integers(0, 5), max_size=40),
+    disk=st.sampled_from([0, 150, 5000]),
+    luck=st.lists(st.booleans(), max_size=10),
 )
 
 
@@ -83,33 +87,57 @@ def test_any_schedule_gives_the_answers_of_requests_alone(**schedule: Any) -> No
 
 
 def check_schedule(
-    *, plan: list[Arrival], slots: int, cells: int, step: int, partial: bool, states: int, guesses: list[int]
-) -> None:
-    can = capabilities(slots=slots, cells=cells, step=max(step, slots), partial=partial, states=states)
-    backend = ScriptedBackend(can)
-    sink = CollectingSink()
+    *, plan: list[Arrival], slots: int, cells: int, step: int, partial: bool, states: int, guesses: list[int],
+    disk: int, luck: list[bool],
+) -> None:  # fmt: skip
+    can = capabilities(slots=slots, cells=cells, step=max(step, slots), partial=partial, states=states, disk=disk)
+    drive = ScriptedDisk(luck)
+    for _life in range(2 if disk else 1):
+        live(plan, ScriptedBackend(can), guesses, drive)
+        assert sum(len(tokens) for _, tokens in drive.files) <= disk
+
+
+def live(plan: list[Arrival], backend: ScriptedBackend, guesses: list[int], drive: ScriptedDisk) -> None:
+    """One run of a worker, from its start to its end."""
     speculator = ScriptedSpeculator(backend, guesses) if guesses else None
-    engine = Engine(backend, sink, max_queue=100, speculator=speculator, clock=backend.clock)
+    engine = Engine(
+        backend, sink := CollectingSink(), max_queue=100, speculator=speculator, disk=drive, clock=backend.clock
+    )
+    for scope, tokens in list(drive.files):
+        if not engine.adopt(list(tokens), scope, uses=1, pin=""):
+            drive.remove(scope, list(tokens))
     work = sum(len(a.prompt) + a.max_tokens for a in plan)
-    for now in range(80 + 2 * work):  # a step computes a token at least, and what is computed twice is bounded
+    for now in range(120 + 4 * work):  # a step computes a token or waits for the disk, which works in every third
         for i, a in enumerate(plan):
             if a.at == now:
                 engine.submit(a.request(i))
             if a.leaves_at == now:
                 engine.cancel(RequestId(i))
-        if not engine.advance() and now > 80:
+        computed = engine.advance()
+        worked = now % 3 == 0 and drive.work()
+        if not computed and not worked and now > 80 and now % 3 == 0:
             break
     else:
         raise AssertionError("a request starved")
-    engine.submit(Request(RequestId(-1), (96,), 1, GREEDY))  # what is still to be cut goes with the next step
-    while engine.advance():
-        pass
     stats = engine.stats().queues
     assert (stats.num_running, stats.num_waiting) == (0, 0)
     assert stats.cells_used == sum(map(len, backend.cells.values())), "the books and the cache differ"
+    assert stats.num_states == len(backend.states), "the books and the states differ"
     for i, a in enumerate(plan):
         check_answer(backend, sink, RequestId(i), a)
-        check_tenants(backend, sink.last.get(RequestId(i)), a, [b for b in plan if b is not a])
+        check_tenants(backend, sink.last.get(RequestId(i)), a, plan if drive.files else [b for b in plan if b is not a])
+    engine.persist()
+    while drive.work():
+        engine.advance()
+
+
+def test_a_restarted_engine_goes_on_from_the_disk() -> None:
+    drive = ScriptedDisk([])
+    can = capabilities(slots=4, cells=2000, step=64, states=5000, disk=5000)
+    plan = [Arrival(0, tuple(range(1, 90)), 3, None), Arrival(5, tuple(range(2, 91)), 3, None, tenant="b")]
+    live(plan, ScriptedBackend(can), [], drive)
+    live(plan, backend := ScriptedBackend(can), [], drive)
+    assert backend.num_computed <= 2 * (1 + 3), "all but the last token of each prompt was read back"
 
 
 class ScriptedSpeculator(Speculator):

@@ -1,0 +1,316 @@
+"""Saved states as files: what a restarted worker goes on from.
+
+A state is what users wrote, and native code parses it. So a file is readable by its owner alone, authenticated with a
+key of the device, and believed only when every byte was checked: one that is damaged, cut short, or of another device,
+model or build is ignored and removed. Nothing fails for want of the disk: the tier then switches itself off.
+
+Format, version 1: magic, header length (four bytes, little-endian), header (msgpack), HMAC-SHA256 of all that; then the
+state, whose HMAC stands in the header. So the start reads headers only, and the state when a prompt wants it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import hmac
+import logging
+import os
+import secrets
+import shutil
+import stat
+import struct
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import msgspec
+import numpy as np
+
+from runtime.request import TokenId
+from runtime.states import SavedState, Scope
+
+log = logging.getLogger("edge.states")
+
+T = TypeVar("T")
+
+KEY_BYTES = 32
+MAX_HEADER_BYTES = 8 << 20
+MAX_FILES = 10_000
+_MAC_BYTES = 32
+_START = struct.Struct("<8sI")
+_MAGIC = b"EDGEKV\x00\x01"
+_SUFFIX = ".state"
+
+
+class _Header(msgspec.Struct, array_like=True, frozen=True):
+    identity: str
+    tenant: str | None
+    adapters: str
+    pin: str
+    uses: int
+    tokens: bytes
+    """Little-endian int32."""
+    state_bytes: int
+    state_mac: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A file of an earlier run, as its header has it."""
+
+    tokens: list[TokenId]
+    scope: Scope
+    uses: int
+    pin: str
+
+
+class _BadFile(Exception):
+    """Why a file is not believed."""
+
+
+def device_key(path: Path) -> bytes:
+    """The device's key for what only it may write, made on first use; several processes may ask at once.
+
+    Raises:
+        OSError: It can neither be read nor made.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        _write_new(temporary, secrets.token_bytes(KEY_BYTES))
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass  # another worker was first
+        finally:
+            temporary.unlink()
+        _sync_dir(path.parent)
+    key = path.read_bytes()
+    if len(key) != KEY_BYTES:
+        raise OSError(f"{path} does not hold {KEY_BYTES} bytes")
+    return key
+
+
+def open_states(root: Path, key_file: Path, *, weights_digest: str, build: str) -> StateFiles:
+    """The states of one model on this device, not yet opened. Those of another build for the same weights are removed.
+
+    Args:
+        root: Where the states of all models lie.
+        weights_digest: Hex digits.
+        build: Whatever else decides what a state's bytes mean.
+
+    Raises:
+        OSError: The device's key cannot be had.
+    """
+    identity = f"{weights_digest} {build}"
+    name = f"{weights_digest[:16]}-{hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()}"
+    for other in root.glob(f"{weights_digest[:16]}-*"):
+        if other.name != name:
+            shutil.rmtree(other, ignore_errors=True)
+    return StateFiles(root / name, key=device_key(key_file), identity=identity)
+
+
+def _write_new(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a file of the owner's alone and return when it is on the disk."""
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "wb", buffering=0) as file:
+        for part in parts:
+            view = memoryview(part)
+            while view:
+                view = view[file.write(view) :]
+        os.fsync(file.fileno())
+
+
+def _sync_dir(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class StateFiles:
+    """The states of one model on the disk.
+
+    One thread calls it, `open` first. The results of `write` and `read` come on threads of its own, so that no step
+    waits for the disk.
+
+    Args:
+        directory: Its own, made where it is absent.
+        key: Of the device, `KEY_BYTES`.
+        identity: Model, build and layout: a state is of use to no other.
+    """
+
+    def __init__(self, directory: Path, *, key: bytes, identity: str) -> None:
+        self._directory = directory
+        self._key = key
+        self._identity = identity
+        self._lock: int | None = None
+        self._is_off = False
+        self._writer = ThreadPoolExecutor(1, "states-write")
+        self._reader = ThreadPoolExecutor(1, "states-read")
+        self._writes: dict[Path, Future[None]] = {}
+
+    def open(self) -> list[Found]:
+        """Take the directory, and the headers of what lies in it, the longest unused first. Nothing where it cannot be
+        taken: the tier is off then."""
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return self._scan()
+        except OSError as e:
+            self._switch_off(e)
+            return []
+
+    def _scan(self) -> list[Found]:
+        with os.scandir(self._directory) as entries:
+            files = [(e.stat(follow_symlinks=False).st_mtime, Path(e.path)) for e in entries if e.name != "lock"]
+        found: list[Found] = []
+        for _, path in sorted(files)[-MAX_FILES:]:
+            header = self._believed(path, self._header_of)
+            if header is not None:
+                found.append(_found(header))
+        return found
+
+    def write(self, state: SavedState, data: memoryview, done: Callable[[bool], None]) -> None:
+        """Write a state's bytes; `done` hears whether they are on the disk."""
+        path = self.path(state.scope, state.tokens)
+        self._writes = {p: f for p, f in self._writes.items() if not f.done()}
+        self._writes[path] = self._writer.submit(self._write, path, state, data, done)
+
+    def read(self, state: SavedState, done: Callable[[memoryview | None], None]) -> None:
+        """Read a state's bytes; `done` gets them, checked, or None."""
+        path = self.path(state.scope, state.tokens)
+        before = self._writes.get(path)
+        self._reader.submit(self._read, path, state, before, done)
+
+    def remove(self, scope: Scope, tokens: list[TokenId]) -> None:
+        """Remove a state's file; an absent one is fine."""
+        self._writer.submit(self._remove, self.path(scope, tokens))
+
+    def close(self, *, timeout_s: float) -> None:
+        """Finish what is to be written, at most for so long, and let the directory go."""
+        pending = list(self._writes.values())
+        deadline = time.monotonic() + timeout_s
+        wait(pending, timeout=max(0.0, deadline - time.monotonic()))
+        self._is_off = True  # what still waits gives up at once
+        self._reader.shutdown(wait=False, cancel_futures=True)
+        self._writer.shutdown(wait=True, cancel_futures=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def path(self, scope: Scope, tokens: list[TokenId]) -> Path:
+        """Where the state of these tokens lies; the name tells nothing about them."""
+        text = msgspec.msgpack.encode([scope.tenant, scope.adapters, _packed(tokens)])
+        return self._directory / (hashlib.blake2b(text, key=self._key, digest_size=16).hexdigest() + _SUFFIX)
+
+    # ------------------------------------------------------------------ on the threads
+
+    def _write(self, path: Path, state: SavedState, data: memoryview, done: Callable[[bool], None]) -> None:
+        try:
+            if not self._is_off:
+                self._write_file(path, state, data)
+        except OSError as e:
+            self._switch_off(e)
+        done(not self._is_off)
+
+    def _write_file(self, path: Path, state: SavedState, data: memoryview) -> None:
+        mac = hmac.digest(self._key, data, "sha256")
+        scope = state.scope
+        header = _Header(
+            self._identity, scope.tenant, scope.adapters, state.pin, state.uses, _packed(state.tokens), len(data), mac
+        )
+        body = msgspec.msgpack.encode(header)
+        start = _START.pack(_MAGIC, len(body)) + body
+        temporary = path.with_suffix(".new")
+        _write_new(temporary, start, hmac.digest(self._key, start, "sha256"), data)
+        temporary.replace(path)
+        _sync_dir(self._directory)
+
+    def _read(
+        self, path: Path, state: SavedState, before: Future[None] | None, done: Callable[[memoryview | None], None]
+    ) -> None:
+        if before is not None:
+            wait([before])
+        done(self._believed(path, lambda p: self._state_of(p, state)))
+
+    def _remove(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as e:
+            self._switch_off(e)
+
+    # ------------------------------------------------------------------ believing
+
+    def _believed(self, path: Path, read: Callable[[Path], T]) -> T | None:
+        try:
+            return read(path)
+        except FileNotFoundError:
+            return None
+        except (OSError, _BadFile) as e:
+            log.warning("%s is ignored and removed: %s", path.name, e)
+            self._remove(path)
+            return None
+
+    def _header_of(self, path: Path) -> _Header:
+        with _open(path) as file:
+            return self._check_header(path, file.read(MAX_HEADER_BYTES), os.fstat(file.fileno()).st_size)
+
+    def _check_header(self, path: Path, data: bytes, size: int) -> _Header:
+        """The header at the beginning of a file of so many bytes, every byte of it checked."""
+        if len(data) < _START.size:
+            raise _BadFile("it is cut short")
+        magic, length = _START.unpack_from(data)
+        end = _START.size + length
+        if magic != _MAGIC or len(data) < end + _MAC_BYTES:
+            raise _BadFile("it is no state of this version")
+        if not hmac.compare_digest(hmac.digest(self._key, data[:end], "sha256"), data[end : end + _MAC_BYTES]):
+            raise _BadFile("its header was changed, or is of another device")
+        header = msgspec.msgpack.decode(data[_START.size : end], type=_Header)
+        if header.identity != self._identity or size != end + _MAC_BYTES + header.state_bytes:
+            raise _BadFile("it is of another model or build, or of another length")
+        found = _found(header)
+        if path != self.path(found.scope, found.tokens):
+            raise _BadFile("it has another state's name")
+        return header
+
+    def _state_of(self, path: Path, state: SavedState) -> memoryview:
+        with _open(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > 2 * state.size_bytes + MAX_HEADER_BYTES:
+                raise _BadFile("it is longer than any state of so many tokens")
+            data = file.read(size)
+            os.utime(file.fileno())
+        header = self._check_header(path, data, size)
+        body = memoryview(data)[size - header.state_bytes :]
+        if not hmac.compare_digest(hmac.digest(self._key, body, "sha256"), header.state_mac):
+            raise _BadFile("its bytes were changed")
+        return body
+
+    def _switch_off(self, error: OSError) -> None:
+        if not self._is_off:
+            log.warning("states are not kept on the disk from now on: %s", error)
+        self._is_off = True
+
+
+def _open(path: Path) -> BinaryIO:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _BadFile("it is no plain file")
+    return os.fdopen(descriptor, "rb")
+
+
+def _packed(tokens: list[TokenId]) -> bytes:
+    return np.array(tokens, "<i4").tobytes()
+
+
+def _found(header: _Header) -> Found:
+    tokens: list[TokenId] = np.frombuffer(header.tokens, "<i4").tolist()
+    return Found(tokens, Scope(header.tenant, header.adapters), header.uses, header.pin)
