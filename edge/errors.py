@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class EdgeError(Exception):
@@ -58,6 +58,16 @@ class ContextOverflow(InvalidRequest):
         self.limit_tokens = limit_tokens
         self.prompt_tokens = prompt_tokens
         self.completion_tokens = completion_tokens
+
+    @classmethod
+    def of_text(cls, field: str, *, num_tokens: int, limit_tokens: int) -> Self:
+        """One text of several is too long; none is read."""
+        error = cls(limit_tokens=limit_tokens, prompt_tokens=num_tokens, completion_tokens=0)
+        error.field = field
+        limit = f"This model's maximum context length is {limit_tokens} tokens."
+        error.message = f"{limit} However, '{field}' has {num_tokens} or more."
+        error.hint = 'Part the text, or have its end cut off: "truncate": true.'
+        return error
 
 
 class AdapterMismatch(InvalidRequest):

@@ -40,7 +40,7 @@ class Generation:
     Holds the whole answer if need be (it is bounded by `max_tokens`), so a slow reader never holds the engine.
     """
 
-    def __init__(self, message: wire.Generate, cancel: Callable[[int], None]) -> None:
+    def __init__(self, message: wire.Ask, cancel: Callable[[int], None]) -> None:
         self.id = message.id
         self.message = message
         self.num_output = 0

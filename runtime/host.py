@@ -249,7 +249,7 @@ class ModelHost:
         await self._start_supervisor()
         await _wait(self._told, STOP_TIMEOUT_S)
 
-    async def start(self, make: Callable[[int], wire.Generate], *, timeout_s: float, allowed_s: float) -> Generation:
+    async def start(self, make: Callable[[int], wire.Ask], *, timeout_s: float, allowed_s: float) -> Generation:
         """Send a request to the worker. One that may have ended it before waits until it can run alone.
 
         Args:
@@ -285,7 +285,7 @@ class ModelHost:
             self._alone = (message.id, *suspect)
         return generation
 
-    def _judge(self, message: wire.Generate) -> tuple[Fingerprint, Suspect] | None:
+    def _judge(self, message: wire.Ask) -> tuple[Fingerprint, Suspect] | None:
         """What is known against a request, if something is."""
         if self._quarantine.is_empty and not self._poison.num_refused:
             return None
@@ -317,7 +317,7 @@ class ModelHost:
         if len(self._generations) + self._num_waiting >= most or unsent > MAX_UNSENT_BYTES:
             raise QueueFull(retry_after_s=5)
 
-    def _submit(self, message: wire.Generate, *, timeout_s: float, allowed_s: float) -> Generation:
+    def _submit(self, message: wire.Ask, *, timeout_s: float, allowed_s: float) -> Generation:
         if self._transport is None or self.state != "ready":
             raise WorkerDied(self.ref, reason="it is not running")
         self._check_room()
@@ -464,6 +464,7 @@ class ModelHost:
             speculation=s.speculation, token_interval_ms=s.token_interval_ms, decode_threads=tuned.decode_threads,
             ubatch_tokens=tuned.ubatch_tokens, flash_attention=tuned.flash_attention,
             home=str(s.home), weights_digest=self.model.weights.name, state_disk_bytes=s.state_disk_bytes,
+            pooling=self.model.details.pooling or "",
         )  # fmt: skip
 
     async def _watch(self, stop: asyncio.Event) -> Ending:

@@ -35,7 +35,7 @@ class Case(msgspec.Struct, kw_only=True):
     message: bytes
     version: int = _VERSION
 
-    def request(self, request_id: int) -> wire.Generate:
+    def request(self, request_id: int) -> wire.Ask:
         """The request, under an id.
 
         Raises:
@@ -48,12 +48,12 @@ class Case(msgspec.Struct, kw_only=True):
                 f"The request {self.id} was kept by another version and cannot be run: {e}.",
                 hint=f"Remove it: edge replay {self.id} --remove.",
             ) from e
-        if not isinstance(decoded, wire.Generate):
+        if not isinstance(decoded, wire.Ask):
             raise EdgeError(f"The file of {self.id} holds no request.", hint=f"edge replay {self.id} --remove.")
         return msgspec.structs.replace(decoded, id=request_id)
 
 
-def case_of(who: str, message: wire.Generate, *, model: str, digest: str, reasons: list[str], time: float) -> Case:
+def case_of(who: str, message: wire.Ask, *, model: str, digest: str, reasons: list[str], time: float) -> Case:
     """A request as it is kept."""
     body = msgspec.msgpack.encode(msgspec.structs.replace(message, id=0))
     return Case(id=who, model=model, digest=digest, reasons=reasons, time=time, message=body)

@@ -27,7 +27,7 @@ MARGIN_TOKENS = 8
 differ a little."""
 
 
-def fingerprint(message: wire.Generate, *, engine: str) -> Fingerprint:
+def fingerprint(message: wire.Ask, *, engine: str) -> Fingerprint:
     """What makes two requests the same: all but the id, for one model and version of the engine."""
     body = msgspec.msgpack.encode(msgspec.structs.replace(message, id=0))
     return Fingerprint(hashlib.blake2b(engine.encode() + b"\0" + body, digest_size=8).hexdigest())

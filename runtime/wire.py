@@ -49,6 +49,21 @@ class Generate(Message, frozen=True):
     priority: int = 0
 
 
+class Embed(Message, frozen=True):
+    """Make a vector of each text or token list; or, with a query, judge how well each text answers it.
+
+    `dimensions` 0 keeps all; `max_tokens` 0 means what the model takes; `truncate` cuts what is longer.
+    """
+
+    id: int
+    texts: list[str | list[int]]
+    query: str | None = None
+    dimensions: int = 0
+    max_tokens: int = 0
+    truncate: bool = False
+    raw_scores: bool = False
+
+
 class Cancel(Message, frozen=True):
     """Drop a request; nothing more is sent for it."""
 
@@ -80,6 +95,8 @@ class Load(Message, frozen=True):
     home: str = ""
     weights_digest: str = ""
     state_disk_bytes: int = 0
+    pooling: str = ""
+    """Of a model that makes embeddings or scores; empty for one that makes text."""
 
 
 # ---------------------------------------------------------------- worker to front
@@ -121,6 +138,10 @@ class Piece(msgspec.Struct, array_like=True, frozen=True):
     tokens: tuple[int, ...] | None = None
     """Of prompt and answer, for who asked for them."""
     logprobs: tuple[TokenLogprob, ...] | None = None
+    rows: bytes | None = None
+    """What became of the texts of an `Embed`: float32, little-endian, one row after the other."""
+    truncated: tuple[int, ...] = ()
+    """Indices of texts that were cut."""
 
 
 class Failed(msgspec.Struct, array_like=True, frozen=True):
@@ -156,7 +177,9 @@ class Heartbeat(Message, frozen=True):
     accepted_tokens: int = 0
 
 
-ToWorker = Load | Generate | Cancel | Stop
+Ask = Generate | Embed
+"""What can be asked of a model."""
+ToWorker = Load | Ask | Cancel | Stop
 ToFront = Loading | Ready | Step | Heartbeat
 
 _encoder = msgspec.msgpack.Encoder()

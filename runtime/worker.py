@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from runtime.adapters import adapter_set
 from runtime.backends.base import Backend
 from runtime.blackbox import BlackBox
 from runtime.chat import CHATML, ChatTemplate, encode_prompt
+from runtime.embedding import Embedded, EmbedEngine, EmbedSink
 from runtime.engine import Delta, Engine, Failure, Sink
 from runtime.governor import Governor
 from runtime.grammar import Grammars
@@ -35,6 +37,7 @@ from runtime.penalties import find_breakers
 from runtime.request import NO_BREAKERS, Adapter, AdapterSet, Breakers, Request, RequestId, SamplingParams
 from runtime.speculate import NgramSpeculator
 from runtime.state_files import StateFiles, open_states
+from runtime.texts import TextMaker
 
 log = logging.getLogger("edge.worker")
 
@@ -114,6 +117,28 @@ class SocketSink(Sink):
     def deliver(self, deltas: list[Delta], failures: list[Failure]) -> None:
         """Take the results of a step."""
         self._connection.send(wire.Step([_piece(d) for d in deltas], [failed(f.request_id, f.error) for f in failures]))
+
+
+class VectorSink(EmbedSink):
+    """Sends what an embedding step finished as one frame."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def deliver(self, results: list[Embedded], failures: list[Failure]) -> None:
+        """Take the results of a step."""
+        pieces = [_vectors(r) for r in results]
+        self._connection.send(wire.Step(pieces, [failed(f.request_id, f.error) for f in failures]))
+
+
+def _vectors(r: Embedded) -> wire.Piece:
+    if r.timings is None:
+        return wire.Piece(r.request_id, "", 0, r.num_tokens, 0)
+    t = r.timings
+    return wire.Piece(
+        r.request_id, "", 0, r.num_tokens, 0, "stop", t.queue_s, t.prefill_s, t.total_s, rows=r.rows,
+        truncated=r.truncated,
+    )  # fmt: skip
 
 
 class PromptMaker:
@@ -217,10 +242,15 @@ class Worker:
     def __init__(self, connection: Connection, box: BlackBox) -> None:
         self._connection = connection
         self._box = box
+        self._serving: Engine | EmbedEngine
+        self._take: Callable[[wire.Ask], None]
 
     def serve(self, load: wire.Load) -> None:
         """Load the model, say so, and answer until told to stop. A load that fails is told and ends the process."""
         started = time.monotonic()
+        if load.pooling:
+            self._serve_encoder(load, started)
+            return
         try:
             files = _state_files(load)
             backend = self._open(load, disk_bytes=_disk_bytes(load) if files else 0)
@@ -228,14 +258,13 @@ class Worker:
         except EdgeError as e:
             self._connection.send(wire.Step([], [failed(0, e)]))
             sys.exit(1)
-        governor = Governor(
-            max_threads=load.threads or usable_cores(), cores=len(os.sched_getaffinity(0)), quota=cpu_quota()
-        )
         self._engine = Engine(
-            backend, SocketSink(self._connection), max_queue=load.max_queue, governor=governor, observer=self._box,
+            backend, SocketSink(self._connection), max_queue=load.max_queue, governor=_governor(load),
+            observer=self._box,
             speculator=NgramSpeculator() if load.speculation == "auto" else None,
             token_interval_s=load.token_interval_ms / 1000, disk=files,
         )  # fmt: skip
+        self._serving, self._take = self._engine, self._generate
         if files is not None:
             self._adopt(files)
         can, facts = backend.capabilities, backend.facts
@@ -246,13 +275,56 @@ class Worker:
             )
         )  # fmt: skip
         limit_memory(self._budget_bytes)
-        threading.Thread(target=self._read, name="reader", daemon=True).start()
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        self._start_threads()
         self._engine.run()
         if files is not None:
             self._engine.persist()
             files.close(timeout_s=PERSIST_S)
         backend.close()
+
+    def _serve_encoder(self, load: wire.Load, started: float) -> None:
+        """The same for a model that makes embeddings or scores."""
+        from runtime.backends.llama_encoder import LlamaEncoder, LlamaOptions
+
+        options = LlamaOptions(
+            threads=load.threads or usable_cores(),
+            num_slots=0,
+            step_tokens=0,
+            context_tokens=load.context_tokens,
+            available_bytes=max(0, available_bytes() - load.reserved_bytes),
+        )
+        try:
+            backend = LlamaEncoder(Path(load.path), options, on_progress=self._reporter())
+        except EdgeError as e:
+            self._connection.send(wire.Step([], [failed(0, e)]))
+            sys.exit(1)
+        engine = EmbedEngine(
+            backend, VectorSink(self._connection), max_queue=load.max_queue, governor=_governor(load),
+            observer=self._box,
+        )  # fmt: skip
+        texts = TextMaker(backend)
+
+        def take(message: wire.Ask) -> None:
+            if isinstance(message, wire.Generate):
+                raise InvalidRequest("This model makes no text.", field="model")
+            engine.submit(texts.request(message))
+
+        self._serving, self._take = engine, take
+        can, facts = backend.capabilities, backend.facts
+        self._connection.send(
+            wire.Ready(
+                facts.description, facts.architecture, facts.num_parameters, can.max_text_tokens, 0,
+                can.max_step_texts, facts.vocab_size, False, _build(), time.monotonic() - started,
+            )
+        )  # fmt: skip
+        limit_memory(0)
+        self._start_threads()
+        engine.run()
+        backend.close()
+
+    def _start_threads(self) -> None:
+        threading.Thread(target=self._read, name="reader", daemon=True).start()
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def _adopt(self, files: StateFiles) -> None:
         for found in files.open():
@@ -276,6 +348,10 @@ class Worker:
             state_disk_bytes=disk_bytes,
         )
         self._budget_bytes = options.state_bytes + options.adapter_bytes
+        return LlamaBackend(Path(load.path), options, on_progress=self._reporter())
+
+    def _reporter(self) -> Callable[[float], None]:
+        """Tells the front how far a load is, each twentieth."""
         last = 0.0
 
         def report(fraction: float) -> None:
@@ -284,25 +360,30 @@ class Worker:
                 last = fraction
                 self._connection.send(wire.Loading(fraction))
 
-        return LlamaBackend(Path(load.path), options, on_progress=report)
+        return report
 
     def _read(self) -> None:
         while (message := self._connection.receive()) is not None:
             match message:
-                case wire.Generate():
+                case wire.Generate() | wire.Embed():
                     self._submit(message)
                 case wire.Cancel():
-                    self._engine.cancel(RequestId(message.id))
+                    self._serving.cancel(RequestId(message.id))
                 case wire.Stop():
-                    self._engine.stop()
+                    self._serving.stop()
                 case wire.Load():
                     raise BackendError("A worker loads one model only.")
         os._exit(0)  # the front is gone, and with it everybody who could want an answer
 
-    def _submit(self, message: wire.Generate) -> None:
+    def _generate(self, message: wire.Ask) -> None:
+        if isinstance(message, wire.Embed):
+            raise InvalidRequest("This model makes no embeddings.", field="model")
+        self._engine.submit(self._prompts.request(message))
+
+    def _submit(self, message: wire.Ask) -> None:
         self._box.begin_text(message.id)
         try:
-            self._engine.submit(self._prompts.request(message))
+            self._take(message)
         except EdgeError as e:
             self._connection.send(wire.Step([], [failed(message.id, e)]))
         self._box.end_text()
@@ -310,7 +391,7 @@ class Worker:
     def _beat(self) -> None:
         page = resource.getpagesize()
         while True:
-            stats = self._engine.stats()
+            stats = self._serving.stats()
             resident = int(Path("/proc/self/statm").read_text("ascii").split()[1]) * page
             q = stats.queues
             self._connection.send(
@@ -321,6 +402,10 @@ class Worker:
                 )
             )  # fmt: skip
             time.sleep(HEARTBEAT_S)
+
+
+def _governor(load: wire.Load) -> Governor:
+    return Governor(max_threads=load.threads or usable_cores(), cores=len(os.sched_getaffinity(0)), quota=cpu_quota())
 
 
 def _state_files(load: wire.Load) -> StateFiles | None:

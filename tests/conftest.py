@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.quantize.minilm import make_minilm
+from tests.quantize.stories import Unavailable
+
 ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.txt")
 
 
@@ -26,3 +29,35 @@ def pytest_runtest_makereport(
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} was skipped in the gate: {report.longrepr}"
     return report
+
+
+@pytest.fixture(scope="session")
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint directory of all-MiniLM-L6-v2, original fp32."""
+    try:
+        return make_minilm(tmp_path_factory.mktemp("checkpoints") / "all-MiniLM-L6-v2")
+    except Unavailable as e:
+        pytest.skip(f"all-MiniLM-L6-v2: {e}")
+
+
+@pytest.fixture(scope="session")
+def minilm_gguf(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as a GGUF in float16, as the catalog has it."""
+    from quantize.checkpoint import open_checkpoint
+    from quantize.gguf.convert import convert
+
+    target = tmp_path_factory.mktemp("models") / "all-MiniLM-L6-v2.gguf"
+    convert(open_checkpoint(minilm), target, use_f16=True)
+    return target
+
+
+@pytest.fixture(scope="session")
+def reranker_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny cross-encoder with random weights, in float32."""
+    from quantize.checkpoint import open_checkpoint
+    from quantize.gguf.convert import convert
+    from tests.quantize.checkpoints import make_cross_encoder
+
+    directory = tmp_path_factory.mktemp("reranker")
+    convert(open_checkpoint(make_cross_encoder(directory / "tiny")), directory / "tiny.gguf", use_f16=False)
+    return directory / "tiny.gguf"

@@ -7,7 +7,7 @@ from litestar.datastructures import State
 from litestar.openapi import OpenAPIConfig
 
 from edge import __version__
-from runtime.api import admin, openai
+from runtime.api import admin, embeddings, openai
 from runtime.api.appliance import Appliance, appliance_of
 from runtime.api.docs import PLUGINS
 from runtime.api.errors import to_response
@@ -55,7 +55,7 @@ async def metrics(state: State) -> str:
 def create_app(appliance: Appliance) -> Litestar:
     """The ASGI application of an appliance, which it starts and closes."""
     return Litestar(
-        [livez, readyz, health, metrics, *openai.HANDLERS, *admin.HANDLERS],
+        [livez, readyz, health, metrics, *openai.HANDLERS, *embeddings.HANDLERS, *admin.HANDLERS],
         state=State({"appliance": appliance}),
         middleware=[guard],
         exception_handlers={Exception: to_response},

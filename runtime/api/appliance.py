@@ -19,12 +19,12 @@ from litestar.datastructures import State
 
 from edge import __version__
 from edge.config import Settings
-from edge.errors import QueueFull
+from edge.errors import InvalidRequest, QueueFull
 from edge.hardware.memory import available_bytes, total_bytes, usable_cores
 from edge.store.models import ModelStore, StoredModel
 from edge.telemetry.host import temperature_c
 from edge.telemetry.service import Telemetry
-from edge.telemetry.span import RequestRecord
+from edge.telemetry.span import Operation, RequestRecord
 from runtime.api import sse
 from runtime.api.responses import ClientClosed
 from runtime.api.schema import Alert, DeviceStatus, Job, ModelInfo, OutboxStatus, PullRequest
@@ -39,6 +39,24 @@ STATUS_INTERVAL_S = 1.0
 MAX_WATCHERS = 64
 LOW_DISK_BYTES = 256 << 20
 LOW_MEMORY_SHARE = 0.05
+
+
+_PURPOSES: dict[Operation, str] = {
+    "chat": "text",
+    "text_completion": "text",
+    "embeddings": "embeddings",
+    "rerank": "scores for reranking",
+}
+
+
+def _purpose_of(model: StoredModel) -> str:
+    match model.details.pooling:
+        case None:
+            return _PURPOSES["chat"]
+        case "rank":
+            return _PURPOSES["rerank"]
+        case _:
+            return _PURPOSES["embeddings"]
 
 
 class Appliance:
@@ -104,6 +122,23 @@ class Appliance:
             ModelNotFound: There is none of that name.
         """
         return await asyncio.to_thread(self.store.get, ref)
+
+    async def check_purpose(self, ref: str, operation: Operation) -> None:
+        """See that a model does what is asked of it, without loading it.
+
+        Raises:
+            ModelNotFound: There is none of that name.
+            InvalidRequest: It is made for something else.
+        """
+        wanted = _PURPOSES[operation]
+        model = (await self.pool.host(ref)).model
+        if _purpose_of(model) != wanted:
+            others = [str(m.ref) for m in await self.stored_models() if _purpose_of(m) == wanted]
+            raise InvalidRequest(
+                f"The model '{model.ref}' does not make {wanted}; it makes {_purpose_of(model)}.",
+                field="model",
+                hint=f"Models here that do: {', '.join(others) or 'none'}.",
+            )
 
     async def model_infos(self) -> list[ModelInfo]:
         """Every model of the store, with what the runtime does with it."""

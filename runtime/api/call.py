@@ -15,7 +15,7 @@ from litestar import Request
 from litestar.datastructures import State
 from litestar.types import Receive
 
-from edge.errors import EdgeError, WorkerDied
+from edge.errors import EdgeError, InvalidRequest, WorkerDied
 from edge.telemetry.span import Operation, RequestRecord
 from runtime import wire
 from runtime.api.appliance import Appliance
@@ -25,14 +25,20 @@ from runtime.api.structured import checked
 from runtime.generation import Generation
 from runtime.host import ModelHost
 from runtime.pool import READY_WAIT_S
-from runtime.request import Constraint, SamplingParams
+from runtime.request import Adapter, Constraint, SamplingParams
 from runtime.selection import Selection
 
 MAX_ATTEMPTS = 3
 """How often a request is given to the engine, where that ends before anything of the answer was passed on."""
 
+_PREFIXES: dict[Operation, str] = {
+    "chat": "chatcmpl",
+    "text_completion": "cmpl",
+    "embeddings": "embd",
+    "rerank": "rerank",
+}
 HttpRequest = Request[object, object, State]
-Make = Callable[[int, SamplingParams], wire.Generate]
+Make = Callable[[int, SamplingParams], wire.Ask]
 Steps = AsyncGenerator[list[wire.Piece]]
 
 
@@ -55,8 +61,7 @@ class Call:
         self.operation: Operation = operation
         self.max_tokens = max_tokens
         self.stream = bool(body.stream)
-        prefix = "chatcmpl" if operation == "chat" else "cmpl"
-        self.id = f"{prefix}-{secrets.token_hex(12)}"
+        self.id = f"{_PREFIXES[operation]}-{secrets.token_hex(12)}"
         self.created = int(time.time())
         self.model = body.model
         self.fingerprint = ""
@@ -123,13 +128,14 @@ class Call:
     async def _submit(self, make: Make) -> Generation:
         wanted = [(asked.name, asked.scale) for asked in self.body.lora or ()]
         selection = await self.appliance.pool.select(self.body.model, wanted)
+        await self.appliance.check_purpose(selection.model, self.operation)
         host = await self.appliance.pool.ready(selection.model, timeout_s=min(READY_WAIT_S, self._left_s()))
         self._adopt(host, selection)
         params = self.body.params(host.model.details.sampling)
         if params.seed is not None:
             params = dataclasses.replace(params, seed=params.seed + self.index)
         self._generation = await host.start(
-            lambda request_id: msgspec.structs.replace(make(request_id, params), adapters=selection.adapters),
+            lambda request_id: _adapted(make(request_id, params), selection.adapters),
             timeout_s=self._left_s(),
             allowed_s=self.allowed_s,
         )
@@ -154,6 +160,13 @@ class Call:
     def last(self) -> wire.Piece | None:
         """What came last."""
         return self._last
+
+    def rows(self) -> tuple[bytes, tuple[int, ...]]:
+        """What became of the texts of an `Embed`, and which were cut, once the answer is there."""
+        p = self._last
+        assert p is not None
+        assert p.rows is not None
+        return p.rows, p.truncated
 
     def prompt_ids(self) -> list[int] | msgspec.UnsetType:
         """Token ids of the prompt, once the answer is over and if they were asked for."""
@@ -263,6 +276,14 @@ def usage_of(calls: Sequence[Call]) -> Usage:
         total_tokens=prompt + output,
         prompt_tokens_details=TokenDetails(cached_tokens=min((p.num_cached for p in last), default=0)),
     )
+
+
+def _adapted(message: wire.Ask, adapters: tuple[Adapter, ...]) -> wire.Ask:
+    if isinstance(message, wire.Generate):
+        return msgspec.structs.replace(message, adapters=adapters)
+    if adapters:
+        raise InvalidRequest("Adapters change models that make text, and no others.", field="model")
+    return message
 
 
 def _error_type(error: BaseException | None, *, finished: bool) -> str | None:

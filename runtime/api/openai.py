@@ -62,7 +62,7 @@ async def _collect(streams: Sequence[Steps]) -> list[_Answer]:
     return answers
 
 
-async def _answers(http: HttpRequest, calls: Sequence[Call], streams: Sequence[Steps]) -> list[_Answer]:
+async def whole_answers(http: HttpRequest, calls: Sequence[Call], streams: Sequence[Steps]) -> list[_Answer]:
     """The whole answers, in order."""
     error: BaseException | None = None
     try:
@@ -218,7 +218,7 @@ async def chat_completions(request: HttpRequest, state: State) -> Response[ChatC
         role = b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
         kind = "chat.completion.chunk"
         return _stream(calls, streams, warnings, kind=kind, choice=_chat_choice, first_choice=role)
-    answers = await _answers(request, calls, streams)
+    answers = await whole_answers(request, calls, streams)
     call = calls[0]
     completion = ChatCompletion(
         id=call.id,
@@ -272,7 +272,7 @@ async def completions(request: HttpRequest, state: State) -> Response[Completion
     )
     if body.stream:
         return _stream(calls, streams, warnings, kind="text_completion", choice=_text_choice)
-    answers = await _answers(request, calls, streams)
+    answers = await whole_answers(request, calls, streams)
     call = calls[0]
     completion = Completion(
         id=call.id,

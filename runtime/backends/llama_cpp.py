@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.errors import BackendError, DoesNotFit, InvalidModelFile
+from edge.errors import BackendError, DoesNotFit, InvalidModelFile, UnsupportedFormat
 from edge.native.huge_pages import replace
 from edge.native.llama import bindings, last_error
 from runtime.backends.base import Capabilities, ModelFacts
@@ -211,6 +211,10 @@ class LlamaBackend:
         cells = self._cells(options, room_bytes=options.available_bytes - size - self._compute_bytes(options))
         self._context = self._open_context(options, cells)
         self._memory = lib.llama_get_memory(self._context)
+        if not self._memory:
+            raise UnsupportedFormat(
+                f"{path.name} is an encoder, and its package does not say so.", hint="Pull it again with this version."
+            )
         self._batch = _NativeBatch(lib, options.step_tokens)
         self._states: dict[int, NDArray[np.uint8]] = {}
         self._loaded_adapters: dict[str, Any] = {}

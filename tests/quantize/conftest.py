@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.quantize.minilm import make_minilm
 from tests.quantize.stories import Unavailable, make_stories
 
 
@@ -17,12 +16,3 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return make_stories(tmp_path_factory.mktemp("checkpoints") / "stories15M")
     except Unavailable as e:
         pytest.skip(f"stories15M: {e}")
-
-
-@pytest.fixture(scope="session")
-def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint directory of all-MiniLM-L6-v2, original fp32."""
-    try:
-        return make_minilm(tmp_path_factory.mktemp("checkpoints") / "all-MiniLM-L6-v2")
-    except Unavailable as e:
-        pytest.skip(f"all-MiniLM-L6-v2: {e}")

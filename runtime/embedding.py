@@ -1,0 +1,284 @@
+"""Embeddings and reranking: whole texts through an encoder, many in a step. One thread owns engine and backend."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.errors import BackendError, EdgeError, QueueFull
+from runtime.backends.encoder import Encoder, EncoderText
+from runtime.engine import COALESCE_S, MAX_CONSECUTIVE_FAILURES, EngineStats, Failure, Observer, Timings
+from runtime.governor import Governor
+from runtime.packing import Packer, Place
+from runtime.request import RequestId
+from runtime.scheduler import SchedulerStats
+from runtime.speculate import SpeculationStats
+
+log = logging.getLogger("edge.embedding")
+
+MAX_WAITING_TOKENS = 8 << 20
+"""Of all requests together, four bytes each; beyond that the queue is full."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedRequest:
+    """Texts to read.
+
+    Attributes:
+        id: Unique within the engine.
+        texts: At least one.
+        truncated: Indices of texts that were cut to fit.
+        dimensions: Numbers to keep of each vector; 0 keeps all.
+        raw_scores: A ranker's own score, else a probability.
+    """
+
+    id: RequestId
+    texts: Sequence[EncoderText]
+    truncated: tuple[int, ...] = ()
+    dimensions: int = 0
+    raw_scores: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """What became of a request. The first says that it was accepted: no rows.
+
+    Attributes:
+        num_tokens: Of all its texts.
+        rows: Float32, little-endian, one row after the other in the order of the texts; None before it is done.
+    """
+
+    request_id: RequestId
+    num_tokens: int
+    rows: bytes | None = None
+    truncated: tuple[int, ...] = ()
+    timings: Timings | None = None
+
+
+class EmbedSink(Protocol):
+    """Where results go. Called on the engine's thread; must not block."""
+
+    def deliver(self, results: list[Embedded], failures: list[Failure]) -> None:
+        """Take what a step finished."""
+        ...
+
+
+@dataclass(slots=True)
+class _Job:
+    """The engine's side of one request."""
+
+    request: EmbedRequest
+    arrived: float
+    num_tokens: int
+    values: NDArray[np.float32]
+    num_left: int
+    started: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Submit:
+    request: EmbedRequest
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    request_id: RequestId
+
+
+def normalized(vectors: NDArray[np.float32], dimensions: int = 0) -> NDArray[np.float32]:
+    """Each row cut to its first numbers and scaled to length 1; a row of zeros stays one. Shape ``(n, dimensions)``."""
+    kept = vectors[:, :dimensions] if dimensions else vectors
+    lengths = np.linalg.norm(kept, axis=1, keepdims=True)
+    return np.divide(kept, lengths, out=np.zeros_like(kept), where=lengths > 0)
+
+
+def scores(values: NDArray[np.float32], *, raw: bool) -> NDArray[np.float32]:
+    """A ranker's judgement of each pair, shape ``(n, 1)``: the logistic function of its one number, as sentence-
+    transformers and the hosted rerankers give it. Models with several outputs give probabilities themselves."""
+    first = values[:, :1]
+    if raw or values.shape[1] > 1:
+        return first
+    return (0.5 * (1 + np.tanh(first / 2))).astype(np.float32)  # the logistic function, without overflow
+
+
+class EmbedEngine:
+    """Runs requests on an encoder. `submit`, `cancel` and `stop` may come from any thread; `run` blocks its own.
+
+    Args:
+        max_queue: Requests that may wait before others fail with `QueueFull`.
+        governor: Chooses the threads of each step; without one they stay as the backend was opened.
+        observer: Hears of each step before it is computed.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(
+        self, backend: Encoder, sink: EmbedSink, *, max_queue: int, governor: Governor | None = None,
+        observer: Observer | None = None, clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        can = backend.capabilities
+        self._backend = backend
+        self._sink = sink
+        self._clock = clock
+        self._governor = governor
+        self._observer = observer
+        self._threads = 0
+        self._max_queue = max_queue
+        self._packer = Packer(can.max_step_tokens, can.max_step_texts)
+        self._inbox: queue.SimpleQueue[_Submit | _Cancel | None] = queue.SimpleQueue()
+        self._jobs: dict[RequestId, _Job] = {}
+        self._results: list[Embedded] = []
+        self._failures: list[Failure] = []
+        self._stopping = False
+        self._steps = self._num_tokens = self._num_waiting_tokens = 0
+        self._consecutive_failures = 0
+
+    def submit(self, request: EmbedRequest) -> None:
+        """Queue a request. Its results come to the sink."""
+        self._inbox.put(_Submit(request, self._clock()))
+
+    def cancel(self, request_id: RequestId) -> None:
+        """Drop a request before the next step. Nothing more comes for it; unknown ones are ignored."""
+        self._inbox.put(_Cancel(request_id))
+
+    def stop(self) -> None:
+        """Make `run` return after the current step."""
+        self._inbox.put(None)
+
+    def stats(self) -> EngineStats:
+        """Counters; safe from any thread, each number by itself."""
+        running = sum(job.started is not None for job in tuple(self._jobs.values()))
+        queues = SchedulerStats(len(self._jobs) - running, running, 0, 0, 0)
+        return EngineStats(queues, self._steps, self._num_tokens, 0, SpeculationStats())
+
+    def run(self) -> None:
+        """Serve until `stop`.
+
+        Raises:
+            BackendError: The backend failed `MAX_CONSECUTIVE_FAILURES` times in a row.
+        """
+        while not self._stopping:
+            if not self._jobs:
+                if self._observer is not None:
+                    self._observer.idle()
+                self._handle(self._inbox.get())
+                self._coalesce()
+            self.advance()
+
+    def advance(self) -> bool:
+        """Take what has arrived, then compute and deliver one step. False if there was nothing to compute."""
+        while not self._inbox.empty():
+            self._handle(self._inbox.get())
+        self._flush()  # who was accepted or refused hears it before the step
+        places = self._packer.next_step()
+        if places:
+            self._compute(places)
+            self._flush()
+        return bool(places)
+
+    def _coalesce(self) -> None:
+        """Wait a moment for the rest of a burst: one step for all of it is shorter than one each."""
+        deadline = self._clock() + 5 * COALESCE_S
+        while self._jobs and self._packer.num_tokens < self._packer.max_tokens:
+            if (left := deadline - self._clock()) <= 0:
+                return
+            try:
+                self._handle(self._inbox.get(timeout=min(COALESCE_S, left)))
+            except queue.Empty:
+                return
+
+    def _flush(self) -> None:
+        if self._results or self._failures:
+            results, failures, self._results, self._failures = self._results, self._failures, [], []
+            self._sink.deliver(results, failures)
+
+    def _handle(self, message: _Submit | _Cancel | None) -> None:
+        if message is None:
+            self._stopping = True
+        elif isinstance(message, _Cancel):
+            self._drop(message.request_id)
+        else:
+            self._accept(message)
+
+    def _accept(self, message: _Submit) -> None:
+        request = message.request
+        lengths = [len(text.tokens) for text in request.texts]
+        num_tokens = sum(lengths)
+        is_full = self._jobs and self._num_waiting_tokens + num_tokens > MAX_WAITING_TOKENS
+        if is_full or len(self._jobs) >= self._max_queue:
+            self._failures.append(Failure(request.id, QueueFull(retry_after_s=5)))
+            return
+        values = np.empty((len(lengths), self._backend.capabilities.width), np.float32)
+        self._jobs[request.id] = _Job(request, message.at, num_tokens, values, len(lengths))
+        self._packer.add(request.id, lengths)
+        self._num_waiting_tokens += num_tokens
+        self._results.append(Embedded(request.id, num_tokens))
+
+    def _drop(self, request_id: RequestId) -> None:
+        self._packer.cancel(request_id)
+        if (job := self._jobs.pop(request_id, None)) is not None:
+            self._num_waiting_tokens -= job.num_tokens
+
+    def _compute(self, places: list[Place]) -> None:
+        now = self._clock()
+        texts = [self._jobs[place.request_id].request.texts[place.index] for place in places]
+        jobs = {place.request_id: self._jobs[place.request_id] for place in places}
+        for job in jobs.values():
+            job.started = now if job.started is None else job.started
+        num_tokens = sum(len(text.tokens) for text in texts)
+        if self._observer is not None:
+            self._observer.begin_step(list(jobs), num_tokens)
+        if self._governor is not None and (threads := self._governor.choose(now)) != self._threads:
+            self._backend.set_threads(threads)
+            self._threads = threads
+        try:
+            values = self._backend.encode(texts)
+        except BackendError as e:
+            self._fail(list(jobs), e)
+            return
+        self._steps += 1
+        self._num_tokens += num_tokens
+        self._consecutive_failures = 0
+        self._book(places, values)
+
+    def _fail(self, request_ids: list[RequestId], error: BackendError) -> None:
+        log.error("step failed: %s", error)
+        for request_id in request_ids:
+            self._drop(request_id)
+            self._failures.append(Failure(request_id, error))
+        self._consecutive_failures += 1
+        if self._consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
+            self._flush()
+            raise error
+
+    def _book(self, places: list[Place], values: NDArray[np.float32]) -> None:
+        for place, row in zip(places, values, strict=True):
+            job = self._jobs[place.request_id]
+            job.values[place.index] = row
+            job.num_left -= 1
+            if not job.num_left:
+                self._finish(job)
+
+    def _finish(self, job: _Job) -> None:
+        request = job.request
+        self._drop(request.id)
+        if not np.isfinite(job.values).all():
+            error: EdgeError = BackendError("The model's answer holds numbers that are not finite.")
+            self._failures.append(Failure(request.id, error))
+            return
+        if self._backend.capabilities.is_ranker:
+            rows = scores(job.values, raw=request.raw_scores)
+        else:
+            rows = normalized(job.values, request.dimensions)
+        now = self._clock()
+        started = job.started or now
+        timings = Timings(started - job.arrived, now - started, now - job.arrived)
+        data = rows.astype("<f4").tobytes()
+        self._results.append(Embedded(request.id, job.num_tokens, data, request.truncated, timings))
