@@ -39,9 +39,8 @@ $(STAMPS)/dev: $(LOCKS)/dev.txt $(STAMPS)/workstation
 	@touch $@
 
 $(STAMPS)/seed: edge/store/catalog.toml $(STAMPS)/project $(STAMPS)/workstation
-	@echo "==> Fetching the default models"
+	@echo "==> Fetching the default model"
 	@$(BIN)/edge pull smollm2:135m-instruct --store $(SEED)
-	@$(BIN)/edge pull minilm:l6-v2 --store $(SEED)
 	@touch $@
 
 setup: $(STAMPS)/workstation $(STAMPS)/project $(STAMPS)/seed  ## Set up everything in .venv, once.
