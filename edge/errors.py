@@ -224,6 +224,34 @@ class ModelLoading(EdgeError):
         self.retry_after_s = retry_after_s
 
 
+class NoRoomToPin(EdgeError):
+    """A prefix that cannot be pinned beside the others, or not be written to the disk."""
+
+    code = "no_room_to_pin"
+
+    def __init__(self, *, num_tokens: int, required_bytes: int) -> None:
+        super().__init__(
+            f"A prefix of {num_tokens:,} tokens takes {required_bytes / 2**20:,.1f} MiB, for which there is no room: "
+            "pins take at most half of what saved states may take, in memory and on the disk.",
+            hint="Remove a pin: edge warm MODEL --remove NAME. Or raise state_bytes or state_disk_bytes.",
+        )
+        self.num_tokens = num_tokens
+        self.required_bytes = required_bytes
+
+
+class PinNotFound(EdgeError):
+    """No prefix is pinned under that name."""
+
+    code = "pin_not_found"
+
+    def __init__(self, name: str, *, model: str) -> None:
+        super().__init__(
+            f"No prefix of '{model}' is pinned as '{name}'.", hint=f"See what is: edge warm {model} --list."
+        )
+        self.name = name
+        self.model = model
+
+
 class BackendError(EdgeError):
     """The inference library failed."""
 

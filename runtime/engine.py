@@ -13,14 +13,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.errors import BackendError, ConstraintFailed, ContextOverflow, EdgeError, QueueFull
+from edge.errors import BackendError, ConstraintFailed, ContextOverflow, EdgeError, NoRoomToPin, QueueFull
 from runtime.adapters import ResidentAdapters
 from runtime.backends.base import Backend
 from runtime.batch import Batch, Chunk
 from runtime.governor import Governor
 from runtime.grammar import Guide
 from runtime.logprobs import Logprobs
-from runtime.request import AdapterSet, FinishReason, Request, RequestId, TokenId, TokenLogprob
+from runtime.request import AdapterSet, FinishReason, Pin, Request, RequestId, TokenId, TokenLogprob
 from runtime.sampler import Sampler
 from runtime.scheduler import Limits, Scheduler, SchedulerStats
 from runtime.sequence import Sequence
@@ -175,6 +175,26 @@ class _Cancel:
     request_id: RequestId
 
 
+@dataclass(slots=True)
+class _Pinning:
+    """A request whose prompt is computed and is to be pinned; its answer is told when that is done."""
+
+    slot: int
+    request: Request
+    delta: Delta
+    state: SavedState | None = None
+
+
+PinsAnswer = Callable[[list[Pin], bool], None]
+"""Gets what is pinned, and whether what was to be removed was there."""
+
+
+@dataclass(frozen=True, slots=True)
+class _AskPins:
+    answer: PinsAnswer
+    remove: str
+
+
 @dataclass(frozen=True, slots=True)
 class _Stored:
     state: SavedState
@@ -187,7 +207,7 @@ class _Loaded:
     data: memoryview | None
 
 
-_Message = _Submit | _Cancel | _Stored | _Loaded | None
+_Message = _Submit | _Cancel | _AskPins | _Stored | _Loaded | None
 
 
 class Engine:
@@ -230,6 +250,7 @@ class Engine:
         self._answers: dict[RequestId, _Answer] = {}
         self._deltas: list[Delta] = []
         self._failures: list[Failure] = []
+        self._pinning: list[_Pinning] = []
         self._stopping = False
         self._crowd = 0
         self._steps = self._prompt_tokens = self._output_tokens = self._forced_tokens = 0
@@ -242,6 +263,10 @@ class Engine:
     def cancel(self, request_id: RequestId) -> None:
         """Drop a request before the next step. Nothing more comes for it; unknown ones are ignored."""
         self._inbox.put(_Cancel(request_id))
+
+    def ask_pins(self, answer: PinsAnswer, *, remove: str = "") -> None:
+        """Tell what is pinned, on the engine's thread, after `remove` was let go."""
+        self._inbox.put(_AskPins(answer, remove))
 
     def stop(self) -> None:
         """Make `run` return after the current step."""
@@ -376,9 +401,12 @@ class Engine:
             case _Cancel():
                 self._scheduler.cancel(message.request_id)
                 self._answers.pop(message.request_id, None)
-            case _Stored():
-                if not message.is_stored:
-                    self._scheduler.cache.states.remove(message.state)
+            case _AskPins(answer, remove):
+                is_removed = bool(remove) and self._scheduler.cache.unpin(remove)
+                answer([_pin_of(s) for s in self._scheduler.cache.states.pins()], is_removed)
+            case _Stored(state, is_stored):
+                self._scheduler.cache.states.written(state, is_good=is_stored)
+                self._end_pinning()
             case _Loaded(state, data):
                 if self._scheduler.cache.loaded(state, is_good=data is not None) and data is not None:
                     self._backend.put_state(state.id, data)
@@ -440,6 +468,7 @@ class Engine:
                 return
             self._costs.record(batch.num_tokens, threads=self._threads, seconds=self._clock() - begin)
             self._book(batch, logits)
+            self._pin()
         except BackendError as e:
             self._fail_all(e)
             return
@@ -461,6 +490,8 @@ class Engine:
             self._scheduler.retire(sequence, reason=None)
             self._answers.pop(sequence.request.id)
             self._failures.append(Failure(sequence.request.id, error))
+        self._failures += [Failure(p.request.id, error) for p in self._pinning]
+        self._pinning = []
         self._backend.clear()
         self._scheduler.cache.forget()
         self._consecutive_failures += 1
@@ -590,8 +621,48 @@ class Engine:
         first = max(started, answer.first_token or now)  # what a grammar forces comes before the prompt is read
         timings = Timings(started - answer.arrived, first - started, now - answer.arrived)
         logprobs = answer.take_logprobs(text, reason)
-        self._deltas.append(self._delta(sequence, text, reason=reason, timings=timings, logprobs=logprobs))
+        delta = self._delta(sequence, text, reason=reason, timings=timings, logprobs=logprobs)
+        if sequence.request.pin:
+            assert sequence.slot is not None, "it was computed in this step"
+            self._pinning.append(_Pinning(sequence.slot, sequence.request, delta))
+        else:
+            self._deltas.append(delta)
         self._scheduler.retire(sequence, reason=reason)
+
+    def _pin(self) -> None:
+        """Have the prompts of this step that are to be pinned saved at once: a later step may need their cells."""
+        cache = self._scheduler.cache
+        new = [p for p in self._pinning if p.state is None]
+        for pinning in new:
+            pinning.state = cache.pin(cache.slots[pinning.slot], pinning.request.pin)
+        if new:
+            self._backend.decode(Batch(cache.take_ops(), ()))
+            self._end_pinning()
+
+    def _end_pinning(self) -> None:
+        """Answer whose prefix is on the disk, or cannot be, or need not be."""
+        pinning, self._pinning = self._pinning, []
+        for p in pinning:
+            if p.state is not None and p.state.on_disk and not p.state.is_written:
+                self._pinning.append(p)
+            elif (error := self._unpinned(p)) is None:
+                self._deltas.append(p.delta)
+            else:
+                self._failures.append(Failure(p.request.id, error))
+
+    def _unpinned(self, p: _Pinning) -> EdgeError | None:
+        """Why a prefix is not pinned, if it is not. One that a restart would drop is not kept where others would be."""
+        states = self._scheduler.cache.states
+        if p.state is None:
+            num_tokens = len(p.request.prompt)
+            return NoRoomToPin(num_tokens=num_tokens, required_bytes=states.size_bytes(num_tokens))
+        if p.state.on_disk or not states.limits.disk_bytes or p.state.pin != p.request.pin:
+            return None  # with another name: it was pinned, and another request replaced or removed it since
+        self._scheduler.cache.unpin(p.request.pin)
+        return BackendError(
+            "The prefix could not be written to the disk and is not pinned.",
+            hint="The engine's log says why. With EDGE_STATE_DISK_BYTES=0 pins last until the model is unloaded.",
+        )
 
     @staticmethod
     def _delta(
@@ -603,3 +674,7 @@ class Engine:
             sequence.request.id, text, sequence.num_output, sequence.num_prompt, sequence.num_cached, reason, timings,
             tuple(sequence.tokens) if wants_tokens else None, logprobs,
         )  # fmt: skip
+
+
+def _pin_of(state: SavedState) -> Pin:
+    return Pin(state.pin, len(state.tokens), state.size_bytes, state.in_memory, state.is_written, state.uses)

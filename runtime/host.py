@@ -57,6 +57,8 @@ DRAIN_S = 20.0
 """How long a suspect waits for the requests under way to end, before it runs beside them."""
 MAX_UNSENT_BYTES = 64 << 20
 """Requests that the worker has not read yet; it is far behind, or hung."""
+PINS_S = 60.0
+"""A worker tells of its pins between two steps."""
 ACCEPT_S = 60.0
 """A prompt whose template and tokens take this long has caught the worker's text thread in a loop."""
 LONG_LIFE_S = 60.0
@@ -169,6 +171,7 @@ class ModelHost:
         """What the kernel counted at the last looks: a death is seen a little later than it is counted."""
         self._num_waiting = 0
         """Requests that wait for the worker to be ready."""
+        self._pins_asked: dict[int, asyncio.Future[wire.Pins]] = {}
         self._leaving: dict[int, Generation] = {}
         """Cancelled while the worker was at them: it may still be."""
         self._door = asyncio.Lock()
@@ -331,6 +334,26 @@ class ModelHost:
         self._generations[message.id] = generation
         self._transport.write(frame)
         return generation
+
+    async def pins(self, *, remove: str = "") -> wire.Pins:
+        """What is pinned in the worker, after `remove`, where it is given, was let go.
+
+        Raises:
+            WorkerDied: There is no worker, or it ended.
+            DeadlineExceeded: It did not say so in time.
+        """
+        if self._transport is None or self.state != "ready":
+            raise WorkerDied(self.ref, reason="it is not running")
+        self._next_id += 1
+        asked = self._pins_asked[self._next_id] = asyncio.get_running_loop().create_future()
+        self._send(wire.AskPins(self._next_id, remove))
+        try:
+            async with asyncio.timeout(PINS_S):
+                return await asked
+        except TimeoutError as e:
+            raise DeadlineExceeded(timeout_s=PINS_S) from e
+        finally:
+            self._pins_asked = {i: f for i, f in self._pins_asked.items() if f is not asked}
 
     def _expire(self, generation: Generation, error: DeadlineExceeded) -> None:
         self._cancel(generation.id)
@@ -600,6 +623,9 @@ class ModelHost:
                 self._on_step(message)
             case wire.Heartbeat():
                 self._on_heartbeat(message)
+            case wire.Pins():
+                if (asked := self._pins_asked.pop(message.id, None)) and not asked.done():
+                    asked.set_result(message)
             case wire.Loading():
                 self._last_progress = time.monotonic()
             case wire.Ready():
@@ -638,6 +664,10 @@ class ModelHost:
 
     def _fail_all(self, error: EdgeError) -> None:
         self._leaving.clear()
+        for asked in self._pins_asked.values():
+            if not asked.done():
+                asked.set_exception(error)
+        self._pins_asked = {}
         for request_id in list(self._generations):
             if generation := self._take(request_id):
                 generation.fail(error)

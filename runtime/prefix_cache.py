@@ -295,12 +295,28 @@ class PrefixCache:
 
     # ------------------------------------------------------------------ pins, and the end
 
-    def pin(self, slot: Slot, name: str) -> bool:
-        """Keep what a slot holds, for all, until it is unpinned. False where the memory for states does not take it."""
-        state = self.states.find_near(slot.tokens, slot.scope, slack=0) or self._save(slot, uses=HOT_USES)
+    def pin(self, slot: Slot, name: str) -> SavedState | None:
+        """Keep what a slot holds, for all, until it is unpinned; what had that name goes. None where room lacks."""
+        tokens, scope = list(slot.tokens), slot.scope
+        if not self.states.may_pin(tokens, scope, name):
+            return None
+        state = self.states.find_near(tokens, scope, slack=0)
+        if state is None or state.pin != name:
+            self.unpin(name, keep=slot)
+        if state is None or not state.in_memory:
+            state = self._save(slot, uses=HOT_USES)
         if state is not None:
             self.states.pin(state, name)
-        return state is not None
+        return state
+
+    def unpin(self, name: str, *, keep: Slot | None = None) -> bool:
+        """Let go what is pinned under a name, but for the cells of `keep`; whether something was."""
+        gone = self.states.unpin(name)
+        self._drop_states()
+        for slot in (s for s in self._idle() if s is not keep):
+            if any(slot.scope == s.scope and slot.tokens == s.tokens[: len(slot.tokens)] for s in gone):
+                self.cut(slot, 0)  # unsaved: it is for all no more
+        return bool(gone)
 
     def adopt(self, tokens: list[TokenId], scope: Scope, *, uses: int, pin: str) -> SavedState | None:
         """Take a file of an earlier run into the books; None where it cannot be used."""

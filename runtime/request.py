@@ -144,6 +144,25 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class Pin:
+    """A prefix that is kept for all.
+
+    Attributes:
+        size_bytes: Of its saved state.
+        in_memory: Whether it is there, or read when a prompt wants it.
+        on_disk: Whether it outlives the process.
+        num_uses: Requests that it served, the one that pinned it included.
+    """
+
+    name: str
+    num_tokens: int
+    size_bytes: int
+    in_memory: bool
+    on_disk: bool
+    num_uses: int
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One generation.
 
@@ -161,7 +180,8 @@ class Request:
         grammar: What the answer must look like, compiled. It ends the answer, also where `ignore_eos` would go on.
         adapters: What the model is changed by; what was computed under other adapters is of no use to it.
         cache_key: The client's `prompt_cache_key`: of equal prefixes, it goes on from that of a request with the same.
-        pin: Keep the prompt's keys and values for all, under this name, until it is unpinned.
+        pin: Keep the prompt's keys and values for all, under this name, until it is unpinned. The answer is for
+            nobody: `max_tokens` is 1.
     """
 
     id: RequestId

@@ -30,6 +30,7 @@ import msgspec
 import numpy as np
 
 from runtime.request import TokenId
+from runtime.state_dirs import directories_of
 from runtime.states import SavedState, Scope
 
 log = logging.getLogger("edge.states")
@@ -107,7 +108,7 @@ def open_states(root: Path, key_file: Path, *, weights_digest: str, build: str) 
     """
     identity = f"{weights_digest} {build}"
     name = f"{weights_digest[:16]}-{hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()}"
-    for other in root.glob(f"{weights_digest[:16]}-*"):
+    for other in directories_of(root, weights_digest):
         if other.name != name:
             shutil.rmtree(other, ignore_errors=True)
     return StateFiles(root / name, key=device_key(key_file), identity=identity)

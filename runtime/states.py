@@ -20,6 +20,8 @@ StateId = NewType("StateId", int)
 
 MIN_STATE_TOKENS = 32
 """A shorter prefix is computed again about as fast as it is restored."""
+MAX_PINNED_SHARE = 0.5
+"""Pinned states take at most so much of either budget: the rest serves what nobody pinned."""
 HOT_USES = 2
 """A prefix that served so many requests is written to the disk while there is time."""
 
@@ -82,6 +84,7 @@ class SavedState:
         pin: Name under which the device's owner pinned it, or empty.
         uses: Requests that went on from it, the one that computed it included.
         priority: What it is worth; the least goes first.
+        on_disk: Whether the books of the disk have it; `is_written` once the bytes are there.
     """
 
     id: StateId
@@ -94,6 +97,7 @@ class SavedState:
     in_memory: bool = False
     on_disk: bool = False
     is_loading: bool = False
+    is_written: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,9 +235,9 @@ class SavedStates:
         return self._memory.find(tokens, scope.visible, limit=limit, partial=self.limits.partial_reuse)
 
     def find_on_disk(self, tokens: list[TokenId], scope: Scope, *, limit: int) -> tuple[SavedState | None, int]:
-        """The same among the files; nothing where reading it would cost more than it saves."""
+        """The same among the files; nothing where reading it would cost more than it saves, or pins leave no room."""
         state, length = self._disk.find(tokens, scope.visible, limit=limit, partial=self.limits.partial_reuse)
-        if state is not None and len(state.tokens) > length * MAX_READ_RATIO:
+        if state is not None and (len(state.tokens) > length * MAX_READ_RATIO or not self._fits_memory(state)):
             return None, 0
         return state, length
 
@@ -313,6 +317,9 @@ class SavedStates:
                 yield state
             limit -= 1
 
+    def _fits_memory(self, state: SavedState) -> bool:
+        return state.in_memory or self._memory.victims(state.size_bytes) is not None
+
     def _make_memory(self, size_bytes: int) -> bool:
         victims = self._memory.victims(size_bytes)
         for victim in victims or ():
@@ -337,19 +344,34 @@ class SavedStates:
 
     # ------------------------------------------------------------------ pins
 
+    def pins(self) -> list[SavedState]:
+        """What is pinned, by name."""
+        states = {**self._memory.states, **self._disk.states}
+        return sorted((s for s in states.values() if s.pin), key=lambda s: s.pin)
+
+    def may_pin(self, tokens: list[TokenId], scope: Scope, name: str) -> bool:
+        """Whether these tokens fit beside the pins of other names."""
+        size = self.size_bytes(len(tokens))
+        others = (s for s in self.pins() if s.pin != name and (s.scope, s.tokens) != (scope, tokens))
+        budgets = [tier.limit_bytes for tier in (self._memory, self._disk) if tier is self._memory or tier.limit_bytes]
+        return size + sum(s.size_bytes for s in others) <= MAX_PINNED_SHARE * min(budgets)
+
     def pin(self, state: SavedState, name: str) -> None:
-        """Keep a state until `unpin`, here and on the disk."""
+        """Keep a state that is in memory until `unpin`, here and on the disk."""
+        if state.pin != name and state.on_disk:
+            self.remove(state)  # its file does not say that it is pinned
         state.pin = name
         self.persist(state)
 
-    def unpin(self, name: str) -> None:
+    def unpin(self, name: str) -> list[SavedState]:
         """Let the states go that were pinned under a name."""
-        for state in [s for s in (*self._memory.states.values(), *self._disk.states.values()) if s.pin == name]:
+        states = [s for s in self.pins() if s.pin == name]
+        for state in states:
             state.pin = ""
             if state.in_memory:
                 self._forget(state)
-            if state.on_disk:
-                self.remove(state)
+            self.remove(state)
+        return states
 
     # ------------------------------------------------------------------ disk
 
@@ -359,7 +381,7 @@ class SavedStates:
         if size > self.limits.memory_bytes or self._disk.used_bytes + size > self.limits.disk_bytes:
             return None
         state = self._new(tokens, scope)
-        state.uses, state.pin, state.on_disk = uses, pin, True
+        state.uses, state.pin, state.on_disk, state.is_written = uses, pin, True, True
         self._disk.add(state)
         self._appraise(state)
         return state
@@ -369,7 +391,7 @@ class SavedStates:
         if state.on_disk or not state.in_memory:
             return
         victims = self._disk.victims(state.size_bytes)
-        if victims is None or any(v.priority > state.priority for v in victims):
+        if victims is None or (not state.pin and any(v.priority > state.priority for v in victims)):
             return
         for victim in victims:
             self._disk.floor = max(self._disk.floor, victim.priority)
@@ -377,6 +399,13 @@ class SavedStates:
         state.on_disk = True
         self._disk.add(state)
         self._disk_ops.append(StoreState(state))
+
+    def written(self, state: SavedState, *, is_good: bool) -> None:
+        """Book what came of a write."""
+        if is_good:
+            state.is_written = state.on_disk
+        else:
+            self.remove(state)
 
     def persist_all(self) -> None:
         """Have every state in memory written, the most valuable first: the process is about to end."""
@@ -404,7 +433,7 @@ class SavedStates:
         """Take a state off the disk."""
         if state.on_disk:
             self._disk.remove(state)
-            state.on_disk = False
+            state.on_disk = state.is_written = False
             if StoreState(state) in self._disk_ops:
                 self._disk_ops.remove(StoreState(state))
             else:

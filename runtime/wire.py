@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from runtime.request import Adapter, Constraint, SamplingParams, TokenLogprob
+from runtime.request import Adapter, Constraint, Pin, SamplingParams, TokenLogprob
 
 MAX_FRAME_BYTES = 256 << 20
 _HEADER = struct.Struct("<I")
@@ -32,7 +32,10 @@ class ChatMessage(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Generate(Message, frozen=True):
-    """Answer a conversation, or continue a text or tokens. `max_tokens` 0 means as many as fit."""
+    """Answer a conversation, or continue a text or tokens. `max_tokens` 0 means as many as fit.
+
+    With `pin`, what conversations that begin with these messages share is computed and pinned under that name.
+    """
 
     id: int
     messages: list[ChatMessage] | None
@@ -47,6 +50,7 @@ class Generate(Message, frozen=True):
     tenant: str = ""
     cache_key: str = ""
     priority: int = 0
+    pin: str = ""
 
 
 class Embed(Message, frozen=True):
@@ -68,6 +72,13 @@ class Cancel(Message, frozen=True):
     """Drop a request; nothing more is sent for it."""
 
     id: int
+
+
+class AskPins(Message, frozen=True):
+    """Tell what is pinned, after `remove`, where it is given, was let go."""
+
+    id: int
+    remove: str = ""
 
 
 class Stop(Message, frozen=True):
@@ -162,6 +173,14 @@ class Step(Message, frozen=True):
     failures: list[Failed]
 
 
+class Pins(Message, frozen=True):
+    """The answer to `AskPins`. `is_removed`: whether what was to be let go was there."""
+
+    id: int
+    pins: list[Pin]
+    is_removed: bool
+
+
 class Heartbeat(Message, frozen=True):
     """Counters, each second."""
 
@@ -179,8 +198,8 @@ class Heartbeat(Message, frozen=True):
 
 Ask = Generate | Embed
 """What can be asked of a model."""
-ToWorker = Load | Ask | Cancel | Stop
-ToFront = Loading | Ready | Step | Heartbeat
+ToWorker = Load | Ask | Cancel | AskPins | Stop
+ToFront = Loading | Ready | Step | Pins | Heartbeat
 
 _encoder = msgspec.msgpack.Encoder()
 to_worker_decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)

@@ -17,8 +17,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+
+import msgspec
 
 from edge.errors import BackendError, ContextOverflow, EdgeError, InvalidRequest, QueueFull
 from edge.formats.gguf import read_gguf
@@ -34,9 +36,12 @@ from runtime.engine import Delta, Engine, Failure, Sink
 from runtime.governor import Governor
 from runtime.grammar import Grammars
 from runtime.penalties import find_breakers
-from runtime.request import NO_BREAKERS, Adapter, AdapterSet, Breakers, Request, RequestId, SamplingParams
+from runtime.radix import common_prefix
+from runtime.request import NO_BREAKERS, Adapter, AdapterSet, Breakers, Pin, Request, RequestId, SamplingParams
 from runtime.speculate import NgramSpeculator
+from runtime.state_dirs import states_root
 from runtime.state_files import StateFiles, open_states
+from runtime.states import MIN_STATE_TOKENS
 from runtime.texts import TextMaker
 
 log = logging.getLogger("edge.worker")
@@ -95,6 +100,10 @@ def failed(request_id: int, error: EdgeError) -> wire.Failed:
         error.field if isinstance(error, InvalidRequest) else None,
         error.retry_after_s if isinstance(error, QueueFull) else None,
     )
+
+
+def _from_user(text: str) -> wire.ChatMessage:
+    return wire.ChatMessage("user", text)
 
 
 def _piece(d: Delta) -> wire.Piece:
@@ -166,7 +175,7 @@ class PromptMaker:
             ContextOverflow: The prompt, or the prompt and `max_tokens`, exceed the context.
             InvalidModelFile: An adapter's file is damaged.
         """
-        tokens = self._tokens(message)
+        tokens = self._prefix(message) if message.pin else self._tokens(message)
         if not tokens:
             raise InvalidRequest("The prompt is empty.", field="prompt", hint="Send at least one character.")
         room = self._context_tokens - len(tokens)
@@ -180,6 +189,7 @@ class PromptMaker:
             RequestId(message.id), tuple(tokens), max_tokens, message.params, tuple(message.stop), message.ignore_eos,
             message.return_tokens, self._breakers(message.params), tenant=message.tenant, cache_key=message.cache_key,
             grammar=grammar, adapters=self._checked(message.adapters), priority=message.priority,
+            pin=message.pin,
         )  # fmt: skip
 
     def _breakers(self, params: SamplingParams) -> Breakers:
@@ -202,6 +212,20 @@ class PromptMaker:
                 check_finite(read_lora(read_gguf(Path(adapter.path), what="The adapter"), what="The adapter"))
                 self._sound_adapters.add(adapter.digest)
         return adapter_set(adapters)
+
+    def _prefix(self, message: wire.Generate) -> list[int]:
+        """What all conversations that begin with these messages share: where two part whose users write otherwise."""
+        one, other = (
+            self._tokens(msgspec.structs.replace(message, messages=[*(message.messages or ()), _from_user(text)]))
+            for text in ("a", "1")
+        )
+        prefix = one[: common_prefix(one, other, limit=len(one))]
+        if len(prefix) < MIN_STATE_TOKENS:
+            raise InvalidRequest(
+                f"What such conversations share is {len(prefix)} tokens: that is computed as fast as it is restored.",
+                field="system", hint=f"Pin prompts of at least {MIN_STATE_TOKENS} tokens.",
+            )  # fmt: skip
+        return prefix
 
     def _tokens(self, message: wire.Generate) -> list[int]:
         if message.messages is not None:
@@ -327,8 +351,10 @@ class Worker:
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def _adopt(self, files: StateFiles) -> None:
-        for found in files.open():
+        for found in sorted(files.open(), key=lambda f: not f.pin):  # where the budget shrank, pins come first
             if not self._engine.adopt(found.tokens, found.scope, uses=found.uses, pin=found.pin):
+                if found.pin:
+                    log.warning("the pinned prefix %s has no room any more and is removed", found.pin)
                 files.remove(found.scope, found.tokens)
 
     def _open(self, load: wire.Load, *, disk_bytes: int) -> Backend:
@@ -369,6 +395,8 @@ class Worker:
                     self._submit(message)
                 case wire.Cancel():
                     self._serving.cancel(RequestId(message.id))
+                case wire.AskPins():
+                    self._ask_pins(message)
                 case wire.Stop():
                     self._serving.stop()
                 case wire.Load():
@@ -387,6 +415,15 @@ class Worker:
         except EdgeError as e:
             self._connection.send(wire.Step([], [failed(message.id, e)]))
         self._box.end_text()
+
+    def _ask_pins(self, message: wire.AskPins) -> None:
+        if isinstance(self._serving, Engine):
+            self._serving.ask_pins(partial(self._send_pins, message.id), remove=message.remove)
+        else:
+            self._send_pins(message.id, [], False)  # who makes no text has no use for prefixes
+
+    def _send_pins(self, request_id: int, pins: list[Pin], is_removed: bool) -> None:
+        self._connection.send(wire.Pins(request_id, pins, is_removed))
 
     def _beat(self) -> None:
         page = resource.getpagesize()
@@ -417,7 +454,7 @@ def _state_files(load: wire.Load) -> StateFiles | None:
     home = Path(load.home)
     try:
         return open_states(
-            home / "states",
+            states_root(home),
             home / "state.key",
             weights_digest=load.weights_digest,
             build=f"{_build()} {STATE_LAYOUT} {load.flash_attention}",

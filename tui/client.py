@@ -33,7 +33,18 @@ from edge.errors import (
     StoreError,
     UnsupportedFormat,
 )
-from runtime.api.schema import DeviceStatus, Job, JobList, LogLines, ModelInfo, ModelList, OutboxStatus, Problem
+from runtime.api.schema import (
+    DeviceStatus,
+    Job,
+    JobList,
+    LogLines,
+    ModelInfo,
+    ModelList,
+    OutboxStatus,
+    PinnedPrefix,
+    PinnedPrefixList,
+    Problem,
+)
 
 from .sse import Event, EventParser, InvalidReply
 
@@ -235,6 +246,22 @@ class RuntimeClient:
     async def delete(self, ref: str) -> None:
         """Remove a model from the store."""
         await self._reply("DELETE", f"/edge/v1/models/{quote(ref, safe=':/@')}")
+
+    async def warm(self, model: str, system: str, *, name: str | None = None) -> PinnedPrefix:
+        """Compute what conversations with a system prompt share, and pin it; returns when that is done."""
+        body = {"model": model, "system": system, "name": name}
+        return await self._call("POST", "/edge/v1/prefixes", PinnedPrefix, body, LOAD_TIMEOUT_S)
+
+    async def prefixes(self, model: str | None = None) -> list[PinnedPrefix]:
+        """What is pinned: for a model, which is loaded for it, or for the models that are loaded."""
+        query = f"?model={quote(model, safe='')}" if model is not None else ""
+        reply = await self._call("GET", f"/edge/v1/prefixes{query}", PinnedPrefixList, None, LOAD_TIMEOUT_S)
+        return reply.prefixes
+
+    async def remove_prefix(self, model: str, name: str) -> None:
+        """Unpin a prefix."""
+        path = f"/edge/v1/prefixes/{quote(name, safe='')}?model={quote(model, safe='')}"
+        await self._reply("DELETE", path, None, LOAD_TIMEOUT_S)
 
     async def pull(self, source: str, *, name: str | None = None) -> Job:
         """Start to fetch a model; the job tells how far it is."""

@@ -12,10 +12,12 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from edge.cli.main import settings_from
 from edge.cli.options import complete_models, human_size, json_option, open_store, store_option
 from edge.errors import ConfigError, EdgeError
 from edge.store.details import QUANTIZED_FROM, short_count
 from edge.store.models import Collected, FileCheck, ModelStore, StoredModel
+from runtime.state_dirs import remove_states
 
 
 def print_json(value: object) -> None:
@@ -241,7 +243,7 @@ def _sampling(model: StoredModel) -> str:
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @store_option
 def rm(refs: Sequence[str], *, dry_run: bool, yes: bool, store_dir: Path | None) -> None:
-    """Remove models from the store. Files that another model shares stay.
+    """Remove models from the store, with the prompts computed for them. Files that another model shares stay.
 
     \b
     Examples:
@@ -256,10 +258,13 @@ def rm(refs: Sequence[str], *, dry_run: bool, yes: bool, store_dir: Path | None)
         return
     if not yes:
         _ask_first(f"Remove {', '.join(map(str, found))}?")
+    models = [model for model in store.list() if model.ref in found]
     for ref in found:
         store.remove(ref)
         click.echo(f"removed {ref}")
     _report_collected(store.collect())
+    if store_dir is None:
+        remove_states(settings_from().home, models, store)
 
 
 def _ask_first(question: str) -> None:

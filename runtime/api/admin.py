@@ -22,7 +22,10 @@ from runtime.api.schema import (
     ModelList,
     ModelRequest,
     OutboxStatus,
+    PinnedPrefix,
+    PinnedPrefixList,
     PullRequest,
+    WarmRequest,
 )
 
 
@@ -61,6 +64,25 @@ async def unload_model(request: HttpRequest, state: State) -> ModelInfo:
 async def delete_model(state: State, ref: str) -> None:
     """Unload a model and remove it from the store."""
     await appliance_of(state).remove(ref.lstrip("/"))
+
+
+@post("/edge/v1/prefixes", status_code=200)
+async def warm(request: HttpRequest, state: State) -> PinnedPrefix:
+    """Compute what conversations with a system prompt share, and pin it; loads the model."""
+    body, _ = parse_body(await request.body(), WarmRequest)
+    return await appliance_of(state).warm(body)
+
+
+@get("/edge/v1/prefixes")
+async def prefixes(state: State, model: Annotated[str, Parameter(max_length=400)] | None = None) -> PinnedPrefixList:
+    """What is pinned for a model, which is loaded for it; else for the models that are loaded."""
+    return PinnedPrefixList(prefixes=await appliance_of(state).prefixes(model))
+
+
+@delete("/edge/v1/prefixes/{name:str}", status_code=204)
+async def delete_prefix(state: State, name: str, model: Annotated[str, Parameter(max_length=400)]) -> None:
+    """Unpin a prefix and forget it; loads the model."""
+    await appliance_of(state).remove_prefix(model, name)
 
 
 @post("/edge/v1/models/pull", status_code=202)
@@ -115,6 +137,6 @@ async def events(state: State) -> Response[bytes]:
 
 
 HANDLERS = [
-    status, models, load_model, unload_model, delete_model, pull_model, jobs, job, cancel_job, telemetry,
-    flush_telemetry, logs, events,
+    status, models, load_model, unload_model, delete_model, warm, prefixes, delete_prefix, pull_model,
+    jobs, job, cancel_job, telemetry, flush_telemetry, logs, events,
 ]  # fmt: skip

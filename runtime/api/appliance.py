@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import hashlib
 import logging
 import shutil
 import socket
@@ -19,23 +21,37 @@ from litestar.datastructures import State
 
 from edge import __version__
 from edge.config import Settings
-from edge.errors import InvalidRequest, QueueFull
+from edge.errors import InvalidRequest, PinNotFound, QueueFull
 from edge.hardware.memory import available_bytes, total_bytes, usable_cores
 from edge.store.models import ModelStore, StoredModel
 from edge.telemetry.host import temperature_c
 from edge.telemetry.service import Telemetry
 from edge.telemetry.span import Operation, RequestRecord
+from runtime import wire
 from runtime.api import sse
 from runtime.api.responses import ClientClosed
-from runtime.api.schema import Alert, DeviceStatus, Job, ModelInfo, OutboxStatus, PullRequest
+from runtime.api.schema import (
+    Alert,
+    DeviceStatus,
+    Job,
+    ModelInfo,
+    OutboxStatus,
+    PinnedPrefix,
+    PullRequest,
+    WarmRequest,
+)
 from runtime.host import ModelHost
 from runtime.jobs import JobControl, Jobs
 from runtime.logs import RecentLines
 from runtime.pool import Pool
+from runtime.request import SamplingParams
+from runtime.state_dirs import remove_states
 
 log = logging.getLogger("edge.appliance")
 
 STATUS_INTERVAL_S = 1.0
+WARM_S = 600.0
+"""How long a model may take to load, and a system prompt to be computed."""
 MAX_WATCHERS = 64
 LOW_DISK_BYTES = 256 << 20
 LOW_MEMORY_SHARE = 0.05
@@ -158,7 +174,60 @@ class Appliance:
         await asyncio.to_thread(self.store.remove, str(model.ref))
         await self.pool.forget(str(model.ref))
         await asyncio.to_thread(self.store.collect)
+        await asyncio.to_thread(remove_states, self.settings.home, [model], self.store)
         log.info("removed %s", model.ref)
+
+    # ------------------------------------------------------------------ pinned prefixes
+
+    async def warm(self, body: WarmRequest) -> PinnedPrefix:
+        """Compute what conversations with a system prompt share, and pin it.
+
+        Raises:
+            NoRoomToPin: Pins take their share already.
+            EdgeError: The model cannot be had, or the template refuses such a conversation.
+        """
+        selection = await self.pool.select(body.model, ())
+        await self.check_purpose(selection.model, "chat")
+        host = await self.pool.ready(selection.model, timeout_s=WARM_S)
+        wanted = "\0".join([str(host.model.digest), repr(selection.adapters), body.system])
+        name = body.name or hashlib.sha256(wanted.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+        system, params = [wire.ChatMessage("system", body.system)], SamplingParams(temperature=0)
+        generation = await host.start(
+            lambda i: wire.Generate(i, system, None, params, 1, [], adapters=selection.adapters, pin=name),
+            timeout_s=WARM_S, allowed_s=WARM_S,
+        )  # fmt: skip
+        try:
+            async for _ in generation.steps():
+                pass
+        finally:
+            generation.cancel()
+        for prefix in await self._prefixes_of(host):
+            if prefix.name == name:
+                return prefix
+        raise PinNotFound(name, model=host.ref)
+
+    async def prefixes(self, ref: str | None) -> list[PinnedPrefix]:
+        """What is pinned for a model; without one, for each that is loaded."""
+        if ref is not None:
+            return await self._prefixes_of(await self._ready(ref))
+        return [p for host in self.pool.hosts() if host.state == "ready" for p in await self._prefixes_of(host)]
+
+    async def remove_prefix(self, ref: str, name: str) -> None:
+        """Unpin a prefix.
+
+        Raises:
+            PinNotFound: There is none of that name.
+        """
+        host = await self._ready(ref)
+        if not (await host.pins(remove=name)).is_removed:
+            raise PinNotFound(name, model=host.ref)
+
+    async def _ready(self, name: str) -> ModelHost:
+        return await self.pool.ready((await self.pool.select(name, ())).model, timeout_s=WARM_S)
+
+    async def _prefixes_of(self, host: ModelHost) -> list[PinnedPrefix]:
+        pins = (await host.pins()).pins
+        return [PinnedPrefix(model=host.ref, **dataclasses.asdict(pin)) for pin in pins]
 
     def pull(self, request: PullRequest) -> Job:
         """Begin to fetch a model."""

@@ -34,6 +34,7 @@ STATUS: dict[type[EdgeError], int] = {
     errors.ConstraintFailed: 422,
     errors.ModelNotFound: 404,
     errors.JobNotFound: 404,
+    errors.PinNotFound: 404,
     errors.Cancelled: 409,
     ClientClosed: 499,
     errors.QueueFull: 429,
@@ -51,6 +52,7 @@ STATUS: dict[type[EdgeError], int] = {
     errors.StoreError: 500,
     errors.DiskFull: 507,
     errors.DoesNotFit: 507,
+    errors.NoRoomToPin: 507,
 }
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 

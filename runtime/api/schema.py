@@ -59,6 +59,37 @@ class ModelRequest(msgspec.Struct, kw_only=True):
     model: Annotated[str, msgspec.Meta(max_length=400)]
 
 
+PinName = Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class WarmRequest(msgspec.Struct, kw_only=True):
+    """A system prompt whose conversations shall begin fast."""
+
+    model: Annotated[str, msgspec.Meta(max_length=400)]
+    """Also with adapters: ``model+adapter``."""
+    system: Annotated[str, msgspec.Meta(min_length=1, max_length=1 << 20)]
+    name: PinName | None = None
+    """Of the pin; what had that name before goes. Made from model and prompt where it is not given."""
+
+
+class PinnedPrefix(msgspec.Struct, kw_only=True):
+    """What conversations with one system prompt share, computed and kept for all."""
+
+    model: str
+    name: str
+    num_tokens: int
+    size_bytes: int
+    in_memory: bool
+    """Or read from the disk when a prompt wants it."""
+    on_disk: bool
+    """Whether it outlives the engine."""
+    num_uses: int
+
+
+class PinnedPrefixList(msgspec.Struct, kw_only=True):
+    prefixes: list[PinnedPrefix]
+
+
 class PullRequest(msgspec.Struct, kw_only=True):
     source: Annotated[str, msgspec.Meta(min_length=1, max_length=2048)]
     """A catalog name, or ``hf://``, ``pypi://``, ``https://`` or a file's path."""

@@ -74,6 +74,7 @@ class BooksOfStates(RuleBasedStateMachine):
         self.memory: dict[int, SavedState] = {}
         self.files: dict[int, SavedState] = {}
         self.reading: list[SavedState] = []
+        self.pinned: dict[str, SavedState] = {}
 
     def settle(self) -> None:
         for state_id in self.states.take_dropped():
@@ -127,19 +128,29 @@ class BooksOfStates(RuleBasedStateMachine):
             self.settle()
             if holds:
                 self.memory[state.id] = state
+            self.drop_lost_pins()  # where its file was bad
 
     @rule(name=st.sampled_from(["x", "y"]), pin=st.booleans())
     def pin(self, name: str, pin: bool) -> None:
-        if not pin:
+        state = next(iter(self.memory.values()), None)
+        if pin and (state is None or not self.states.may_pin(state.tokens, state.scope, name)):
+            return
+        if not pin or self.pinned.get(name) is not state:
             self.states.unpin(name)
             self.settle()
-        elif self.memory:
-            self.states.pin(next(iter(self.memory.values())), name)
+            self.pinned.pop(name, None)
+        if pin and state is not None and state.in_memory:
+            self.states.pin(state, name)
+            self.pinned = {n: s for n, s in self.pinned.items() if s is not state} | {name: state}
 
     @rule()
     def fail(self) -> None:
         self.states.clear()
         self.settle()
+        self.drop_lost_pins()  # what the disk had not begun to write
+
+    def drop_lost_pins(self) -> None:
+        self.pinned = {n: s for n, s in self.pinned.items() if s.in_memory or s.on_disk}
 
     @invariant()
     def books_hold(self) -> None:
@@ -147,6 +158,12 @@ class BooksOfStates(RuleBasedStateMachine):
         assert self.states.disk_bytes <= 200
         assert self.states.num_states == len(self.memory)
         assert all(s.in_memory for s in self.memory.values())
+
+    @invariant()
+    def pins_stay_and_leave_room(self) -> None:
+        assert {s.pin: s for s in self.states.pins()} == self.pinned
+        assert sum(s.size_bytes for s in self.pinned.values()) <= 75
+        assert all(s.on_disk for s in self.pinned.values() if s.in_memory)
 
 
 TestBooksOfStates = BooksOfStates.TestCase
