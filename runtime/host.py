@@ -274,7 +274,7 @@ class ModelHost:
         deadline = time.monotonic() + timeout_s
         try:
             async with asyncio.timeout(timeout_s):
-                await self._pass_door(suspect)
+                suspect = await self._pass_door(message)
         except TimeoutError as e:
             raise DeadlineExceeded(timeout_s=allowed_s) from e
         try:
@@ -297,8 +297,9 @@ class ModelHost:
         suspect = self._quarantine.suspect(who)
         return None if suspect is None else (who, suspect)
 
-    async def _pass_door(self, suspect: tuple[Fingerprint, Suspect] | None) -> None:
-        """Wait in line, hold the door, and see that the worker is ready, and empty where a suspect comes."""
+    async def _pass_door(self, message: wire.Ask) -> tuple[Fingerprint, Suspect] | None:
+        """Wait in line, hold the door, and see that the worker is ready, and empty where a suspect comes. What is known
+        against the request is asked at the door: meanwhile one that is the same may have been judged."""
         self._check_room()
         self._num_waiting += 1
         try:
@@ -306,6 +307,7 @@ class ModelHost:
         finally:
             self._num_waiting -= 1
         try:
+            suspect = self._judge(message)
             if suspect is not None and self._generations:
                 self._emptied.clear()
                 await _wait(self._emptied, DRAIN_S)
@@ -313,6 +315,7 @@ class ModelHost:
         except BaseException:
             self._door.release()
             raise
+        return suspect
 
     def _check_room(self) -> None:
         most = self.settings.max_queue + self.settings.max_sequences

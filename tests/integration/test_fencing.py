@@ -81,6 +81,18 @@ def test_one_bomb_among_sixteen_clients_costs_two_deaths_and_nobody_else(fragile
     assert json.loads(run_edge("replay", "--json", home=fragile.home).stdout) == []
 
 
+def test_copies_of_a_bomb_cost_no_more_deaths_than_one(fragile: RunningAppliance) -> None:
+    ask(fragile, max_tokens=2).raise_for_status()
+
+    def bomb(_: int) -> httpx.Response:
+        return ask(fragile, max_tokens=24, ignore_eos=True, stop=["bomb:abort@6"])
+
+    with fragile.client() as http, ThreadPoolExecutor(6) as pool:
+        before = restarts(http)
+        assert [r.status_code for r in pool.map(bomb, range(6))] == [422] * 6
+        assert restarts(http) == before + 2
+
+
 def test_a_stream_that_had_begun_ends_with_an_error_event(fragile: RunningAppliance) -> None:
     body = chat_body("Count.", max_tokens=64, ignore_eos=True, stop=["bomb:abort@20"], stream=True)
     with fragile.client() as http:
