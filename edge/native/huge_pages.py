@@ -58,12 +58,13 @@ def huge_page_bytes(root: Path = Path("/")) -> int:
 
 
 def mappings_of(path: Path, maps: str) -> list[Mapping]:
-    """The read-only mappings of a file in the text of /proc/self/maps (proc(5))."""
+    """The read-only mappings of a file in the text of /proc/self/maps (proc(5)). Code is none of them: a library on
+    another filesystem may have the same inode number."""
     wanted = path.stat().st_ino
     found: list[Mapping] = []
     for line in maps.splitlines():
         addresses, permissions, _, _, inode, *_ = line.split(maxsplit=5)
-        if int(inode) == wanted and permissions.startswith("r-"):
+        if int(inode) == wanted and permissions.startswith("r--"):
             start, end = (int(a, 16) for a in addresses.split("-"))
             found.append(Mapping(start, end))
     return found

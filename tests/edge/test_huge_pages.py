@@ -69,5 +69,6 @@ def test_only_read_only_mappings_of_the_file_are_found(tmp_path: Path) -> None:
         f"5000-6000 rw-p 00000000 fe:00 {inode}    {path}\n"
         f"7000-8000 r--p 00000000 fe:00 {inode + 1} /other\n"
         "9000-a000 rw-p 00000000 00:00 0\n"
+        f"b000-c000 r-xp 00000000 fe:01 {inode}    /usr/lib/of-another-filesystem.so\n"
     )
     assert mappings_of(path, maps) == [Mapping(0x1000, 0x3000)]
