@@ -109,7 +109,7 @@ def _run(settings: Settings, case: Case, *, timeout_s: float) -> Outcome:
         click.echo(f"{case.model} was replaced since: it runs on the present one", err=True)
     click.echo(f"running {case.id} in an engine of its own …", err=True)
     with tempfile.TemporaryDirectory(prefix="edge-replay-") as home:
-        alone = dataclasses.replace(settings, home=Path(home))
+        alone = dataclasses.replace(settings, home=Path(home), state_disk_bytes=0)
         return asyncio.run(_outcome(alone, model, case, timeout_s=timeout_s))
 
 
