@@ -254,8 +254,8 @@ class StateFiles:
             return read(path)
         except FileNotFoundError:
             return None
-        except (OSError, _BadFile) as e:
-            log.warning("%s is ignored and removed: %s", path.name, e)
+        except (OSError, MemoryError, _BadFile) as e:  # whoever waits for it is computed instead
+            log.warning("%s is ignored and removed: %s", path.name, e or type(e).__name__)
             self._remove(path)
             return None
 

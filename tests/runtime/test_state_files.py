@@ -148,6 +148,16 @@ def test_a_second_process_leaves_the_directory_to_the_first(tmp_path: Path, file
     assert write(files, a_state())
 
 
+def test_a_state_for_which_memory_lacks_is_computed_instead(files: StateFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert write(files, a_state())
+
+    def lack(*_: object) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr("runtime.state_files.hmac.digest", lack)
+    assert read(files, a_state()) is None
+
+
 def test_the_key_is_made_once(tmp_path: Path) -> None:
     key = device_key(tmp_path / "state.key")
     assert len(key) == 32
