@@ -156,7 +156,7 @@ class Piece(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Failed(msgspec.Struct, array_like=True, frozen=True):
-    """A request, or with id 0 the load, ended with an error. `facts` are the error's own attributes."""
+    """A request, or with id 0 the load, ended with an error."""
 
     id: int
     code: str
