@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from edge.errors import BackendError, ConstraintFailed, ContextOverflow, EdgeError, NoRoomToPin, QueueFull
 from runtime.adapters import ResidentAdapters
-from runtime.backends.base import Backend
+from runtime.backends.base import Backend, StateRefused
 from runtime.batch import Batch, Chunk
 from runtime.governor import Governor
 from runtime.grammar import Guide
 from runtime.logprobs import Logprobs
-from runtime.request import AdapterSet, FinishReason, Pin, Request, RequestId, TokenId, TokenLogprob
+from runtime.request import Adapter, FinishReason, Pin, Request, RequestId, TokenId, TokenLogprob
 from runtime.sampler import Sampler
 from runtime.scheduler import Limits, Scheduler, SchedulerStats
 from runtime.sequence import Sequence
@@ -295,7 +295,9 @@ class Engine:
                 self._wait_for_disk()
 
     def _wait_for_disk(self) -> None:
-        """Who waits for a state to be read is all there is."""
+        """Who waits for a state to be read is all there is. A slow disk is no hanging step."""
+        if self._observer is not None:
+            self._observer.idle()
         try:
             self._handle(self._inbox.get(timeout=0.1))
         except queue.Empty:
@@ -314,8 +316,7 @@ class Engine:
     def advance(self) -> bool:
         """Take what has arrived, then plan, compute and deliver one step. False if there was nothing to compute."""
         self._receive()
-        self._speculate()
-        batch = self._scheduler.schedule()
+        batch = self._scheduler.schedule(self._guess)
         self._crowd = max(self._crowd, len(self._scheduler.running))
         if batch is not None:
             self._compute(batch)
@@ -357,16 +358,15 @@ class Engine:
     def _on_loaded(self, state: SavedState, data: memoryview | None) -> None:
         self._inbox.put(_Loaded(state, data))
 
-    def _speculate(self) -> None:
+    def _guess(self, step: list[Sequence]) -> None:
         """Have tokens guessed. Beside a prompt none are: its step is long, and what guesses cost in it is not known."""
-        running = self._scheduler.running
-        if self._speculator is None or not running:
+        if self._speculator is None or not step:
             return
-        if any(s.is_prefilling for s in running):
-            for sequence in running:
+        if any(s.is_prefilling for s in step):
+            for sequence in step:
                 sequence.draft = []
         else:
-            self._speculator.plan(running, threads=self._threads)
+            self._speculator.plan(step, threads=self._threads)
 
     def _flush(self) -> None:
         if self._deltas or self._failures:
@@ -423,7 +423,7 @@ class Engine:
                     completion_tokens=request.max_tokens,
                 )
             guide = request.grammar.start() if request.grammar else None
-            self._load_adapters(request.adapters)
+            self._load_adapters(request)
             sequence = self._scheduler.add(request)
         except EdgeError as e:
             self._failures.append(Failure(request.id, e))
@@ -435,20 +435,30 @@ class Engine:
         self._answers[request.id] = _Answer(sequence, sampler, stops, message.at, guide, logprobs)
         self._deliver(sequence, *self._append_forced(sequence))
 
-    def _load_adapters(self, wanted: AdapterSet) -> None:
+    def _load_adapters(self, request: Request) -> None:
         """Have a request's adapters in memory as long as it lives; those that nobody uses make room for them."""
-        for adapter in wanted:
+        for adapter in request.adapters:
             if self._adapters.use(adapter):
                 continue
-            holders = [wanted, *(a.sequence.request.adapters for a in self._answers.values())]
+            holders = [request.adapters, *(a.sequence.request.adapters for a in self._answers.values())]
             leaving = self._adapters.add(adapter, in_use={a.digest for held in holders for a in held})
             for digest in leaving:
                 self._backend.free_adapter(digest)
-            try:
-                self._backend.load_adapter(adapter)
-            except EdgeError:
-                self._adapters.drop(adapter.digest)
-                raise
+            self._load_adapter(adapter, request.id)
+
+    def _load_adapter(self, adapter: Adapter, request_id: RequestId) -> None:
+        """Load one, for the observer as a step of its request alone: where native code dies of the file, it is to
+        blame and not who was in the step before."""
+        if self._observer is not None:
+            self._observer.begin_step([request_id], self._scheduler.limits.step_tokens)
+        try:
+            self._backend.load_adapter(adapter)
+        except EdgeError:
+            self._adapters.drop(adapter.digest)
+            raise
+        finally:
+            if self._observer is not None:
+                self._observer.idle()
 
     # ------------------------------------------------------------------ one step
 
@@ -469,6 +479,9 @@ class Engine:
             self._costs.record(batch.num_tokens, threads=self._threads, seconds=self._clock() - begin)
             self._book(batch, logits)
             self._pin()
+        except StateRefused as e:
+            self._start_anew(e)
+            return
         except BackendError as e:
             self._fail_all(e)
             return
@@ -482,6 +495,14 @@ class Engine:
         if self._governor is not None and (threads := self._governor.choose(now)) != self._threads:
             self._backend.set_threads(threads)
             self._threads = self._budget.threads = threads
+
+    def _start_anew(self, error: StateRefused) -> None:
+        """A state that the library does not take back is forgotten, its file too, and everybody is computed anew:
+        nobody fails for a file."""
+        log.warning("%s The cache starts anew.", error)
+        self._scheduler.cache.states.discard(error.state)
+        self._scheduler.restart()
+        self._backend.clear()
 
     def _fail_all(self, error: BackendError) -> None:
         """A failed step leaves the cache undefined: its requests fail, the cache starts anew."""

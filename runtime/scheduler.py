@@ -145,18 +145,31 @@ class Scheduler:
             self._classes.reset()
             self._tenants.reset()
 
+    def restart(self) -> None:
+        """The cache was cleared: what runs is computed again, from its beginning or from what comes from the disk."""
+        self.cache.forget()
+        for sequence in list(self.running):
+            if sequence.num_computed <= sequence.num_cached:
+                sequence.num_cached = 0  # it had nothing of it yet
+            self._preempt(sequence)
+
     # ------------------------------------------------------------------ one step
 
-    def schedule(self) -> Batch | None:
-        """Plan the next step, or None where there is nothing to do. Without chunks it only changes the cache."""
+    def schedule(self, guess: Callable[[list[Sequence]], None] | None = None) -> Batch | None:
+        """Plan the next step, or None where there is nothing to do. Without chunks it only changes the cache.
+
+        Args:
+            guess: Told of the sequences of the step; it may set the `draft` of each.
+        """
         self._admit()
         if self.running:
             self.cache.trim_idle()
         self._relieve()
         self._adapters = self._turns.choose(s.request.adapters for s in self.running)
+        if guess is not None:
+            guess(self._in_turn())
         chunks = self._decode_chunks()
-        decoding = sum(len(c.tokens) for c in chunks)
-        chunks += self._prefill_chunks(self._prompt_tokens(decoding, self.limits.step_tokens - decoding))
+        chunks += self._prefill_chunks(sum(len(c.tokens) for c in chunks))
         chunks.sort(key=lambda c: c.slot)
         ops = self.cache.take_ops()
         if not (ops or chunks):
@@ -186,15 +199,17 @@ class Scheduler:
     # ------------------------------------------------------------------ admission
 
     def _admit(self) -> None:
-        candidates = list(self.waiting)
+        if not self.waiting or not self._may_admit():
+            return
+        candidates = sorted(self.waiting, key=self._turn, reverse=True)
         while candidates and self._may_admit():
-            sequence = min(candidates, key=self._turn)
-            candidates.remove(sequence)
+            sequence = candidates.pop()
             if self._must_wait(sequence):
                 continue
             if not self._place_or_take(sequence):
                 return  # what others would take it needs: who goes next is not passed over for being large
             self.waiting.remove(sequence)
+            candidates.sort(key=self._turn, reverse=True)
 
     def _may_admit(self) -> bool:
         """Whether a slot is free, or one might be taken from a lower class."""
@@ -313,9 +328,13 @@ class Scheduler:
         draft = draft[: max(0, min(room, free // len(self.running)))]
         return Chunk(chunk.sequence, chunk.slot, chunk.start, chunk.tokens + draft, num_logits=1 + len(draft))
 
-    def _prefill_chunks(self, room: int) -> list[Chunk]:
-        """Share the budget among the classes of priority, in each among its tenants, and so among their prompts."""
+    def _prefill_chunks(self, num_decoding: int) -> list[Chunk]:
+        """Share what the step has beside tokens of decoding sequences among the classes of priority, in each among its
+        tenants, and so among their prompts."""
         prompts = sorted((s for s in self._in_turn() if s.is_prefilling), key=self._turn)
+        if not prompts:
+            return []
+        room = self._prompt_tokens(num_decoding, self.limits.step_tokens - num_decoding)
         shares: dict[int, int] = {}
         for members, part in _split(
             prompts, room, lambda s: s.request.priority, lambda s: CLASS_RATIO**-s.request.priority

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from runtime.batch import Batch
 from runtime.ngram import MAX_MATCH, Lookup
-from runtime.sequence import Sequence
+from runtime.sequence import Sequence, Status
 from runtime.step_cost import StepCosts
 
 WIDTHS = (2, 4, 8, 16, 32, 64)
@@ -144,7 +144,9 @@ class NgramSpeculator(Speculator):
             for sequence in decoding:
                 sequence.draft = []
             return
-        self._texts = {s: self._texts.get(s) or _Texts() for s in decoding}
+        # Who runs and is in no step now has adapters whose turn comes again.
+        self._texts = {s: t for s, t in self._texts.items() if s.status is Status.RUNNING or s in decoding}
+        self._texts |= {s: _Texts() for s in decoding if s not in self._texts}
         prior = self._acceptance.rates(PRIOR, weight=PRIOR_WEIGHT)
         likely: list[tuple[float, int]] = []
         for i, sequence in enumerate(decoding):
@@ -170,6 +172,8 @@ class NgramSpeculator(Speculator):
         texts = self._texts[sequence]
         limit = min(WIDTHS[-1] - 1, sequence.request.max_tokens - sequence.num_output - 1)
         guesses = len(texts.lookup.guess(sequence.tokens, limit))
+        if not guesses:
+            return []
         rates = texts.acceptance.rates(prior, weight=PRIOR_WEIGHT)
         matched, chance = texts.lookup.matched, 1.0
         chances: list[float] = []

@@ -337,6 +337,14 @@ class SavedStates:
             self._disk.remove(state)
             state.on_disk = False
 
+    def discard(self, state_id: StateId) -> None:
+        """Forget a state, and its file."""
+        state = self._memory.states.get(state_id) or self._disk.states.get(state_id)
+        if state is not None and state.in_memory:
+            self._forget(state)
+        if state is not None:
+            self.remove(state)
+
     def clear(self) -> None:
         """Forget what is in memory; the files stay."""
         for state in list(self._memory.states.values()):

@@ -198,6 +198,7 @@ class ScriptedBackend(Backend):
     def clear(self) -> None:
         for cells in self.cells.values():
             cells.clear()
+        self.states.clear()
 
     def close(self) -> None:
         self.clear()

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.errors import BackendError
 from runtime.batch import Batch
 from runtime.request import Adapter
 from runtime.states import NO_STATES, StateId, StateLimits
@@ -53,6 +54,14 @@ class ModelFacts:
     """Texts of the control tokens."""
 
 
+class StateRefused(BackendError):
+    """The library does not take a saved state back."""
+
+    def __init__(self, state: StateId) -> None:
+        super().__init__(f"The saved state {state} cannot be put back.")
+        self.state = state
+
+
 class Backend(Protocol):
     """One loaded model. All methods belong to one thread, but for `tokenizer`, which any may use."""
 
@@ -86,6 +95,7 @@ class Backend(Protocol):
             next call, and the caller's to write into.
 
         Raises:
+            StateRefused: A saved state cannot be put back; as with any other error.
             BackendError: The step failed; the cache is then undefined and must be cleared.
         """
         ...
@@ -107,7 +117,7 @@ class Backend(Protocol):
         ...
 
     def clear(self) -> None:
-        """Empty the cache."""
+        """Empty the cache, and forget the saved states."""
         ...
 
     def close(self) -> None:

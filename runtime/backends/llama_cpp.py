@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.errors import BackendError, DoesNotFit, InvalidModelFile, UnsupportedFormat
+from edge.hardware.memory import available_bytes
 from edge.native.huge_pages import replace
 from edge.native.llama import bindings, last_error
-from runtime.backends.base import Capabilities, ModelFacts
+from runtime.backends.base import Capabilities, ModelFacts, StateRefused
 from runtime.batch import Batch, CacheOp, CopyPrefix, DropState, RestoreState, SaveState, Truncate
 from runtime.request import Adapter, AdapterSet, TokenId
 from runtime.states import StateId, StateLimits
@@ -205,6 +206,7 @@ class LlamaBackend:
             raise DoesNotFit(path.name, required_bytes=size, available_bytes=options.available_bytes)
         self._path = path
         self._may_settle = size * 2 <= options.available_bytes  # else they stay the kernel's to give back
+        self._promised_bytes = options.state_bytes + options.adapter_bytes + PROCESS_BYTES
         self._model = self._load(path, on_progress)
         self.tokenizer = LlamaTokenizer(lib.llama_model_get_vocab(self._model))
         self._vocab_size = self.tokenizer.vocab_size
@@ -373,7 +375,8 @@ class LlamaBackend:
             case SaveState():
                 self._states[op.state] = self._read_state(op.slot)
             case RestoreState():
-                self._write_state(op.slot, self._states[op.state], length=op.length)
+                if not self._write_state(op.slot, self._states[op.state], length=op.length):
+                    raise StateRefused(op.state)
             case DropState():
                 self._states.pop(op.state, None)
 
@@ -388,15 +391,15 @@ class LlamaBackend:
             raise BackendError(f"The state of slot {slot} cannot be read.")
         return state
 
-    def _write_state(self, slot: int, state: NDArray[np.uint8], *, length: int) -> None:
+    def _write_state(self, slot: int, state: NDArray[np.uint8], *, length: int) -> bool:
+        """Whether the slot now holds the first `length` tokens of a saved state."""
         lib, memory = self._lib, self._memory
         if not lib.llama_state_seq_set_data(self._context, _pointer(state, _UINT8), state.size, slot):
-            raise BackendError(f"A saved state cannot be put back into slot {slot}.")
+            return False
         self._truncate(slot, length)
         # A cache that forgot what lies outside a sliding window would answer, and wrongly.
         expected = 0 if self._capabilities.states.partial_reuse else length - 1, length - 1
-        if (lib.llama_memory_seq_pos_min(memory, slot), lib.llama_memory_seq_pos_max(memory, slot)) != expected:
-            raise BackendError(f"A saved state gave slot {slot} other positions than it had.")
+        return (lib.llama_memory_seq_pos_min(memory, slot), lib.llama_memory_seq_pos_max(memory, slot)) == expected
 
     def state(self, state: StateId) -> memoryview:
         """The bytes of a saved state."""
@@ -417,16 +420,23 @@ class LlamaBackend:
         return size
 
     def settle(self) -> Iterator[object]:
-        """Put the weights on huge pages, where memory allows for a while that they are there twice in part."""
-        return replace(self._path) if self._may_settle else iter(())
+        """Put the weights on huge pages, where memory allows. There the kernel cannot give them back, as it can pages
+        of a file: so it ends where other models have meanwhile taken what is promised to this one's states."""
+        if not self._may_settle:
+            return
+        for done in replace(self._path):
+            yield done
+            if available_bytes() < self._promised_bytes:
+                return
 
     def set_threads(self, threads: int) -> None:
         """Use this many threads from the next step on."""
         self._lib.llama_set_n_threads(self._context, min(threads, self._decode_threads or threads), threads)
 
     def clear(self) -> None:
-        """Empty the cache."""
+        """Empty the cache, and forget the saved states."""
         self._lib.llama_memory_clear(self._memory, True)
+        self._states.clear()
 
     def close(self) -> None:
         """Free the context and the model."""

@@ -13,7 +13,7 @@ from typing_extensions import override
 from edge.errors import DoesNotFit, InvalidModelFile, InvalidRequest, QueueFull
 from runtime.adapters import MAX_ADAPTERS, ResidentAdapters, adapter_set
 from runtime.backends.base import Capabilities
-from runtime.engine import Engine
+from runtime.engine import Engine, Observer
 from runtime.request import Adapter, AdapterSet, Request, RequestId, SamplingParams
 from runtime.states import StateLimits
 from runtime.turns import TURN_STEPS, Turns
@@ -145,6 +145,40 @@ def test_an_adapter_that_does_not_load_fails_its_request_alone() -> None:
     assert sorted(sink.failures) == [1, 3]
     assert isinstance(sink.failures[RequestId(1)].error, InvalidModelFile)
     assert [sink.last[RequestId(i)].num_output for i in (0, 2)] == [5, 5]
+
+
+class Witness(Observer):
+    """Knows who is at work."""
+
+    def __init__(self) -> None:
+        self.ids: list[RequestId] = []
+
+    @override
+    def begin_step(self, ids: list[RequestId], num_tokens: int) -> None:
+        self.ids = ids
+
+    @override
+    def idle(self) -> None:
+        self.ids = []
+
+
+def test_who_brings_an_adapter_is_to_blame_while_it_is_loaded() -> None:
+    witness = Witness()
+    seen: list[list[RequestId]] = []
+
+    class Loading(ScriptedBackend):
+        @override
+        def load_adapter(self, adapter: Adapter) -> None:
+            seen.append(witness.ids)
+            super().load_adapter(adapter)
+
+    can = Capabilities(4, 2000, 2000, 64, adapter_bytes=100)
+    engine = Engine(Loading(can), CollectingSink(), max_queue=10, observer=witness)
+    ask(engine, 1, ())
+    engine.advance()
+    ask(engine, 2, (POLITE,))
+    engine.advance()
+    assert seen == [[RequestId(2)]]
 
 
 def test_loads_keep_to_the_budget_and_who_is_in_use_stays() -> None:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from typing_extensions import override
 
 from edge.errors import BackendError, ContextOverflow, QueueFull
-from runtime.backends.base import Capabilities
-from runtime.batch import Batch
-from runtime.engine import Delta, Engine
+from runtime.backends.base import Capabilities, StateRefused
+from runtime.batch import Batch, CacheOp, RestoreState
+from runtime.engine import Delta, Engine, Observer
 from runtime.prefix_cache import MIN_SHARED_TOKENS
 from runtime.radix import common_prefix
 from runtime.request import FinishReason, Request, RequestId, SamplingParams
@@ -138,6 +138,61 @@ def test_a_restarted_engine_goes_on_from_the_disk() -> None:
     live(plan, ScriptedBackend(can), [], drive)
     live(plan, backend := ScriptedBackend(can), [], drive)
     assert backend.num_computed <= 2 * (1 + 3), "all but the last token of each prompt was read back"
+
+
+class RefusingBackend(ScriptedBackend):
+    """Takes no saved state back."""
+
+    num_refused = 0
+
+    @override
+    def _apply(self, op: CacheOp) -> None:
+        if isinstance(op, RestoreState):
+            self.num_refused += 1
+            raise StateRefused(op.state)
+        super()._apply(op)
+
+
+def test_a_state_that_the_library_refuses_is_computed_instead_and_harms_nobody() -> None:
+    drive = ScriptedDisk([])
+    can = capabilities(slots=4, cells=2000, step=64, states=5000, disk=5000)
+    plan = [Arrival(3 * i, tuple(range(1 + i, 90)), 8, None, tenant=t) for i, t in enumerate("abab")]
+    live(plan, ScriptedBackend(can), [], drive)
+    live(plan, backend := RefusingBackend(can), [], drive)
+    assert backend.num_refused > 0
+
+
+class Onlooker(Observer):
+    """Lets the disk work while the engine says that it is idle, and ends it after an answer."""
+
+    def __init__(self, drive: ScriptedDisk, sink: CollectingSink) -> None:
+        self._drive = drive
+        self._sink = sink
+        self.engine: Engine | None = None
+
+    @override
+    def begin_step(self, ids: list[RequestId], num_tokens: int) -> None:
+        pass
+
+    @override
+    def idle(self) -> None:
+        self._drive.work()
+        if self._sink.num_finished and self.engine is not None:
+            self.engine.stop()
+
+
+def test_waiting_for_the_disk_is_no_step_that_hangs() -> None:
+    drive, sink = ScriptedDisk([]), CollectingSink()
+    can = capabilities(slots=4, cells=2000, step=64, states=5000, disk=5000)
+    request = Arrival(0, tuple(range(1, 90)), 3, None)
+    live([request], ScriptedBackend(can), [], drive)
+    onlooker = Onlooker(drive, sink)
+    engine = onlooker.engine = Engine(ScriptedBackend(can), sink, max_queue=5, disk=drive, observer=onlooker)
+    for scope, tokens in list(drive.files):
+        engine.adopt(list(tokens), scope, uses=1, pin="")
+    engine.submit(request.request(0))
+    engine.run()
+    assert sink.last[RequestId(0)].num_cached == 88
 
 
 class ScriptedSpeculator(Speculator):

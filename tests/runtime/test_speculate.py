@@ -18,7 +18,7 @@ from runtime.backends.base import Capabilities
 from runtime.batch import Batch, Chunk
 from runtime.engine import Engine
 from runtime.ngram import MAX_MATCH, MAX_NGRAMS, NGRAM, Lookup
-from runtime.request import Request, RequestId, SamplingParams, TokenId
+from runtime.request import Adapter, Request, RequestId, SamplingParams, TokenId
 from runtime.sequence import Sequence
 from runtime.speculate import ALLOWANCE, START, WIDTHS, NgramSpeculator, SpeculationStats
 from tests.support import CollectingSink, ScriptedBackend
@@ -176,6 +176,19 @@ class CyclingBackend(ScriptedBackend):
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         self.now += self._cost(batch.num_tokens)
         return super().decode(batch)
+
+
+def test_sets_of_adapters_that_take_turns_are_guessed_for() -> None:
+    backend, sink = CyclingBackend(Q8_0), CollectingSink()
+    engine = Engine(backend, sink, max_queue=10, speculator=NgramSpeculator(), clock=lambda: backend.now)
+    for i in range(4):
+        adapters = (Adapter("polite"),) if i % 2 else ()
+        params = SamplingParams(temperature=0)
+        engine.submit(Request(RequestId(i), (i + 1, 2, 3), 400, params, ignore_eos=True, adapters=adapters))
+    while engine.advance():
+        pass
+    stats = engine.stats().speculation
+    assert stats.num_accepted > 0.8 * stats.num_drafted > 0
 
 
 @pytest.mark.parametrize(("cost", "verdict"), [(Q8_0, "faster"), (STRAIGHT, "as before")])
