@@ -16,7 +16,9 @@ from runtime.sequence import Sequence
 from runtime.states import HOT_USES, MIN_STATE_TOKENS, DiskOp, SavedState, SavedStates, Scope, StateLimits, scope_of
 
 MIN_SHARED_TOKENS = 32
-"""A prefix shorter than this is not worth waiting for, nor worth a copy between slots."""
+"""A prefix shorter than this is not worth waiting for, nor worth putting back a state."""
+MIN_COPIED_TOKENS = 4
+"""A prefix in another slot is shared from so many on: its cells are marked, not copied. Chat templates begin alike."""
 MIN_PARTING_TOKENS = 8
 """Where a prompt leaves a cached text so many tokens before its end, it is another text with the same beginning; a chat
 that goes on leaves none, or the few in which the template writes an answer otherwise than the model did."""
@@ -229,7 +231,7 @@ class PrefixCache:
         if source is not target:
             self.empty(target)
             target.scope = scope
-            if source is not None and length >= MIN_SHARED_TOKENS and self._partial:
+            if source is not None and length >= MIN_COPIED_TOKENS and self._partial:
                 self._ops.append(CopyPrefix(source.index, target.index, length))
                 self._set_tokens(target, source.tokens[:length])
                 self._keep_shared(target)
