@@ -71,7 +71,7 @@ def steps_beside(cost: Callable[[int], float], *, interval_s: float = 0.0) -> li
     return [s for s in backend.steps if s[0] and s[1]]
 
 
-@pytest.mark.parametrize(("cost", "longest"), [(dear, 0.1), (cheap, 0.2)])
+@pytest.mark.parametrize(("cost", "longest"), [(dear, 0.2), (cheap, 0.15)])
 def test_an_answer_goes_on_while_a_long_prompt_is_read(cost: Callable[[int], float], longest: float) -> None:
     steps = steps_beside(cost)
     assert sum(prompt for _, prompt, _ in steps) >= 3999
