@@ -11,8 +11,8 @@ PLAIN_STEPS = 8
 gives the weights' reading away, which is what a plain step mostly is (Agrawal et al. 2024, "Sarathi-Serve",
 arXiv:2403.02310, picks chunks the same way)."""
 DEFAULT_INTERVAL_S = 0.2
-"""Five tokens a second are about as fast as people read. Half of it cost 10 % of the throughput of four chats, since small
-chunks of prompts put the chats out of step with each other."""
+"""Five tokens a second are about as fast as people read. Half of it cost 10 % of the throughput of four chats, since
+small chunks of prompts put the chats out of step with each other."""
 
 
 class BudgetTuner:
