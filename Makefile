@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 SEED := $(VENV)/share/slm-edge/seed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 LOCKS := images/locks
+SEED_MODELS := smollm2:135m-instruct minilm:l6-v2
 STAMPS := $(VENV)/.stamps
 # pip's own progress, without the lines about requirements that are there already
 QUIET := 2>&1 | grep -v -e 'already satisfied' -e '^WARNING: Location' || true
@@ -38,9 +39,9 @@ $(STAMPS)/dev: $(LOCKS)/dev.txt $(STAMPS)/workstation
 	@$(PIP) install --quiet --no-deps --require-hashes -r $< $(QUIET)
 	@touch $@
 
-$(STAMPS)/seed: edge/store/catalog.toml $(STAMPS)/project $(STAMPS)/workstation
-	@echo "==> Fetching the default model"
-	@$(BIN)/edge pull smollm2:135m-instruct --store $(SEED)
+$(STAMPS)/seed: Makefile edge/store/catalog.toml $(STAMPS)/project $(STAMPS)/workstation
+	@echo "==> Fetching the models that every empty store begins with: $(SEED_MODELS)"
+	@for model in $(SEED_MODELS); do $(BIN)/edge pull $$model --store $(SEED) || exit 1; done
 	@touch $@
 
 setup: $(STAMPS)/workstation $(STAMPS)/project $(STAMPS)/seed  ## Set up everything in .venv, once.

@@ -55,8 +55,8 @@ def call(path: Path, method: str, target: str, body: object = None) -> tuple[int
 
 
 def choose_model(listing: Any, environ: Mapping[str, str]) -> str | None:
-    """The model to try: the default one where it is there, else the first; None where there is none."""
-    names = [str(model["id"]) for model in listing["data"]]
+    """The model to try: the default one where it is there, else the first that makes text; None where there is none."""
+    names = [str(model["ref"]) for model in listing["models"] if model["kind"] == "text"]
     wanted = environ.get("EDGE_DEFAULT_MODEL", "smollm2:135m-instruct")
     return wanted if wanted in names else next(iter(names), None)
 
@@ -70,10 +70,10 @@ def check(path: Path, environ: Mapping[str, str]) -> str:
     status, _ = call(path, "GET", "/readyz")
     if status != http.client.OK:
         raise RuntimeError(f"/readyz answered {status}")
-    _, listing = call(path, "GET", "/v1/models")
+    _, listing = call(path, "GET", "/edge/v1/models")
     model = choose_model(listing, environ)
     if model is None:
-        return "ready; no model in the store yet: mount a seed, or run `edge pull` in the container"
+        return "ready; no model that makes text in the store yet: mount a seed, or run `edge pull` in the container"
     question = {"model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "temperature": 0}
     status, answer = call(path, "POST", "/v1/chat/completions", question)
     if status == _BUSY:

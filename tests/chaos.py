@@ -347,13 +347,14 @@ class Footprint:
 
 def settle(appliance: RunningAppliance) -> None:
     """Wait until nothing is under way: every request over, both models ready."""
+    used = (HEALTHY, DEFAULT_MODEL)
     with appliance.client() as http:
 
         def is_quiet() -> bool:
             models = http.get("/edge/v1/models").json()["models"]
-            return all(m["state"] == "ready" and not m["requests_active"] for m in models)
+            return all(m["state"] == "ready" and not m["requests_active"] for m in models if m["ref"] in used)
 
-        for model in (HEALTHY, DEFAULT_MODEL):
+        for model in used:
             http.post("/edge/v1/models/load", json={"model": model}, timeout=DEADLINE_S)
         wait_until(is_quiet, timeout_s=DEADLINE_S, what="the appliance to be quiet")
 

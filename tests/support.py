@@ -367,6 +367,11 @@ def running_appliance(home: Path, *args: str, **env: str) -> Generator[RunningAp
         stop(appliance.process)
 
 
+def model_info(http: httpx.Client, ref: str = DEFAULT_MODEL) -> dict[str, Any]:
+    """What the appliance says of one model."""
+    return next(m for m in http.get("/edge/v1/models").json()["models"] if m["ref"] == ref)
+
+
 def chat_body(prompt: str, **more: Any) -> dict[str, Any]:
     """A chat completion request for the default model, greedy unless told otherwise."""
     return {

@@ -148,6 +148,11 @@ def state_text(model: ModelInfo) -> str:
     return f"{MODEL_MARKS[model.state][0]} {model.state}{mark}"
 
 
+def name_text(model: ModelInfo) -> str:
+    """``minilm:l6-v2 embeddings``: what it is for, where that is not text."""
+    return model.ref if model.kind == "text" else f"{model.ref} {model.kind}"
+
+
 def restarts_text(model: ModelInfo) -> str:
     """``1 restart``."""
     return f"{model.num_restarts:,} restart{'s' if model.num_restarts != 1 else ''}"
@@ -232,8 +237,9 @@ class Chat:
 
 
 def choose_model(models: Sequence[ModelInfo], wanted: str | None) -> str | None:
-    """The model to talk to: the wanted one while it exists, else one that is ready, else the first."""
-    refs = [model.ref for model in sorted(models, key=lambda model: model.state != "ready")]
+    """The model to talk to, among those that make text: the wanted one while it exists, else one that is ready, else
+    the first."""
+    refs = [model.ref for model in sorted(models, key=lambda model: model.state != "ready") if model.kind == "text"]
     return wanted if wanted in refs else next(iter(refs), None)
 
 

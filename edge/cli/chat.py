@@ -16,7 +16,7 @@ import click
 
 from edge.cli.connection import address_of, connection_options, with_client
 from edge.cli.main import settings_from
-from edge.cli.options import complete_models, plain
+from edge.cli.options import complete_chat_models, plain
 from edge.errors import InvalidRequest, ModelNotFound
 from tui.client import ChatMessage, ChatParams, RuntimeClient, Usage
 
@@ -24,8 +24,8 @@ _MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._/-]*:[a-z0-9][a-z0-9._-]*")
 
 
 @click.command("chat")
-@click.argument("words", nargs=-1, metavar="[MODEL] [PROMPT]", shell_complete=complete_models)
-@click.option("-m", "--model", help="Model to ask (the default model).", shell_complete=complete_models)
+@click.argument("words", nargs=-1, metavar="[MODEL] [PROMPT]", shell_complete=complete_chat_models)
+@click.option("-m", "--model", help="Model to ask (the default model).", shell_complete=complete_chat_models)
 @click.option("-s", "--system", help="System prompt.")
 @click.option(
     "--temperature", type=click.FloatRange(0, 2), help="0 always takes the likeliest token (the model's own)."

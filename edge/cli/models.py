@@ -31,6 +31,7 @@ def model_json(model: StoredModel) -> dict[str, object]:
         "ref": str(model.ref),
         "digest": str(model.digest),
         "size_bytes": model.size_bytes,
+        "kind": model.kind,
         "architecture": model.architecture,
         "quantization": model.quantization,
         "num_parameters": model.num_parameters,
@@ -87,13 +88,14 @@ def list_models(*, store_dir: Path | None, as_json: bool) -> None:
 
 def _print_table(models: Sequence[StoredModel]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("NAME", "SIZE", "TYPE", "PARAMETERS", "CONTEXT", "LICENCE", "ADDED"):
+    for title in ("NAME", "KIND", "SIZE", "TYPE", "PARAMETERS", "CONTEXT", "LICENCE", "ADDED"):
         table.add_column(title, justify="right" if title in ("SIZE", "PARAMETERS", "CONTEXT") else "left", no_wrap=True)
     for model in models:
         table.add_row(
             str(model.ref),
+            model.kind,
             human_size(model.size_bytes),
-            _kind(model),
+            _type(model),
             "-" if model.num_parameters is None else short_count(model.num_parameters),
             "-" if model.context_tokens is None else f"{model.context_tokens:,}",
             model.license or "-",
@@ -103,8 +105,8 @@ def _print_table(models: Sequence[StoredModel]) -> None:
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
-def _kind(model: StoredModel) -> str:
-    """What a model is stored as, or that it is an adapter: ``lora r16``."""
+def _type(model: StoredModel) -> str:
+    """What a model is stored as; of an adapter ``lora r16``."""
     adapter = model.details.adapter
     return f"{adapter.type} r{adapter.rank or '?'}" if adapter else model.quantization or "-"
 
@@ -168,7 +170,7 @@ def show(ref: str, *, store_dir: Path | None, as_json: bool) -> None:
         "makes": _made_by(model),
         "licence": model.license,
         **_origin(model),
-        **({"sampling": _sampling(model)} if model.details.pooling is None else {}),
+        **({"sampling": _sampling(model)} if model.kind == "text" else {}),
         "added": _date(model.created),
         "size": human_size(model.size_bytes),
     }
@@ -220,15 +222,15 @@ def _report_lines(report: dict[str, object]) -> list[str]:
 
 def _made_by(model: StoredModel) -> str:
     """What the model answers with."""
-    if model.is_adapter:
-        return "other answers of a model"
-    match model.details.pooling:
-        case None:
+    match model.kind:
+        case "adapter":
+            return "other answers of a model"
+        case "text":
             return "text"
-        case "rank":
+        case "reranking":
             return "scores of pairs of texts (/v1/rerank)"
-        case pooling:
-            return f"embeddings, pooled by {pooling} (/v1/embeddings)"
+        case "embeddings":
+            return f"embeddings, pooled by {model.details.pooling} (/v1/embeddings)"
 
 
 def _sampling(model: StoredModel) -> str:

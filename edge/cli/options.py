@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
@@ -76,9 +76,18 @@ def as_wrong_usage(kind: type[EdgeError]) -> Generator[None]:
 
 def complete_models(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """Shell completion: the models of the store."""
+    return [str(model.ref) for model in _models_like(ctx, incomplete)]
+
+
+def complete_chat_models(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Shell completion: the models of the store that make text."""
+    return [str(model.ref) for model in _models_like(ctx, incomplete) if model.kind == "text"]
+
+
+def _models_like(ctx: click.Context, incomplete: str) -> list[StoredModel]:
     try:
         store = open_store(ctx.params.get("store_dir"))
-        return [str(model.ref) for model in store.list() if str(model.ref).startswith(incomplete)]
+        return [model for model in store.list() if str(model.ref).startswith(incomplete)]
     except EdgeError:
         return []  # a shell that completes has no place for an error
 
@@ -96,25 +105,25 @@ def or_files(names: Sequence[str], incomplete: str) -> list[CompletionItem]:
 
 def how_to_ask(model: StoredModel, *, prompt: str) -> str:
     """The command that tries a model out: a chat where the model has a template of one, else what it is made for."""
-    if model.is_adapter:
+    if model.kind == "adapter":
         return f'edge chat MODEL+{str(model.ref).removesuffix(":latest")} "{prompt}"'
-    if model.details.pooling is None and read_gguf(model.weights).text("tokenizer.chat_template"):
+    if model.kind == "text" and read_gguf(model.weights).text("tokenizer.chat_template"):
         return f'edge chat {model.ref} "{prompt}"'
     settings = settings_from()
-    path, question = _question_for(model.details.pooling)
+    path, question = _question_for(model.kind)
     body = json.dumps({"model": str(model.ref), **question})
     address = f"http://{settings.host}:{settings.port}/v1/{path}"
     return f"edge serve, then: curl {address} -H 'Content-Type: application/json' -d '{body}'"
 
 
-def _question_for(pooling: str | None) -> tuple[str, dict[str, object]]:
+def _question_for(kind: Literal["text", "embeddings", "reranking"]) -> tuple[str, dict[str, object]]:
     """Path and body of a request that a model without a chat template can answer."""
-    match pooling:
-        case None:
+    match kind:
+        case "text":
             return "completions", {"prompt": "Once upon a time", "max_tokens": 100}
-        case "rank":
+        case "reranking":
             return "rerank", {"query": "What floats?", "documents": ["A boat.", "A stone."]}
-        case _:
+        case "embeddings":
             return "embeddings", {"input": "A boat on the sea."}
 
 

@@ -16,12 +16,12 @@ def _print_models(models: list[ModelInfo]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("MODEL", "STATE", "MEMORY", "KV", "ACTIVE", "WAITING", "TOK/S", "RESTARTS", box=None)
+    table = Table("MODEL", "KIND", "STATE", "MEMORY", "KV", "ACTIVE", "WAITING", "TOK/S", "RESTARTS", box=None)
     for m in models:
         kv = f"{100 * m.kv_cells_used // m.kv_cells} %" if m.kv_cells else ""
         memory = f"{m.memory_bytes / 2**20:,.0f} MiB" if m.memory_bytes else ""
         table.add_row(
-            m.ref, m.state, memory, kv, str(m.requests_active), str(m.requests_waiting), f"{m.decode_tok_s:.1f}",
+            m.ref, m.kind, m.state, memory, kv, str(m.requests_active), str(m.requests_waiting), f"{m.rate_tok_s:.1f}",
             str(m.num_restarts),
         )  # fmt: skip
     Console().print(table)

@@ -46,7 +46,7 @@ def serve(verbose: bool, **flags: object) -> None:
 def _announce(settings: Settings, port: int) -> None:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = f"http://{host}:{port}"
-    known = [str(m.ref) for m in ModelStore(settings.store_dir).list() if m.details.pooling is None]
+    known = [str(m.ref) for m in ModelStore(settings.store_dir).list() if m.kind == "text"]
     model = settings.default_model if settings.default_model in known else next(iter(known), None)
     lines = [f"slm-edge serves on {click.style(url, bold=True)}   (API page: {url}/docs)", ""]
     lines += _try_next(url, model) if model else ["No model yet: edge pull smollm2:135m-instruct"]

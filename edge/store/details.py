@@ -12,6 +12,7 @@ import msgspec
 
 from edge.formats.gguf import GgufFile
 from edge.formats.lora import is_adapter, read_lora
+from edge.kinds import ModelKind
 
 from .digest import Digest
 from .manifest import OURS, Manifest, ModelConfig, ModelDescriptor, ModelFs, ModelProperties, ModelRef
@@ -76,6 +77,18 @@ class ModelDetails:
     """Of an adapter; None of a model."""
     annotations: Mapping[str, str] = field(default_factory=dict[str, str])
     """More for the manifest; keys begin with ``dev.slm-edge.``."""
+
+    @property
+    def kind(self) -> ModelKind:
+        if self.adapter is not None:
+            return "adapter"
+        match self.pooling:
+            case None:
+                return "text"
+            case "rank":
+                return "reranking"
+            case _:
+                return "embeddings"
 
 
 def details_of(

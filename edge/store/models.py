@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from edge.errors import DigestMismatch, InvalidModelFile, InvalidReference, ModelNotFound, StoreError, UnsupportedFormat
+from edge.kinds import ModelKind
 
 from .blobs import BlobStore, Staged
 from .details import ModelDetails, annotations_of, config_of, details_from
@@ -157,9 +158,14 @@ class StoredModel:
         return paths[0]
 
     @property
+    def kind(self) -> ModelKind:
+        """What it is for."""
+        return self.details.kind
+
+    @property
     def is_adapter(self) -> bool:
         """Whether it changes a model instead of being one."""
-        return self.details.adapter is not None
+        return self.kind == "adapter"
 
     @property
     def architecture(self) -> str | None:

@@ -12,6 +12,7 @@ from runtime.api.appliance import Appliance, appliance_of
 from runtime.api.docs import PLUGINS
 from runtime.api.errors import to_response
 from runtime.api.guard import guard
+from runtime.api.schema import ModelInfo
 
 PROMETHEUS_TYPE = "text/plain; version=0.0.4"
 
@@ -24,8 +25,8 @@ def livez() -> dict[str, str]:
 
 @get("/readyz")
 async def readyz(state: State) -> Response[dict[str, str]]:
-    """Whether requests can be served: the default model, or any other, is there and did not fail to load."""
-    infos = await appliance_of(state).model_infos()
+    """Whether requests can be served: a model is there that did not fail to load."""
+    infos = _that_count(await appliance_of(state).model_infos())
     if not infos:
         return Response({"status": "no models"}, status_code=503)
     if all(i.state == "failed" for i in infos):
@@ -38,12 +39,17 @@ async def health(state: State) -> Response[dict[str, str]]:
     """As `/readyz`, under llama-server's name."""
     appliance = appliance_of(state)
     loading = [h.ref for h in appliance.pool.hosts() if h.state == "loading"]
-    infos = await appliance.model_infos()
+    infos = _that_count(await appliance.model_infos())
     if not infos or all(i.state == "failed" for i in infos):
         return Response({"status": "error"}, status_code=503)
     if loading and not any(i.state == "ready" for i in infos):
         return Response({"status": "loading model"}, status_code=503)
     return Response({"status": "ok"}, status_code=200)
+
+
+def _that_count(infos: list[ModelInfo]) -> list[ModelInfo]:
+    """Models that make text; the others only where there is none of these, lest one of them hide that all failed."""
+    return [i for i in infos if i.kind == "text"] or [i for i in infos if i.kind != "adapter"]
 
 
 @get("/metrics", media_type=PROMETHEUS_TYPE)

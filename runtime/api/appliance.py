@@ -23,6 +23,7 @@ from edge import __version__
 from edge.config import Settings
 from edge.errors import InvalidRequest, PinNotFound, QueueFull
 from edge.hardware.memory import available_bytes, total_bytes, usable_cores
+from edge.kinds import ModelKind
 from edge.store.models import ModelStore, StoredModel
 from edge.telemetry.host import temperature_c
 from edge.telemetry.service import Telemetry
@@ -57,22 +58,12 @@ LOW_DISK_BYTES = 256 << 20
 LOW_MEMORY_SHARE = 0.05
 
 
-_PURPOSES: dict[Operation, str] = {
+_KINDS: dict[Operation, ModelKind] = {
     "chat": "text",
     "text_completion": "text",
     "embeddings": "embeddings",
-    "rerank": "scores for reranking",
+    "rerank": "reranking",
 }
-
-
-def _purpose_of(model: StoredModel) -> str:
-    match model.details.pooling:
-        case None:
-            return _PURPOSES["chat"]
-        case "rank":
-            return _PURPOSES["rerank"]
-        case _:
-            return _PURPOSES["embeddings"]
 
 
 class Appliance:
@@ -146,14 +137,14 @@ class Appliance:
             ModelNotFound: There is none of that name.
             InvalidRequest: It is made for something else.
         """
-        wanted = _PURPOSES[operation]
+        wanted = _KINDS[operation]
         model = (await self.pool.host(ref)).model
-        if _purpose_of(model) != wanted:
-            others = [str(m.ref) for m in await self.stored_models() if _purpose_of(m) == wanted]
+        if model.kind != wanted:
+            others = [str(m.ref) for m in await self.stored_models() if m.kind == wanted]
             raise InvalidRequest(
-                f"The model '{model.ref}' does not make {wanted}; it makes {_purpose_of(model)}.",
+                f"The model '{model.ref}' is for {model.kind}, not for {wanted}.",
                 field="model",
-                hint=f"Models here that do: {', '.join(others) or 'none'}.",
+                hint=f"Models here that are: {', '.join(others) or 'none'}.",
             )
 
     async def model_infos(self) -> list[ModelInfo]:
@@ -376,7 +367,7 @@ def _model_info(model: StoredModel, host: ModelHost | None, pins: frozenset[str]
         digest=str(model.digest),
         size_bytes=model.size_bytes,
         state="unloaded",
-        kind="adapter" if model.is_adapter else "model",
+        kind=model.kind,
         architecture=model.architecture,
         quantization=model.quantization,
         num_parameters=model.num_parameters,

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from edge.kinds import ModelKind
+
 # ---------------------------------------------------------------- admin API, /edge/v1
 
 ModelState = Literal["unloaded", "loading", "ready", "failed"]
@@ -21,8 +23,7 @@ class ModelInfo(msgspec.Struct, kw_only=True):
     """Digest of the manifest, ``sha256:…``."""
     size_bytes: int
     state: ModelState
-    kind: Literal["model", "adapter"] = "model"
-    """An adapter changes a model: it is named with one, as ``model+adapter``, and never loaded by itself."""
+    kind: ModelKind = "text"
     error: str | None = None
     """Why the model is `failed`."""
     architecture: str | None = None
@@ -49,6 +50,11 @@ class ModelInfo(msgspec.Struct, kw_only=True):
     """Seconds since the model became ready."""
     is_pinned: bool = False
     """Neither unloaded when idle nor to make room."""
+
+    @property
+    def rate_tok_s(self) -> float:
+        """Tokens per second that it generates or, where it makes no text, reads."""
+        return self.decode_tok_s if self.kind == "text" else self.prefill_tok_s
 
 
 class ModelList(msgspec.Struct, kw_only=True):

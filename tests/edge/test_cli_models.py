@@ -58,7 +58,7 @@ def test_pull_list_show_rm(store: ModelStore, gguf: Path, capsys: pytest.Capture
     assert pulled.out.startswith("tiny:f32  1.2 kB  sha256:")
     assert """/v1/completions -H 'Content-Type: application/json' -d '{"model": "tiny:f32", """ in pulled.err
     listed = Ran(capsys, "list")
-    assert listed.out.split()[:7] == ["NAME", "SIZE", "TYPE", "PARAMETERS", "CONTEXT", "LICENCE", "ADDED"]
+    assert listed.out.split()[:8] == ["NAME", "KIND", "SIZE", "TYPE", "PARAMETERS", "CONTEXT", "LICENCE", "ADDED"]
     assert "tiny:f32" in listed.out
     shown = json.loads(Ran(capsys, "show", "tiny", "--json").out)
     [file] = shown["files"]

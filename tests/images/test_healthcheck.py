@@ -15,12 +15,20 @@ from pathlib import Path
 import pytest
 from typing_extensions import override
 
+from edge.kinds import ModelKind
 from images.healthcheck import check, choose_model
 
 Answers = dict[str, tuple[int, object]]
+
+
+def a_model(ref: str, *, kind: ModelKind = "text") -> dict[str, str]:
+    """What the check reads of a model."""
+    return {"ref": ref, "kind": kind}
+
+
 READY: Answers = {
     "/readyz": (200, {"status": "ready"}),
-    "/v1/models": (200, {"object": "list", "data": [{"id": "other:1"}, {"id": "smollm2:135m-instruct"}]}),
+    "/edge/v1/models": (200, {"models": [a_model("other:1"), a_model("smollm2:135m-instruct")]}),
     "/v1/chat/completions": (200, {"usage": {"completion_tokens": 1}}),
 }
 
@@ -80,15 +88,16 @@ def test_a_token_of_the_default_model_is_health(appliance: Appliance) -> None:
     assert question["max_tokens"] == 1
 
 
-def test_the_model_is_the_default_else_the_first() -> None:
-    listing = {"data": [{"id": "a:1"}, {"id": "b:2"}]}
+def test_the_model_is_the_default_else_the_first_that_makes_text() -> None:
+    listing = {"models": [a_model("0:1", kind="embeddings"), a_model("a:1"), a_model("b:2")]}
     assert choose_model(listing, {"EDGE_DEFAULT_MODEL": "b:2"}) == "b:2"
     assert choose_model(listing, {}) == "a:1"
-    assert choose_model({"data": []}, {}) is None
+    assert choose_model(listing, {"EDGE_DEFAULT_MODEL": "0:1"}) == "a:1"
+    assert choose_model({"models": listing["models"][:1]}, {}) is None
 
 
 def test_an_empty_store_is_not_ill(appliance: Appliance) -> None:
-    appliance.answers["/v1/models"] = (200, {"data": []})
+    appliance.answers["/edge/v1/models"] = (200, {"models": []})
     assert "no model" in check(path_of(appliance), {})
 
 
@@ -122,7 +131,7 @@ def test_as_a_command_it_exits_by_health(appliance: Appliance, tmp_path: Path) -
         0,
         "smollm2:135m-instruct decoded a token\n",
     )
-    appliance.answers["/v1/models"] = (200, {"unexpected": 1})
+    appliance.answers["/edge/v1/models"] = (200, {"unexpected": 1})
     assert run_check(tmp_path).returncode == 1
 
 

@@ -178,7 +178,7 @@ def test_models_are_listed_with_the_adapters_that_fit(appliance: RunningApplianc
         kinds = {m["ref"]: m["kind"] for m in client.get("/edge/v1/models").json()["models"]}
     assert {n: listed.get(n) for n in NAMES} == {NAMES[0]: None, NAMES[1]: DEFAULT_MODEL, NAMES[2]: DEFAULT_MODEL}
     assert not [name for name in listed if "stranger" in name or "other" in name or name.startswith("polite")]
-    assert (kinds["polite:latest"], kinds[DEFAULT_MODEL]) == ("adapter", "model")
+    assert (kinds["polite:latest"], kinds[DEFAULT_MODEL]) == ("adapter", "text")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import pytest
 from tests.support import (
     RunningAppliance,
     chat_body,
+    model_info,
     run_edge,
     running_appliance,
     sse_events,
@@ -36,7 +37,7 @@ def fragile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApplian
 
 
 def restarts(http: httpx.Client) -> int:
-    return http.get("/edge/v1/models").json()["models"][0]["num_restarts"]
+    return model_info(http)["num_restarts"]
 
 
 def ask(appliance: RunningAppliance, **more: Any) -> httpx.Response:
@@ -120,7 +121,7 @@ def test_a_killed_worker_is_nobodys_fault(fragile: RunningAppliance) -> None:
 
 
 def _cells_in_use(http: httpx.Client) -> int:
-    model = http.get("/edge/v1/models").json()["models"][0]
+    model = model_info(http)
     return model["kv_cells_used"] if model["requests_active"] else 0
 
 

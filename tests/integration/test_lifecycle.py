@@ -13,7 +13,7 @@ import httpx
 
 from edge.store.details import ModelDetails
 from edge.store.models import ModelStore, PackageFile
-from tests.support import DEFAULT_MODEL, SEED, chat_body, run_edge, running_appliance, wait_until
+from tests.support import DEFAULT_MODEL, SEED, chat_body, model_info, run_edge, running_appliance, wait_until
 
 
 def test_a_second_appliance_leaves_the_first_ones_socket(home: Path) -> None:
@@ -27,7 +27,7 @@ def test_a_second_appliance_leaves_the_first_ones_socket(home: Path) -> None:
 
 def test_the_default_model_is_loaded_at_the_start_where_it_is_in_the_store(home: Path) -> None:
     with running_appliance(home, EDGE_PRELOAD="auto") as appliance, appliance.client() as http:
-        wait_until(lambda: http.get("/edge/v1/models").json()["models"][0]["state"] == "ready", what="the model")
+        wait_until(lambda: model_info(http)["state"] == "ready", what="the model")
     with (
         running_appliance(home, EDGE_PRELOAD="auto", EDGE_DEFAULT_MODEL="not:there") as appliance,
         appliance.client() as http,
@@ -46,8 +46,12 @@ def test_a_model_that_cannot_be_served_fails_at_once_and_leaves_no_process(home:
             assert reply.status_code == 400
             assert "weight files" in reply.json()["error"]["message"]
         assert appliance.worker_pids() == []
+        assert model_info(http, "two:x")["state"] == "failed"
+        assert http.get("/readyz").status_code == 200
+        http.delete(f"/edge/v1/models/{DEFAULT_MODEL}").raise_for_status()
         infos = http.get("/edge/v1/models").json()["models"]
-        assert next(i for i in infos if i["ref"] == "two:x")["state"] == "failed"
+        assert "embeddings" in [i["kind"] for i in infos]
+        assert (http.get("/readyz").status_code, http.get("/health").status_code) == (503, 503), "none makes text"
 
 
 def test_loads_and_unloads_beside_requests_leave_one_worker(home: Path) -> None:

@@ -21,7 +21,7 @@ from textual.events import Paste
 from textual.pilot import Pilot
 from typing_extensions import override
 
-from runtime.api.schema import DeviceStatus, Job
+from runtime.api.schema import DeviceStatus, Job, ModelInfo
 from tests.support import DEFAULT_MODEL, RunningAppliance, free_port, run_edge, running_appliance, start_appliance, stop
 from tests.tui.driving import screen_text
 from tui.app import EdgeTerminal
@@ -54,6 +54,15 @@ class Live:
         """Wait until the screen shows all of these."""
         await self.until(lambda: all(text in screen_text(self.app) for text in texts))
 
+    def model(self) -> ModelInfo:
+        """The default model, as last heard."""
+        return next(model for model in self.app.view.models if model.ref == DEFAULT_MODEL)
+
+    def select(self, ref: str) -> None:
+        """Put the cursor of the table of models on one."""
+        table = self.app.screen.query_one(ModelTable)
+        table.move_cursor(row=[model.ref for model in self.app.view.models].index(ref))
+
 
 @asynccontextmanager
 async def terminal(client: RuntimeClient) -> AsyncGenerator[Live]:
@@ -66,7 +75,9 @@ async def terminal(client: RuntimeClient) -> AsyncGenerator[Live]:
 
 async def test_load_ask_stop_and_unload(appliance: RunningAppliance) -> None:
     async with terminal(RuntimeClient(Address("http://localhost", appliance.socket, socket_only=True))) as live:
-        await live.pilot.press("2", "l")
+        await live.pilot.press("2")
+        live.select(DEFAULT_MODEL)
+        await live.pilot.press("l")
         await live.until_shown("● ready", f"{DEFAULT_MODEL} is ready.")
         await live.pilot.press("c")
         assert live.app.focused
@@ -77,9 +88,9 @@ async def test_load_ask_stop_and_unload(appliance: RunningAppliance) -> None:
         await live.until(lambda: " s …" not in screen_text(live.app))
         await live.pilot.press("f4")
         await live.until_shown("● following", "is ready")
-        await live.until(lambda: live.app.view.models[0].requests_active == 0)
+        await live.until(lambda: live.model().requests_active == 0)
         await live.pilot.press("f2", "u")
-        await live.until_shown("○ unloaded")
+        await live.until(lambda: live.model().state == "unloaded")
 
 
 async def test_pull_a_file_and_delete_it(appliance: RunningAppliance, tmp_path: Path) -> None:
@@ -94,13 +105,12 @@ async def test_pull_a_file_and_delete_it(appliance: RunningAppliance, tmp_path: 
         await live.pilot.press("enter")
         await live.until_shown("● done", "copy:q4_1")
         await live.until(lambda: "copy:q4_1" in [model.ref for model in live.app.view.models])
-        table = live.app.screen.query_one(ModelTable)
-        table.move_cursor(row=[model.ref for model in live.app.view.models].index("copy:q4_1"))
+        live.select("copy:q4_1")
         await live.pilot.press("d")
         await live.until_shown("Delete?", "copy:q4_1, 98 MB, leaves the store.")
         await live.pilot.press("y")
         await live.until_shown("copy:q4_1 is deleted.")
-        await live.until(lambda: [model.ref for model in live.app.view.models] == [DEFAULT_MODEL])
+        await live.until(lambda: "copy:q4_1" not in [model.ref for model in live.app.view.models])
 
 
 async def test_a_killed_appliance_is_marked_and_found_again(tmp_path: Path) -> None:

@@ -264,6 +264,28 @@ async def test_talk_from_the_models_table(scripted: ScriptedAppliance) -> None:
         assert isinstance(terminal.app.focused, Input)
 
 
+async def test_nobody_talks_with_a_model_that_makes_no_text(scripted: ScriptedAppliance) -> None:
+    others = {"a:1": "embeddings", "b:1": "reranking", "c:1": "adapter"}
+    says = ("a:1 makes embeddings, not text: /v1/embeddings.", "b:1 makes scores", "c:1 is an adapter")
+    models = [a_loaded_model(ref, kind=kind) for ref, kind in others.items()]
+    scripted.status = a_device(models=[*models, a_model("text:1")])
+    async with running(scripted) as terminal:
+        await terminal.until_shown("a:1 embeddings", "b:1 reranking", "c:1 adapter")
+        await terminal.press("2")
+        for told in says:
+            await terminal.press("enter")
+            await terminal.until_shown(told)
+            await terminal.press("down")
+        await terminal.press("3")
+        await terminal.until_shown("text:1  ○ unloaded")
+        await terminal.press("ctrl+o")
+        await terminal.until_shown("Talk with")
+        assert "● ready" not in screen_text(terminal.app), "the others are"
+        await terminal.press("escape")
+        scripted.tell(a_device(models=models))
+        await terminal.until_shown("No model to talk with")
+
+
 async def test_what_a_terminal_obeys_never_reaches_it(scripted: ScriptedAppliance) -> None:
     evil = "\x1b]0;owned\x07\x1b[2J[bold]x[/bold]\u202e"
     scripted.answer = [evil, "\x9b31m"]

@@ -100,6 +100,13 @@ def test_the_model_to_talk_to() -> None:
     assert choose_model(models, "a:1") == "a:1"
     assert choose_model(models, "gone:1") == "b:1"
     assert choose_model([], "a:1") is None
+    others = [
+        a_loaded_model("0:1", kind="embeddings"),
+        a_loaded_model("r:1", kind="reranking"),
+        a_model("l:1", kind="adapter"),
+    ]
+    assert choose_model([*others, *models], "0:1") == "b:1"
+    assert choose_model(others, None) is None
 
 
 LogCase = tuple[list[str], list[str], tuple[bool, list[str]]]

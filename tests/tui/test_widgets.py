@@ -262,4 +262,4 @@ async def test_chat_header() -> None:
     header.system = "Answer in one word, always, and never in two."
     text = await shown(header, view=a_view(), size=(80, 3))
     assert "● ready  38.4 tok/s now  system: Answer in" in text
-    assert "No model in the store" in await shown(ChatHeader(), view=a_view(models=[]), size=(80, 3))
+    assert "No model to talk with" in await shown(ChatHeader(), view=a_view(models=[]), size=(80, 3))

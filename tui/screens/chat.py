@@ -96,7 +96,7 @@ class ChatScreen(EdgeScreen):
         if self.view.read_only:
             return "This terminal is read only: a question would load models and take their time."
         if self._chat.model is None:
-            return "There is no model to ask: 2, then p pulls one."
+            return "There is no model to talk with: 2, then p pulls one."
         if len(self._chat.turns) >= MAX_TURNS:
             return "This conversation is long enough: ctrl+l begins a new one."
         return ""
@@ -153,9 +153,10 @@ class ChatScreen(EdgeScreen):
         choices = [
             (m.ref, f"{MODEL_MARKS[m.state][0]} {m.state:<9} {m.ref}  {size_text(m.size_bytes)}")
             for m in self.view.models
+            if m.kind == "text"
         ]
         if not choices:
-            self.notify("There is no model yet: 2, then p pulls one.", severity="warning")
+            self.notify("There is no model to talk with: 2, then p pulls one.", severity="warning")
             return
         dialog = ChooseScreen("Talk with", choices, current=self._chat.model)
         if ref := await self.ask(dialog):

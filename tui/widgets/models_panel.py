@@ -8,7 +8,7 @@ from typing_extensions import override
 from runtime.api.schema import DeviceStatus, ModelInfo
 
 from ..format import pad, rate_text, size_text
-from ..state import MODEL_MARKS, state_text
+from ..state import MODEL_MARKS, name_text, state_text
 from .panel import Panel
 from .pieces import MUTED, line, lines
 
@@ -49,13 +49,13 @@ def _row(model: ModelInfo, width_ref: int) -> Content:
     kv = f"{100 * model.kv_cells_used / model.kv_cells:.0f} %" if model.kv_cells else ""
     figures = (
         (size_text(model.size_bytes), _SIZE),
-        (rate_text(model.decode_tok_s) if is_loaded else "", _RATE),
+        (rate_text(model.rate_tok_s) if is_loaded else "", _RATE),
         (f"{model.requests_active}+{model.requests_waiting}" if is_loaded else "", _QUEUE),
         (kv if is_loaded else "", _KV),
     )
     return line(
         (pad(state_text(model), _STATE), style),
-        (pad(model.ref, width_ref - 1) + " ", "bold" if is_loaded else ""),
+        (pad(name_text(model), width_ref - 1) + " ", "bold" if is_loaded else ""),
         pad(model.quantization or "", _QUANT),
         "".join(text.rjust(width) for text, width in figures),
     )

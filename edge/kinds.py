@@ -1,0 +1,8 @@
+"""What models are for: the words that the store, the API and the terminal share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+ModelKind = Literal["text", "embeddings", "reranking", "adapter"]
+"""An adapter is no model: it changes one, is named with it (``model+adapter``) and never loaded by itself."""
