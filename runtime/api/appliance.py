@@ -148,10 +148,11 @@ class Appliance:
             )
 
     async def model_infos(self) -> list[ModelInfo]:
-        """Every model of the store, with what the runtime does with it."""
+        """Every model of the store, with what the runtime does with it; those that make text first."""
         hosts = {h.ref: h for h in self.pool.hosts()}
         pins = await asyncio.to_thread(self.store.pins)
-        return [_model_info(m, hosts.get(str(m.ref)), pins) for m in await self.stored_models()]
+        models = sorted(await self.stored_models(), key=lambda m: m.kind != "text")
+        return [_model_info(m, hosts.get(str(m.ref)), pins) for m in models]
 
     async def model_info(self, ref: str) -> ModelInfo:
         """One of them."""
