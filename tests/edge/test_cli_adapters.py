@@ -47,7 +47,7 @@ def test_a_peft_directory_becomes_an_adapter(base: Path, tmp_path: Path, capsys:
     assert "lora, rank 4" in out
     assert "MODEL+my-lora" in out
     _, out, _ = run(capsys, "list")
-    assert [line.split()[3:5] for line in out.splitlines() if line.startswith("my-lora")] == [["lora", "r4"]]
+    assert [line.split()[4:6] for line in out.splitlines() if line.startswith("my-lora")] == [["lora", "r4"]]
 
 
 def test_a_gguf_becomes_an_adapter(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

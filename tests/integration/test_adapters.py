@@ -118,8 +118,9 @@ def adapters_of(appliance: RunningAppliance, name: str) -> AdapterSet:
 def test_what_one_adapter_computed_is_no_prefix_of_another(appliance: RunningAppliance) -> None:
     question = "Say in a few words what it is that the keepers of lighthouses had to do in every night of the year."
     asked = [chat_body(question, model=name, max_tokens=4) for name in NAMES]
-    assert [a.cached for a in answers(appliance, asked, at_once=1)] == [0, 0, 0]
-    assert all(a.cached > 20 for a in answers(appliance, asked, at_once=1))
+    # At most what all prompts of a set begin with, from the tests before.
+    assert all(a.cached < len(a.prompt) / 2 for a in answers(appliance, asked, at_once=1))
+    assert all(a.cached == len(a.prompt) - 1 for a in answers(appliance, asked, at_once=1))
 
 
 def test_the_body_names_adapters_and_scales(appliance: RunningAppliance, law: GreedyLaw) -> None:
