@@ -16,7 +16,7 @@ from edge.telemetry.span import Operation
 from runtime import wire
 from runtime.api import sse
 from runtime.api.appliance import appliance_of
-from runtime.api.call import Call, HttpRequest, Steps, merged, start_all, usage_of
+from runtime.api.call import Call, HttpRequest, Make, Steps, merged, start_all, usage_of
 from runtime.api.errors import fault_of
 from runtime.api.logprobs import chat_logprobs, text_logprobs
 from runtime.api.openai_schema import (
@@ -179,6 +179,30 @@ def _calls(state: State, http: HttpRequest, body: SamplingFields, operation: Ope
     ]
 
 
+def _generate(
+    calls: list[Call],
+    body: SamplingFields,
+    max_tokens: int,
+    *,
+    messages: list[wire.ChatMessage] | None = None,
+    prompt: str | list[int] | None = None,
+) -> Make:
+    """What the engine is asked, but for the id and the sampling of each answer."""
+    return lambda i, params: wire.Generate(
+        i,
+        messages,
+        prompt,
+        params,
+        max_tokens,
+        body.stops(),
+        body.ignore_eos,
+        body.return_token_ids,
+        cache_key=body.prompt_cache_key or "",
+        constraint=calls[0].constraint,
+        priority=body.priority or 0,
+    )
+
+
 def warning_headers(warnings: list[str]) -> dict[str, str]:
     """The header that lists what was left out of account."""
     text = "; ".join(warnings).encode("ascii", "replace").decode("ascii")
@@ -200,19 +224,7 @@ async def chat_completions(request: HttpRequest, state: State) -> Response[ChatC
     streams = await start_all(
         calls,
         request.receive,
-        lambda i, params: wire.Generate(
-            i,
-            messages,
-            None,
-            params,
-            max_tokens,
-            body.stops(),
-            body.ignore_eos,
-            body.return_token_ids,
-            cache_key=body.prompt_cache_key or "",
-            constraint=calls[0].constraint,
-            priority=body.priority or 0,
-        ),
+        _generate(calls, body, max_tokens, messages=messages),
     )
     if body.stream:
         role = b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
@@ -256,19 +268,7 @@ async def completions(request: HttpRequest, state: State) -> Response[Completion
     streams = await start_all(
         calls,
         request.receive,
-        lambda i, params: wire.Generate(
-            i,
-            None,
-            body.prompt,
-            params,
-            max_tokens,
-            body.stops(),
-            body.ignore_eos,
-            body.return_token_ids,
-            cache_key=body.prompt_cache_key or "",
-            constraint=calls[0].constraint,
-            priority=body.priority or 0,
-        ),
+        _generate(calls, body, max_tokens, prompt=body.prompt),
     )
     if body.stream:
         return _stream(calls, streams, warnings, kind="text_completion", choice=_text_choice)

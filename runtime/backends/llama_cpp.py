@@ -163,10 +163,10 @@ class _NativeBatch:
         self._ones = np.ones(size, np.int32)
         self._slot_pointers = (np.arange(size, dtype=np.uint64) * 4 + self.slots.ctypes.data).astype(np.uint64)
         b = self.native = lib.llama_batch()
-        b.token, b.pos = _pointer(self.tokens, _INT32), _pointer(self.positions, _INT32)
-        b.n_seq_id = _pointer(self._ones, _INT32)
-        b.seq_id = _pointer(self._slot_pointers, ctypes.POINTER(_INT32))
-        b.logits = _pointer(self.logits, ctypes.POINTER(ctypes.c_int8))
+        b.token, b.pos = pointer_to(self.tokens, _INT32), pointer_to(self.positions, _INT32)
+        b.n_seq_id = pointer_to(self._ones, _INT32)
+        b.seq_id = pointer_to(self._slot_pointers, ctypes.POINTER(_INT32))
+        b.logits = pointer_to(self.logits, ctypes.POINTER(ctypes.c_int8))
 
     def fill(self, batch: Batch) -> None:
         at = 0
@@ -181,8 +181,32 @@ class _NativeBatch:
         self.native.n_tokens = at
 
 
-def _pointer(array: NDArray[Any], pointer_type: Any) -> Any:
+def pointer_to(array: NDArray[Any], pointer_type: Any) -> Any:
+    """What C takes for an array, which has to outlive its use."""
     return ctypes.cast(ctypes.c_void_p(array.ctypes.data), pointer_type)
+
+
+def load_model(path: Path, on_progress: Callable[[float], None] | None) -> Any:
+    """The library's model of a GGUF file; who asks for it frees it.
+
+    Raises:
+        InvalidModelFile: The library refuses the file.
+    """
+    lib = bindings()
+    params = lib.llama_model_default_params()
+    params.n_gpu_layers = -1
+    if on_progress is not None:
+
+        def report(fraction: float, _user: object) -> bool:
+            on_progress(fraction)
+            return True
+
+        callback = lib.llama_progress_callback(report)  # alive until this returns
+        params.progress_callback = callback
+    model = lib.llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        raise InvalidModelFile(path.name, last_error() or "llama.cpp cannot load it")
+    return model
 
 
 class LlamaBackend:
@@ -207,7 +231,7 @@ class LlamaBackend:
         self._path = path
         self._may_settle = size * 2 <= options.available_bytes  # else they stay the kernel's to give back
         self._promised_bytes = options.state_bytes + options.adapter_bytes + PROCESS_BYTES
-        self._model = self._load(path, on_progress)
+        self._model = load_model(path, on_progress)
         self.tokenizer = LlamaTokenizer(lib.llama_model_get_vocab(self._model))
         self._vocab_size = self.tokenizer.vocab_size
         cells = self._cells(options, room_bytes=options.available_bytes - size - self._compute_bytes(options))
@@ -231,23 +255,6 @@ class LlamaBackend:
             ),
             options.adapter_bytes,
         )  # fmt: skip
-
-    def _load(self, path: Path, on_progress: Callable[[float], None] | None) -> Any:
-        lib = self._lib
-        params = lib.llama_model_default_params()
-        params.n_gpu_layers = -1
-        if on_progress is not None:
-
-            def report(fraction: float, _user: object) -> bool:
-                on_progress(fraction)
-                return True
-
-            self._progress = lib.llama_progress_callback(report)
-            params.progress_callback = self._progress
-        model = lib.llama_model_load_from_file(str(path).encode(), params)
-        if not model:
-            raise InvalidModelFile(path.name, last_error() or "llama.cpp cannot load it")
-        return model
 
     def _compute_bytes(self, options: LlamaOptions) -> int:
         """Memory beside weights and cells. The largest compute buffer holds one row of scores for each token of a
@@ -387,14 +394,14 @@ class LlamaBackend:
     def _read_state(self, slot: int) -> NDArray[np.uint8]:
         size: int = self._lib.llama_state_seq_get_size(self._context, slot)
         state = np.empty(size, np.uint8)
-        if self._lib.llama_state_seq_get_data(self._context, _pointer(state, _UINT8), size, slot) != size:
+        if self._lib.llama_state_seq_get_data(self._context, pointer_to(state, _UINT8), size, slot) != size:
             raise BackendError(f"The state of slot {slot} cannot be read.")
         return state
 
     def _write_state(self, slot: int, state: NDArray[np.uint8], *, length: int) -> bool:
         """Whether the slot now holds the first `length` tokens of a saved state."""
         lib, memory = self._lib, self._memory
-        if not lib.llama_state_seq_set_data(self._context, _pointer(state, _UINT8), state.size, slot):
+        if not lib.llama_state_seq_set_data(self._context, pointer_to(state, _UINT8), state.size, slot):
             return False
         self._truncate(slot, length)
         # A cache that forgot what lies outside a sliding window would answer, and wrongly.

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from edge.errors import BackendError, DoesNotFit, InvalidModelFile, UnsupportedFormat
+from edge.errors import BackendError, DoesNotFit, UnsupportedFormat
 from edge.formats.gguf import GgufFile, read_gguf
 from edge.native.llama import bindings, last_error
 from runtime.backends.base import ModelFacts
 from runtime.backends.encoder import EncoderCapabilities, EncoderText, Frame
-from runtime.backends.llama_cpp import PROCESS_BYTES, LlamaOptions, LlamaTokenizer
+from runtime.backends.llama_cpp import PROCESS_BYTES, LlamaOptions, LlamaTokenizer, load_model, pointer_to
 from runtime.request import TokenId
 
 STEP_TOKENS = 256
@@ -120,7 +120,7 @@ class LlamaEncoder:
         if file.size > options.available_bytes:
             raise DoesNotFit(path.name, required_bytes=file.size, available_bytes=options.available_bytes)
         self._pooling = file.pooling or "mean"
-        self._model = self._load(path, on_progress)
+        self._model = load_model(path, on_progress)
         vocab = lib.llama_model_get_vocab(self._model)
         self.tokenizer = _DecomposingTokenizer(vocab) if _strips_accents(file) else LlamaTokenizer(vocab)
         self._embd_width: int = lib.llama_model_n_embd(self._model)
@@ -147,23 +147,6 @@ class LlamaEncoder:
             eos="",
             control_texts=(),
         )
-
-    def _load(self, path: Path, on_progress: Callable[[float], None] | None) -> Any:
-        lib = self._lib
-        params = lib.llama_model_default_params()
-        params.n_gpu_layers = -1
-        if on_progress is not None:
-
-            def report(fraction: float, _user: object) -> bool:
-                on_progress(fraction)
-                return True
-
-            self._progress = lib.llama_progress_callback(report)
-            params.progress_callback = self._progress
-        model = lib.llama_model_load_from_file(str(path).encode(), params)
-        if not model:
-            raise InvalidModelFile(path.name, last_error() or "llama.cpp cannot load it")
-        return model
 
     def _bytes_for(self, window: int) -> int:
         """Memory of a step: masks of its tokens against each other, and a layer's activations, four times as wide."""
@@ -252,13 +235,9 @@ class _NativeBatch:
         b = self.native = lib.llama_batch()
         b.n_tokens = size
         if self._vectors is None:
-            b.token = _pointer(self._tokens, _INT32)
+            b.token = pointer_to(self._tokens, _INT32)
         else:
-            b.embd = _pointer(self._vectors, ctypes.POINTER(ctypes.c_float))
-        b.pos, b.n_seq_id = _pointer(self._positions, _INT32), _pointer(self._ones, _INT32)
-        b.seq_id = _pointer(self._pointers, ctypes.POINTER(_INT32))
-        b.logits = _pointer(self._outputs, ctypes.POINTER(ctypes.c_int8))
-
-
-def _pointer(array: NDArray[Any], pointer_type: Any) -> Any:
-    return ctypes.cast(ctypes.c_void_p(array.ctypes.data), pointer_type)
+            b.embd = pointer_to(self._vectors, ctypes.POINTER(ctypes.c_float))
+        b.pos, b.n_seq_id = pointer_to(self._positions, _INT32), pointer_to(self._ones, _INT32)
+        b.seq_id = pointer_to(self._pointers, ctypes.POINTER(_INT32))
+        b.logits = pointer_to(self._outputs, ctypes.POINTER(ctypes.c_int8))
