@@ -21,7 +21,7 @@ from runtime import wire
 from runtime.api.appliance import Appliance
 from runtime.api.openai_schema import SamplingFields, TokenDetails, Usage
 from runtime.api.responses import until_disconnect
-from runtime.api.structured import checked
+from runtime.api.structured import Structure, checked
 from runtime.generation import Generation
 from runtime.host import ModelHost
 from runtime.pool import READY_WAIT_S
@@ -52,9 +52,9 @@ class Call:
 
     def __init__(
         self, appliance: Appliance, http: HttpRequest, body: SamplingFields, *, operation: Operation, max_tokens: int,
-        index: int = 0,
+        index: int = 0, structure: Structure | None = None,
     ) -> None:  # fmt: skip
-        self._structure = body.structure()
+        self._structure = structure
         self.appliance = appliance
         self.body = body
         self.index = index

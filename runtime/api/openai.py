@@ -173,9 +173,10 @@ def _stream(
 def _calls(state: State, http: HttpRequest, body: SamplingFields, operation: Operation, max_tokens: int) -> list[Call]:
     """One for each of the answers that are asked for."""
     body.check()
-    appliance = appliance_of(state)
+    appliance, structure = appliance_of(state), body.structure()
     return [
-        Call(appliance, http, body, operation=operation, max_tokens=max_tokens, index=i) for i in range(body.n or 1)
+        Call(appliance, http, body, operation=operation, max_tokens=max_tokens, index=i, structure=structure)
+        for i in range(body.n or 1)
     ]
 
 
