@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import queue
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,14 +12,13 @@ from numpy.typing import NDArray
 
 from edge.errors import BackendError, EdgeError, QueueFull
 from runtime.backends.encoder import Encoder, EncoderText
-from runtime.engine import COALESCE_S, MAX_CONSECUTIVE_FAILURES, EngineStats, Failure, Observer, Timings
+from runtime.engine import EngineStats, Failure, Timings
 from runtime.governor import Governor
+from runtime.loop import Inbox, Observer, StepGuard
 from runtime.packing import Packer, Place
 from runtime.request import RequestId
 from runtime.scheduler import SchedulerStats
 from runtime.speculate import SpeculationStats
-
-log = logging.getLogger("edge.embedding")
 
 MAX_WAITING_TOKENS = 8 << 20
 """Of all requests together, four bytes each; beyond that the queue is full."""
@@ -82,17 +79,6 @@ class _Job:
     started: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Submit:
-    request: EmbedRequest
-    at: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Cancel:
-    request_id: RequestId
-
-
 def normalized(vectors: NDArray[np.float32], dimensions: int = 0) -> NDArray[np.float32]:
     """Each row cut to its first numbers and scaled to length 1; a row of zeros stays one. Shape ``(n, dimensions)``."""
     kept = vectors[:, :dimensions] if dimensions else vectors
@@ -127,30 +113,26 @@ class EmbedEngine:
         self._backend = backend
         self._sink = sink
         self._clock = clock
-        self._governor = governor
-        self._observer = observer
-        self._threads = 0
+        self._guard = StepGuard(backend.set_threads, governor, observer)
         self._max_queue = max_queue
         self._packer = Packer(can.max_step_tokens, can.max_step_texts)
-        self._inbox: queue.SimpleQueue[_Submit | _Cancel | None] = queue.SimpleQueue()
+        self._inbox = Inbox(clock)
         self._jobs: dict[RequestId, _Job] = {}
         self._results: list[Embedded] = []
         self._failures: list[Failure] = []
-        self._stopping = False
         self._steps = self._num_tokens = self._num_waiting_tokens = 0
-        self._consecutive_failures = 0
 
     def submit(self, request: EmbedRequest) -> None:
         """Queue a request. Its results come to the sink."""
-        self._inbox.put(_Submit(request, self._clock()))
+        self._inbox.put(self._accept, request, self._clock())
 
     def cancel(self, request_id: RequestId) -> None:
         """Drop a request before the next step. Nothing more comes for it; unknown ones are ignored."""
-        self._inbox.put(_Cancel(request_id))
+        self._inbox.put(self._drop, request_id)
 
     def stop(self) -> None:
         """Make `run` return after the current step."""
-        self._inbox.put(None)
+        self._inbox.close()
 
     def stats(self) -> EngineStats:
         """Counters; safe from any thread, each number by itself."""
@@ -164,51 +146,33 @@ class EmbedEngine:
         Raises:
             BackendError: The backend failed `MAX_CONSECUTIVE_FAILURES` times in a row.
         """
-        while not self._stopping:
+        while not self._inbox.is_closed:
             if not self._jobs:
-                if self._observer is not None:
-                    self._observer.idle()
-                self._handle(self._inbox.get())
-                self._coalesce()
+                self._guard.idle()
+                self._inbox.wait(self._has_room)
             self.advance()
 
     def advance(self) -> bool:
         """Take what has arrived, then compute and deliver one step. False if there was nothing to compute."""
-        while not self._inbox.empty():
-            self._handle(self._inbox.get())
+        self._inbox.take_all()
         self._flush()  # who was accepted or refused hears it before the step
+        self._inbox.note(len(self._jobs))
         places = self._packer.next_step()
         if places:
             self._compute(places)
             self._flush()
         return bool(places)
 
-    def _coalesce(self) -> None:
-        """Wait a moment for the rest of a burst: one step for all of it is shorter than one each."""
-        deadline = self._clock() + 5 * COALESCE_S
-        while self._jobs and self._packer.num_tokens < self._packer.max_tokens:
-            if (left := deadline - self._clock()) <= 0:
-                return
-            try:
-                self._handle(self._inbox.get(timeout=min(COALESCE_S, left)))
-            except queue.Empty:
-                return
+    def _has_room(self) -> bool:
+        """Whether the next step could take more: one step for all of a burst is shorter than one each."""
+        return bool(self._jobs) and self._packer.num_tokens < self._packer.max_tokens
 
     def _flush(self) -> None:
         if self._results or self._failures:
             results, failures, self._results, self._failures = self._results, self._failures, [], []
             self._sink.deliver(results, failures)
 
-    def _handle(self, message: _Submit | _Cancel | None) -> None:
-        if message is None:
-            self._stopping = True
-        elif isinstance(message, _Cancel):
-            self._drop(message.request_id)
-        else:
-            self._accept(message)
-
-    def _accept(self, message: _Submit) -> None:
-        request = message.request
+    def _accept(self, request: EmbedRequest, arrived: float) -> None:
         lengths = [len(text.tokens) for text in request.texts]
         num_tokens = sum(lengths)
         is_full = self._jobs and self._num_waiting_tokens + num_tokens > MAX_WAITING_TOKENS
@@ -216,7 +180,7 @@ class EmbedEngine:
             self._failures.append(Failure(request.id, QueueFull(retry_after_s=5)))
             return
         values = np.empty((len(lengths), self._backend.capabilities.width), np.float32)
-        self._jobs[request.id] = _Job(request, message.at, num_tokens, values, len(lengths))
+        self._jobs[request.id] = _Job(request, arrived, num_tokens, values, len(lengths))
         self._packer.add(request.id, lengths)
         self._num_waiting_tokens += num_tokens
         self._results.append(Embedded(request.id, num_tokens))
@@ -233,11 +197,8 @@ class EmbedEngine:
         for job in jobs.values():
             job.started = now if job.started is None else job.started
         num_tokens = sum(len(text.tokens) for text in texts)
-        if self._observer is not None:
-            self._observer.begin_step(list(jobs), num_tokens)
-        if self._governor is not None and (threads := self._governor.choose(now)) != self._threads:
-            self._backend.set_threads(threads)
-            self._threads = threads
+        self._guard.begin(list(jobs), num_tokens)
+        self._guard.govern(now)
         try:
             values = self._backend.encode(texts)
         except BackendError as e:
@@ -245,18 +206,15 @@ class EmbedEngine:
             return
         self._steps += 1
         self._num_tokens += num_tokens
-        self._consecutive_failures = 0
+        self._guard.succeeded()
         self._book(places, values)
 
     def _fail(self, request_ids: list[RequestId], error: BackendError) -> None:
-        log.error("step failed: %s", error)
         for request_id in request_ids:
             self._drop(request_id)
             self._failures.append(Failure(request_id, error))
-        self._consecutive_failures += 1
-        if self._consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
-            self._flush()
-            raise error
+        self._flush()
+        self._guard.failed(error)
 
     def _book(self, places: list[Place], values: NDArray[np.float32]) -> None:
         for place, row in zip(places, values, strict=True):

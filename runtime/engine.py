@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import queue
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from runtime.batch import Batch, Chunk
 from runtime.governor import Governor
 from runtime.grammar import Guide
 from runtime.logprobs import Logprobs
+from runtime.loop import Inbox, Observer, StepGuard
 from runtime.request import Adapter, FinishReason, Pin, Request, RequestId, TokenId, TokenLogprob
 from runtime.sampler import Sampler
 from runtime.scheduler import Limits, Scheduler, SchedulerStats
@@ -32,11 +32,6 @@ from runtime.tokenizer import Detokenizer, StopMatcher
 
 log = logging.getLogger("edge.engine")
 
-COALESCE_S = 0.002
-"""After the first request of an idle engine, how long to wait for the rest of a burst, if the last work was one: it
-saves the steps in which the first would run alone (measured: 3 % of throughput at 16 clients, and the tail of the token
-intervals)."""
-MAX_CONSECUTIVE_FAILURES = 3
 STEPS_PER_CHORE = 8
 """Under load, a chore of some milliseconds comes between so many steps."""
 
@@ -96,18 +91,6 @@ class EngineStats:
     speculation: SpeculationStats
 
 
-class Observer(Protocol):
-    """Hears what the engine is at, on its thread: who looks after a death wants to know. Must not block."""
-
-    def begin_step(self, ids: list[RequestId], num_tokens: int) -> None:
-        """A step with these requests begins."""
-        ...
-
-    def idle(self) -> None:
-        """There is nothing to do."""
-        ...
-
-
 class Disk(Protocol):
     """Where states go that shall outlive the process. Returns at once; what comes of it comes on any thread."""
 
@@ -164,17 +147,6 @@ class _Answer:
         return self.logprobs.take(num_known=self.stops.num_known, num_certain=self.num_certain)
 
 
-@dataclass(frozen=True, slots=True)
-class _Submit:
-    request: Request
-    at: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Cancel:
-    request_id: RequestId
-
-
 @dataclass(slots=True)
 class _Pinning:
     """A request whose prompt is computed and is to be pinned; its answer is told when that is done."""
@@ -187,27 +159,6 @@ class _Pinning:
 
 PinsAnswer = Callable[[list[Pin], bool], None]
 """Gets what is pinned, and whether what was to be removed was there."""
-
-
-@dataclass(frozen=True, slots=True)
-class _AskPins:
-    answer: PinsAnswer
-    remove: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    state: SavedState
-    is_stored: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    state: SavedState
-    data: memoryview | None
-
-
-_Message = _Submit | _Cancel | _AskPins | _Stored | _Loaded | None
 
 
 class Engine:
@@ -232,12 +183,10 @@ class Engine:
         self._backend = backend
         self._sink = sink
         self._clock = clock
-        self._governor = governor
+        self._guard = StepGuard(backend.set_threads, governor, observer)
         self._speculator = speculator if can.states.partial_reuse else None
-        self._observer = observer
         self._disk = disk
         self._adapters = ResidentAdapters(can.adapter_bytes)
-        self._threads = 0
         self._max_queue = max_queue
         self.context_tokens = can.context_tokens
         self._eog_tokens = list(backend.tokenizer.eog_tokens)
@@ -246,31 +195,28 @@ class Engine:
         self._scheduler = Scheduler(
             Limits(can.num_slots, can.num_cells, can.max_step_tokens, states=can.states), self._budget.prompt_tokens
         )
-        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        self._inbox = Inbox(clock)
         self._answers: dict[RequestId, _Answer] = {}
         self._deltas: list[Delta] = []
         self._failures: list[Failure] = []
         self._pinning: list[_Pinning] = []
-        self._stopping = False
-        self._crowd = 0
         self._steps = self._prompt_tokens = self._output_tokens = self._forced_tokens = 0
-        self._consecutive_failures = 0
 
     def submit(self, request: Request) -> None:
         """Queue a request. Its results come to the sink."""
-        self._inbox.put(_Submit(request, self._clock()))
+        self._inbox.put(self._accept, request, self._clock())
 
     def cancel(self, request_id: RequestId) -> None:
         """Drop a request before the next step. Nothing more comes for it; unknown ones are ignored."""
-        self._inbox.put(_Cancel(request_id))
+        self._inbox.put(self._drop, request_id)
 
     def ask_pins(self, answer: PinsAnswer, *, remove: str = "") -> None:
         """Tell what is pinned, on the engine's thread, after `remove` was let go."""
-        self._inbox.put(_AskPins(answer, remove))
+        self._inbox.put(self._tell_pins, answer, remove)
 
     def stop(self) -> None:
         """Make `run` return after the current step."""
-        self._inbox.put(None)
+        self._inbox.close()
 
     def stats(self) -> EngineStats:
         """Counters; safe from any thread, each number by itself."""
@@ -286,7 +232,7 @@ class Engine:
             BackendError: The backend failed `MAX_CONSECUTIVE_FAILURES` times in a row.
         """
         chores = self._backend.settle()
-        while not self._stopping:
+        while not self._inbox.is_closed:
             if not self._scheduler.has_work:
                 self._wait_for_work(chores)
             elif self._steps % STEPS_PER_CHORE == 0:
@@ -296,28 +242,21 @@ class Engine:
 
     def _wait_for_disk(self) -> None:
         """Who waits for a state to be read is all there is. A slow disk is no hanging step."""
-        if self._observer is not None:
-            self._observer.idle()
-        try:
-            self._handle(self._inbox.get(timeout=0.1))
-        except queue.Empty:
-            return
+        self._guard.idle()
+        self._inbox.take(0.1)
 
     def _wait_for_work(self, chores: Iterator[object]) -> None:
-        if self._observer is not None:
-            self._observer.idle()
-        while self._inbox.empty() and next(chores, None) is not None:
+        self._guard.idle()
+        while self._inbox.is_empty and next(chores, None) is not None:
             pass
-        crowd, self._crowd = self._crowd, 0
-        self._handle(self._inbox.get())
-        if crowd > 1:
-            self._coalesce()
+        self._inbox.wait(lambda: self._scheduler.has_work)
 
     def advance(self) -> bool:
         """Take what has arrived, then plan, compute and deliver one step. False if there was nothing to compute."""
-        self._receive()
+        self._inbox.take_all()
+        self._flush()  # who was accepted or refused hears it before the step, which may be long
         batch = self._scheduler.schedule(self._guess)
-        self._crowd = max(self._crowd, len(self._scheduler.running))
+        self._inbox.note(len(self._scheduler.running))
         if batch is not None:
             self._compute(batch)
             self._flush()
@@ -353,10 +292,10 @@ class Engine:
                     self._disk.remove(state.scope, state.tokens)
 
     def _on_stored(self, state: SavedState, is_stored: bool) -> None:
-        self._inbox.put(_Stored(state, is_stored))
+        self._inbox.put(self._stored, state, is_stored)
 
     def _on_loaded(self, state: SavedState, data: memoryview | None) -> None:
-        self._inbox.put(_Loaded(state, data))
+        self._inbox.put(self._loaded, state, data)
 
     def _guess(self, step: list[Sequence]) -> None:
         """Have tokens guessed. Beside a prompt none are: its step is long, and what guesses cost in it is not known."""
@@ -366,7 +305,7 @@ class Engine:
             for sequence in step:
                 sequence.draft = []
         else:
-            self._speculator.plan(step, threads=self._threads)
+            self._speculator.plan(step, threads=self._guard.threads)
 
     def _flush(self) -> None:
         if self._deltas or self._failures:
@@ -375,44 +314,23 @@ class Engine:
 
     # ------------------------------------------------------------------ inbox
 
-    def _receive(self) -> None:
-        """Take what has arrived."""
-        while True:
-            try:
-                self._handle(self._inbox.get_nowait())
-            except queue.Empty:
-                break
-        self._flush()  # who was accepted or refused hears it before the step, which may be long
+    def _drop(self, request_id: RequestId) -> None:
+        self._scheduler.cancel(request_id)
+        self._answers.pop(request_id, None)
 
-    def _coalesce(self) -> None:
-        deadline = self._clock() + 5 * COALESCE_S
-        while self._scheduler.has_work and (left := deadline - self._clock()) > 0:
-            try:
-                self._handle(self._inbox.get(timeout=min(COALESCE_S, left)))
-            except queue.Empty:
-                return
+    def _tell_pins(self, answer: PinsAnswer, remove: str) -> None:
+        is_removed = bool(remove) and self._scheduler.cache.unpin(remove)
+        answer([_pin_of(s) for s in self._scheduler.cache.states.pins()], is_removed)
 
-    def _handle(self, message: _Message) -> None:
-        match message:
-            case None:
-                self._stopping = True
-            case _Submit():
-                self._accept(message)
-            case _Cancel():
-                self._scheduler.cancel(message.request_id)
-                self._answers.pop(message.request_id, None)
-            case _AskPins(answer, remove):
-                is_removed = bool(remove) and self._scheduler.cache.unpin(remove)
-                answer([_pin_of(s) for s in self._scheduler.cache.states.pins()], is_removed)
-            case _Stored(state, is_stored):
-                self._scheduler.cache.states.written(state, is_good=is_stored)
-                self._end_pinning()
-            case _Loaded(state, data):
-                if self._scheduler.cache.loaded(state, is_good=data is not None) and data is not None:
-                    self._backend.put_state(state.id, data)
+    def _stored(self, state: SavedState, is_stored: bool) -> None:
+        self._scheduler.cache.states.written(state, is_good=is_stored)
+        self._end_pinning()
 
-    def _accept(self, message: _Submit) -> None:
-        request = message.request
+    def _loaded(self, state: SavedState, data: memoryview | None) -> None:
+        if self._scheduler.cache.loaded(state, is_good=data is not None) and data is not None:
+            self._backend.put_state(state.id, data)
+
+    def _accept(self, request: Request, arrived: float) -> None:
         try:
             if len(self._scheduler.waiting) >= self._max_queue:
                 raise QueueFull(retry_after_s=5)
@@ -432,7 +350,7 @@ class Engine:
         num_top = request.params.logprobs
         logprobs = None if num_top is None else Logprobs(num_top, self._backend.tokenizer)
         stops = StopMatcher(request.stop)
-        self._answers[request.id] = _Answer(sequence, sampler, stops, message.at, guide, logprobs)
+        self._answers[request.id] = _Answer(sequence, sampler, stops, arrived, guide, logprobs)
         self._deliver(sequence, *self._append_forced(sequence))
 
     def _load_adapters(self, request: Request) -> None:
@@ -449,34 +367,32 @@ class Engine:
     def _load_adapter(self, adapter: Adapter, request_id: RequestId) -> None:
         """Load one, for the observer as a step of its request alone: where native code dies of the file, it is to
         blame and not who was in the step before."""
-        if self._observer is not None:
-            self._observer.begin_step([request_id], self._scheduler.limits.step_tokens)
+        self._guard.begin([request_id], self._scheduler.limits.step_tokens)
         try:
             self._backend.load_adapter(adapter)
         except EdgeError:
             self._adapters.drop(adapter.digest)
             raise
         finally:
-            if self._observer is not None:
-                self._observer.idle()
+            self._guard.idle()
 
     # ------------------------------------------------------------------ one step
 
     def _compute(self, batch: Batch) -> None:
         now = self._clock()
-        if self._observer is not None:
-            self._observer.begin_step([c.sequence.request.id for c in batch.chunks], batch.num_tokens)
+        self._guard.begin([c.sequence.request.id for c in batch.chunks], batch.num_tokens)
         for chunk in batch.chunks:
             answer = self._answers[chunk.sequence.request.id]
             if answer.started is None:
                 answer.started = now
-        self._govern(now)
+        self._guard.govern(now)
+        threads = self._budget.threads = self._guard.threads
         num_before, begin = self._output_tokens - self._forced_tokens, self._clock()
         try:
             logits = self._backend.decode(batch)
             if not batch.chunks:
                 return
-            self._costs.record(batch.num_tokens, threads=self._threads, seconds=self._clock() - begin)
+            self._costs.record(batch.num_tokens, threads=threads, seconds=self._clock() - begin)
             self._book(batch, logits)
             self._pin()
         except StateRefused as e:
@@ -485,16 +401,11 @@ class Engine:
         except BackendError as e:
             self._fail_all(e)
             return
-        self._consecutive_failures = 0
+        self._guard.succeeded()
         if self._speculator is not None:
             num_drawn = self._output_tokens - self._forced_tokens - num_before
             seconds = self._clock() - begin
-            self._speculator.learn(batch, num_drawn=num_drawn, seconds=seconds, threads=self._threads)
-
-    def _govern(self, now: float) -> None:
-        if self._governor is not None and (threads := self._governor.choose(now)) != self._threads:
-            self._backend.set_threads(threads)
-            self._threads = self._budget.threads = threads
+            self._speculator.learn(batch, num_drawn=num_drawn, seconds=seconds, threads=threads)
 
     def _start_anew(self, error: StateRefused) -> None:
         """A state that the library does not take back is forgotten, its file too, and everybody is computed anew:
@@ -506,7 +417,6 @@ class Engine:
 
     def _fail_all(self, error: BackendError) -> None:
         """A failed step leaves the cache undefined: its requests fail, the cache starts anew."""
-        log.error("step failed: %s", error)
         for sequence in list(self._scheduler.running):
             self._scheduler.retire(sequence, reason=None)
             self._answers.pop(sequence.request.id)
@@ -515,9 +425,7 @@ class Engine:
         self._pinning = []
         self._backend.clear()
         self._scheduler.cache.forget()
-        self._consecutive_failures += 1
-        if self._consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
-            raise error
+        self._guard.failed(error)
 
     def _book(self, batch: Batch, logits: NDArray[np.float32]) -> None:
         self._steps += 1

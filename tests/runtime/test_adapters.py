@@ -13,7 +13,8 @@ from typing_extensions import override
 from edge.errors import DoesNotFit, InvalidModelFile, InvalidRequest, QueueFull
 from runtime.adapters import MAX_ADAPTERS, ResidentAdapters, adapter_set
 from runtime.backends.base import Capabilities
-from runtime.engine import Engine, Observer
+from runtime.engine import Engine
+from runtime.loop import Observer
 from runtime.request import Adapter, AdapterSet, Request, RequestId, SamplingParams
 from runtime.states import StateLimits
 from runtime.turns import TURN_STEPS, Turns

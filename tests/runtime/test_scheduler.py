@@ -12,7 +12,8 @@ from typing_extensions import override
 from edge.errors import BackendError, ContextOverflow, QueueFull
 from runtime.backends.base import Capabilities, StateRefused
 from runtime.batch import Batch, CacheOp, RestoreState
-from runtime.engine import Delta, Engine, Observer
+from runtime.engine import Delta, Engine
+from runtime.loop import Observer
 from runtime.prefix_cache import MIN_SHARED_TOKENS
 from runtime.radix import common_prefix
 from runtime.request import FinishReason, Request, RequestId, SamplingParams
