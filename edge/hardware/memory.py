@@ -45,22 +45,56 @@ def _cgroup_dirs(root: Path) -> list[Path]:
     return found or [base, base / "memory"]
 
 
+def _limit(directory: Path) -> int | None:
+    """What a group may use: memory.max, or memory.high, past which its processes are slowed until they use less."""
+    names = ("memory.max", "memory.high", "memory.limit_in_bytes")
+    found = [v for name in names if (v := _read_int(directory / name)) is not None]
+    return min((v for v in found if v < _UNLIMITED), default=None)
+
+
 def _cgroup_available(directory: Path) -> int | None:
-    limit = _read_int(directory / "memory.max") or _read_int(directory / "memory.limit_in_bytes")
-    used = _read_int(directory / "memory.current") or _read_int(directory / "memory.usage_in_bytes")
-    if limit is None or limit >= _UNLIMITED or used is None:
+    limit, used = _limit(directory), _used(directory)
+    if limit is None or used is None:
         return None
     return max(0, limit - used + _reclaimable(directory))
 
 
+def _used(directory: Path) -> int | None:
+    names = ("memory.current", "memory.usage_in_bytes")
+    return next((v for name in names if (v := _read_int(directory / name)) is not None), None)
+
+
 def _reclaimable(directory: Path) -> int:
-    """File pages that the kernel gives back before it kills: counted as used, yet available."""
+    """What the kernel gives back before it ends anything, though it counts as used: pages of files, and caches of
+    names and inodes. Whether pages were used lately (active_file) does not keep them.
+
+    Left out, to promise too little rather than too much: what has to be written first; what processes have mapped,
+    which are the weights and the code in use; and what a group below is guaranteed (memory.min, memory.low), all of
+    which may be files. Locked pages and tmpfs stand on lists of their own.
+
+    Source: Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst of Linux.
+    """
+    stat = _stat(directory)
+    cache = sum(stat.get(name, 0) for name in ("inactive_file", "active_file", "slab_reclaimable"))
+    busy = sum(stat.get(name, 0) for name in ("file_mapped", "file_dirty", "file_writeback"))
+    return max(0, cache - busy - sum(map(_guaranteed, directory.glob("*/memory.current"))))
+
+
+def _stat(directory: Path) -> dict[str, int]:
+    """memory.stat of a group and all below it, under the names of cgroup v2."""
     try:
         lines = (directory / "memory.stat").read_text("ascii").splitlines()
     except (OSError, UnicodeDecodeError):
-        return 0
+        return {}
     stat = {k: int(v) for k, _, v in (line.partition(" ") for line in lines) if v.isdigit()}
-    return stat.get("total_inactive_file", stat.get("inactive_file", 0))
+    v1 = {"total_mapped_file": "file_mapped", "total_dirty": "file_dirty", "total_writeback": "file_writeback"}
+    return stat | {v1.get(k, k.removeprefix("total_")): v for k, v in stat.items() if k.startswith("total_")}
+
+
+def _guaranteed(current: Path) -> int:
+    """What is not taken from a group for others' sake, however little of it they use."""
+    kept = max(_read_int(current.with_name(name)) or 0 for name in ("memory.min", "memory.low"))
+    return min(kept, _read_int(current) or 0)
 
 
 def oom_kills(root: Path = Path("/")) -> int | None:
@@ -74,12 +108,7 @@ def oom_kills(root: Path = Path("/")) -> int | None:
 
 def total_bytes(root: Path = Path("/")) -> int:
     """Memory of the machine, or the tightest control group's limit where that is less."""
-    limits = [
-        v
-        for d in _cgroup_dirs(root)
-        for name in ("memory.max", "memory.limit_in_bytes")
-        if (v := _read_int(d / name)) is not None
-    ]
+    limits = [v for d in _cgroup_dirs(root) if (v := _limit(d)) is not None]
     return min([_meminfo(root).get("MemTotal", _UNLIMITED), *limits])
 
 
