@@ -20,8 +20,10 @@ from runtime.request import RequestId
 from runtime.scheduler import SchedulerStats
 from runtime.speculate import SpeculationStats
 
-MAX_WAITING_TOKENS = 8 << 20
-"""Of all requests together, four bytes each; beyond that the queue is full."""
+MAX_WAITING_BYTES = 64 << 20
+"""Of all requests together, tokens and what becomes of them; beyond that the queue is full."""
+_TEXT_BYTES = 512
+"""What a text takes beside its numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ class _Job:
 
     request: EmbedRequest
     arrived: float
+    size_bytes: int
     num_tokens: int
     values: NDArray[np.float32]
     num_left: int
@@ -96,7 +99,7 @@ def scores(values: NDArray[np.float32], *, raw: bool) -> NDArray[np.float32]:
 
 
 class EmbedEngine:
-    """Runs requests on an encoder. `submit`, `cancel` and `stop` may come from any thread; `run` blocks its own.
+    """Runs requests on an encoder. `cancel` and `stop` may come from any thread; `run` blocks its own.
 
     Args:
         max_queue: Requests that may wait before others fail with `QueueFull`.
@@ -120,11 +123,28 @@ class EmbedEngine:
         self._jobs: dict[RequestId, _Job] = {}
         self._results: list[Embedded] = []
         self._failures: list[Failure] = []
-        self._steps = self._num_tokens = self._num_waiting_tokens = 0
+        # Requests and their bytes, as counts that one thread each adds to: also those that wait in the inbox.
+        self._num_in = self._bytes_in = self._num_out = self._bytes_out = 0
+        self._steps = self._num_tokens = 0
 
     def submit(self, request: EmbedRequest) -> None:
-        """Queue a request. Its results come to the sink."""
-        self._inbox.put(self._accept, request, self._clock())
+        """Queue a request. Its results come to the sink. One thread submits.
+
+        Raises:
+            QueueFull: As many requests as may, or as many bytes, are waiting.
+        """
+        size = self._size_bytes(request)
+        num_waiting = self._num_in - self._num_out
+        has_room = self._bytes_in - self._bytes_out + size <= MAX_WAITING_BYTES
+        if num_waiting and (num_waiting >= self._max_queue or not has_room):
+            raise QueueFull(retry_after_s=5)
+        self._num_in += 1
+        self._bytes_in += size
+        self._inbox.put(self._accept, request, size, self._clock())
+
+    def _size_bytes(self, request: EmbedRequest) -> int:
+        num_tokens = sum(len(text.tokens) for text in request.texts)
+        return 4 * num_tokens + len(request.texts) * (4 * self._backend.capabilities.width + _TEXT_BYTES)
 
     def cancel(self, request_id: RequestId) -> None:
         """Drop a request before the next step. Nothing more comes for it; unknown ones are ignored."""
@@ -172,23 +192,19 @@ class EmbedEngine:
             results, failures, self._results, self._failures = self._results, self._failures, [], []
             self._sink.deliver(results, failures)
 
-    def _accept(self, request: EmbedRequest, arrived: float) -> None:
+    def _accept(self, request: EmbedRequest, size_bytes: int, arrived: float) -> None:
         lengths = [len(text.tokens) for text in request.texts]
         num_tokens = sum(lengths)
-        is_full = self._jobs and self._num_waiting_tokens + num_tokens > MAX_WAITING_TOKENS
-        if is_full or len(self._jobs) >= self._max_queue:
-            self._failures.append(Failure(request.id, QueueFull(retry_after_s=5)))
-            return
         values = np.empty((len(lengths), self._backend.capabilities.width), np.float32)
-        self._jobs[request.id] = _Job(request, arrived, num_tokens, values, len(lengths))
+        self._jobs[request.id] = _Job(request, arrived, size_bytes, num_tokens, values, len(lengths))
         self._packer.add(request.id, lengths)
-        self._num_waiting_tokens += num_tokens
         self._results.append(Embedded(request.id, num_tokens))
 
     def _drop(self, request_id: RequestId) -> None:
         self._packer.cancel(request_id)
         if (job := self._jobs.pop(request_id, None)) is not None:
-            self._num_waiting_tokens -= job.num_tokens
+            self._num_out += 1
+            self._bytes_out += job.size_bytes
 
     def _compute(self, places: list[Place]) -> None:
         now = self._clock()

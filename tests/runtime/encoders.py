@@ -25,8 +25,10 @@ class CountingEncoder(Encoder):
     It checks what the real one would punish: more tokens or texts than a step may have.
     """
 
-    def __init__(self, *, step_tokens: int = 16, step_texts: int = 4, text_tokens: int = 40) -> None:
-        self._capabilities = EncoderCapabilities(text_tokens, step_tokens, step_texts, WIDTH, is_ranker=False)
+    def __init__(
+        self, *, step_tokens: int = 16, step_texts: int = 4, text_tokens: int = 40, width: int = WIDTH
+    ) -> None:
+        self._capabilities = EncoderCapabilities(text_tokens, step_tokens, step_texts, width, is_ranker=False)
         self.steps: list[list[int]] = []
         self.fails = 0
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from edge.errors import BackendError, ContextOverflow, InvalidRequest, QueueFull
 from runtime import wire
 from runtime.backends.encoder import EncoderText
-from runtime.embedding import EmbedEngine, EmbedRequest, normalized, scores
+from runtime.embedding import MAX_WAITING_BYTES, EmbedEngine, EmbedRequest, normalized, scores
 from runtime.packing import Packer, Place
 from runtime.request import RequestId
 from runtime.texts import TextMaker
@@ -132,11 +132,36 @@ def test_a_question_waits_one_step_beside_an_archive() -> None:
 def test_a_full_queue_is_an_answer() -> None:
     sink = KeepingSink()
     engine = EmbedEngine(CountingEncoder(), sink, max_queue=2)
-    for number in range(3):
+    for number in range(2):
         engine.submit(request(number, *[8] * 4))
+    with pytest.raises(QueueFull):
+        engine.submit(request(2, 8))
     engine.advance()
-    assert isinstance(sink.failures[RequestId(2)].error, QueueFull)
     assert sink.accepted == [0, 1]
+    engine.cancel(RequestId(0))
+    engine.advance()
+    engine.submit(request(3, 8))
+
+
+def test_the_queue_is_full_by_bytes_before_any_is_looked_at() -> None:
+    """Texts of one token each are small, but their vectors are not; and the engine may be in a step of seconds."""
+    encoder, texts = CountingEncoder(width=1024), [text(1)] * 2048
+    engine, most = EmbedEngine(encoder, KeepingSink(), max_queue=1000), MAX_WAITING_BYTES // (2048 * 1024 * 4)
+
+    def fill() -> int:
+        for number in range(most + 1):
+            try:
+                engine.submit(EmbedRequest(RequestId(number), texts))
+            except QueueFull:
+                return number
+        return most + 1
+
+    num_taken = fill()
+    assert 1 < num_taken <= most
+    for number in range(num_taken):
+        engine.cancel(RequestId(number))
+    engine.advance()
+    assert fill() == num_taken
 
 
 def test_a_failed_step_fails_its_requests_and_no_others() -> None:
