@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -42,6 +42,16 @@ def bfloat16(values: NDArray[np.float32]) -> tuple[str, NDArray[np.uint16]]:
 def write_json(path: Path, table: Mapping[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(table, ensure_ascii=False, indent=1), "utf-8")
+
+
+def edit(name: str, **changes: Any) -> Callable[[Path], None]:
+    """Changes fields of a JSON file; "absent" removes one."""
+
+    def write(directory: Path) -> None:
+        table = json.loads((directory / name).read_text())
+        write_json(directory / name, {k: v for k, v in (table | changes).items() if v != "absent"})
+
+    return write
 
 
 def special_tokens(names: list[str]) -> list[dict[str, Any]]:

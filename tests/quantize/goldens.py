@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from edge.formats.gguf import read_gguf
+from quantize.checkpoint import open_checkpoint
+from quantize.gguf.convert import convert
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 LONGEST_ARRAY = 16
@@ -35,3 +37,15 @@ def describe_gguf(path: Path) -> dict[str, Any]:
         },
         "metadata": {key: _value(value) for key, value in header.metadata.items()},
     }
+
+
+def golden(name: str, precision: str) -> dict[str, Any]:
+    """What the library's own converter made of a checkpoint."""
+    table: dict[str, Any] = json.loads((GOLDENS / f"convert-{name}.json").read_text())
+    return table[precision]
+
+
+def converted(source: Path, target: Path, precision: str = "f16") -> dict[str, Any]:
+    """What ours makes of it."""
+    convert(open_checkpoint(source), target, use_f16=precision == "f16")
+    return json.loads(json.dumps(describe_gguf(target)))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from edge.errors import EdgeError, InvalidModelFile, MissingExtra, UnsupportedFormat
+from edge.errors import MissingExtra, UnsupportedFormat
 from edge.formats.gguf import read_gguf
 from edge.store.catalog import catalog
 from edge.store.digest import digest_file
@@ -20,19 +18,9 @@ from edge.store.models import ModelStore
 from quantize.checkpoint import open_checkpoint
 from quantize.gguf.convert import convert
 from quantize.source import open_source
-from tests.quantize.checkpoints import bert_weights, make_bert, make_cross_encoder, write_json, write_safetensors
-from tests.quantize.goldens import GOLDENS, describe_gguf
+from tests.quantize.checkpoints import bert_weights, edit, make_bert, make_cross_encoder, write_safetensors
+from tests.quantize.goldens import converted, golden
 from tests.quantize.minilm import MODEL
-
-
-def golden(name: str, precision: str) -> dict[str, Any]:
-    table: dict[str, Any] = json.loads((GOLDENS / f"convert-{name}.json").read_text())
-    return table[precision]
-
-
-def converted(source: Path, target: Path, precision: str = "f16") -> dict[str, Any]:
-    convert(open_checkpoint(source), target, use_f16=precision == "f16")
-    return json.loads(json.dumps(describe_gguf(target)))
 
 
 def into_f16(directory: Path, target: Path) -> None:
@@ -84,63 +72,9 @@ def test_old_names_are_known(tmp_path: Path) -> None:
     assert converted(directory, tmp_path / "out.gguf")["tensors"] == golden("tiny-bert", "f16")["tensors"]
 
 
-def _edit(name: str, **changes: Any) -> Callable[[Path], None]:
-    def edit(directory: Path) -> None:
-        write_json(directory / name, json.loads((directory / name).read_text()) | changes)
-
-    return edit
-
-
-def _modules(*kinds: str, path: str = "1_Pooling") -> Callable[[Path], None]:
-    def write(directory: Path) -> None:
-        modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind in kinds]
-        (directory / "modules.json").write_text(json.dumps(modules))
-
-    return write
-
-
-def _modules_are_an_object(directory: Path) -> None:
-    (directory / "modules.json").write_text("{}")
-
-
-def _no_tokenizer(directory: Path) -> None:
-    (directory / "tokenizer.json").rename(directory / "tokenizer.model")
-
-
-CHINESE_IN_WORDS = {"type": "BertNormalizer", "lowercase": True, "clean_text": True, "handle_chinese_chars": False}
-SPLIT = {"type": "Whitespace"}
-
-BROKEN: list[tuple[str, Callable[[Path], None], type[EdgeError], str]] = [
-    ("activation", _edit("config.json", hidden_act="relu"), UnsupportedFormat, "relu"),
-    ("positions", _edit("config.json", position_embedding_type="relative_key"), UnsupportedFormat, "relative_key"),
-    ("heads", _edit("config.json", num_attention_heads=5), InvalidModelFile, "heads"),
-    ("another class", _edit("config.json", architectures=["BertForQuestions"]), UnsupportedFormat, "BertModel"),
-    ("a dense layer after it", _modules("Transformer", "Pooling", "Dense"), UnsupportedFormat, "Dense"),
-    ("pooling elsewhere", _modules("Pooling", path="../x"), InvalidModelFile, "../x"),
-    ("pooling of no kind", _edit("1_Pooling/config.json", pooling_mode="max"), UnsupportedFormat, "mean, cls"),
-    ("pooling is text", _edit("1_Pooling/config.json", pooling_mode_mean_tokens="a"), InvalidModelFile, "1_Pooling"),
-    ("modules are no list", _modules_are_an_object, InvalidModelFile, "modules.json"),
-    ("tokenizer of another kind", _edit("tokenizer.json", model={"type": "BPE"}), UnsupportedFormat, "WordPiece"),
-    ("normalizer", _edit("tokenizer.json", normalizer=CHINESE_IN_WORDS), UnsupportedFormat, "BertNormalizer"),
-    ("pre-tokenizer", _edit("tokenizer.json", pre_tokenizer=SPLIT), UnsupportedFormat, "Whitespace"),
-    ("no words", _no_tokenizer, InvalidModelFile, "tokenizer.json"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("spoil", "error", "words"), [b[1:] for b in BROKEN], ids=[b[0] for b in BROKEN])
-def test_broken_encoders_are_refused(
-    spoil: Callable[[Path], None], error: type[EdgeError], words: str, tmp_path: Path
-) -> None:
-    directory = make_bert(tmp_path / "broken")
-    spoil(directory)
-    with pytest.raises(error) as caught:
-        convert(open_checkpoint(directory), tmp_path / "out.gguf", use_f16=True)
-    assert words in str(caught.value)
-
-
 def test_a_classifier_of_two_classes_is_no_reranker(tmp_path: Path) -> None:
     directory = make_cross_encoder(tmp_path / "two")
-    _edit("config.json", id2label=None)(directory)
+    edit("config.json", id2label=None)(directory)
     with pytest.raises(UnsupportedFormat, match="one label"):
         open_checkpoint(directory)
 
