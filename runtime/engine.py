@@ -276,7 +276,7 @@ class Engine:
         for sequence in list(self._scheduler.sequences()):
             self._scheduler.retire(sequence, reason=None)
         self._scheduler.cache.save_all()
-        self._backend.decode(Batch(self._scheduler.cache.take_ops(), ()))
+        self._decode(Batch(self._scheduler.cache.take_ops(), ()))
         self._use_disk()
 
     def _use_disk(self) -> None:
@@ -286,6 +286,8 @@ class Engine:
             match op:
                 case StoreState(state):
                     self._disk.write(state, self._backend.state(state.id), partial(self._on_stored, state))
+                case LoadState(state) if not self._backend.has_room(state.size_bytes):
+                    self._scheduler.cache.states.unread(state)
                 case LoadState(state):
                     self._disk.read(state, partial(self._on_loaded, state))
                 case RemoveState(state):
@@ -389,7 +391,7 @@ class Engine:
         threads = self._budget.threads = self._guard.threads
         num_before, begin = self._output_tokens - self._forced_tokens, self._clock()
         try:
-            logits = self._backend.decode(batch)
+            logits = self._decode(batch)
             if not batch.chunks:
                 return
             self._costs.record(batch.num_tokens, threads=threads, seconds=self._clock() - begin)
@@ -406,6 +408,12 @@ class Engine:
             num_drawn = self._output_tokens - self._forced_tokens - num_before
             seconds = self._clock() - begin
             self._speculator.learn(batch, num_drawn=num_drawn, seconds=seconds, threads=threads)
+
+    def _decode(self, batch: Batch) -> NDArray[np.float32]:
+        logits = self._backend.decode(batch)
+        for state_id in self._backend.take_unsaved():
+            self._scheduler.cache.states.unsaved(state_id)
+        return logits
 
     def _start_anew(self, error: StateRefused) -> None:
         """A state that the library does not take back is forgotten, its file too, and everybody is computed anew:
@@ -565,7 +573,7 @@ class Engine:
         for pinning in new:
             pinning.state = cache.pin(cache.slots[pinning.slot], pinning.request.pin)
         if new:
-            self._backend.decode(Batch(cache.take_ops(), ()))
+            self._decode(Batch(cache.take_ops(), ()))
             self._end_pinning()
 
     def _end_pinning(self) -> None:
@@ -582,7 +590,7 @@ class Engine:
     def _unpinned(self, p: _Pinning) -> EdgeError | None:
         """Why a prefix is not pinned, if it is not. One that a restart would drop is not kept where others would be."""
         states = self._scheduler.cache.states
-        if p.state is None:
+        if p.state is None or not (p.state.in_memory or p.state.on_disk):
             num_tokens = len(p.request.prompt)
             return NoRoomToPin(num_tokens=num_tokens, required_bytes=states.size_bytes(num_tokens))
         if p.state.on_disk or not states.limits.disk_bytes or p.state.pin != p.request.pin:

@@ -85,6 +85,7 @@ class SavedState:
         uses: Requests that went on from it, the one that computed it included.
         priority: What it is worth; the least goes first.
         on_disk: Whether the books of the disk have it; `is_written` once the bytes are there.
+        is_too_large: Memory did not suffice to read it when a prompt wanted it.
     """
 
     id: StateId
@@ -98,6 +99,7 @@ class SavedState:
     on_disk: bool = False
     is_loading: bool = False
     is_written: bool = False
+    is_too_large: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,9 +239,11 @@ class SavedStates:
     def find_on_disk(self, tokens: list[TokenId], scope: Scope, *, limit: int) -> tuple[SavedState | None, int]:
         """The same among the files; nothing where reading it would cost more than it saves, or pins leave no room."""
         state, length = self._disk.find(tokens, scope.visible, limit=limit, partial=self.limits.partial_reuse)
-        if state is not None and (len(state.tokens) > length * MAX_READ_RATIO or not self._fits_memory(state)):
+        if state is None or state.is_too_large:
             return None, 0
-        return state, length
+        return (
+            (state, length) if len(state.tokens) <= length * MAX_READ_RATIO and self._fits_memory(state) else (None, 0)
+        )
 
     def find_near(self, tokens: list[TokenId], scope: Scope, *, slack: int) -> SavedState | None:
         """A state that holds these tokens and nothing else, give or take a few at the end."""
@@ -294,7 +298,7 @@ class SavedStates:
         return SavedState(StateId(self._next_id), list(tokens), scope, self.size_bytes(len(tokens)))
 
     def _hold(self, state: SavedState) -> None:
-        state.in_memory = True
+        state.in_memory, state.is_too_large = True, False
         self._memory.add(state)
         self._appraise(state)
         if state.uses >= HOT_USES:
@@ -336,6 +340,15 @@ class SavedStates:
             self._disk_ops.remove(StoreState(state))
             self._disk.remove(state)
             state.on_disk = False
+
+    def unsaved(self, state_id: StateId) -> None:
+        """Book that the backend could not hold a state; a file of it stays."""
+        if (state := self._memory.states.get(state_id)) is not None:
+            self._forget(state)
+
+    def unread(self, state: SavedState) -> None:
+        """Book that memory does not suffice to read a state: its file stays, and prompts are computed."""
+        state.is_loading, state.is_too_large = False, True
 
     def discard(self, state_id: StateId) -> None:
         """Forget a state, and its file."""

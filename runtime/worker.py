@@ -25,7 +25,7 @@ import msgspec
 from edge.errors import BackendError, ContextOverflow, EdgeError, InvalidRequest, QueueFull
 from edge.formats.gguf import read_gguf
 from edge.formats.lora import check_finite, read_lora
-from edge.hardware.memory import available_bytes, cpu_quota, usable_cores
+from edge.hardware.memory import available_bytes, cpu_quota, data_bytes, usable_cores
 from runtime import wire
 from runtime.adapters import adapter_set
 from runtime.backends.base import Backend
@@ -498,13 +498,8 @@ def limit_process() -> None:
 
 def limit_memory(budget_bytes: int) -> None:
     """Bound what the process may take from now on (RLIMIT_DATA: not the weights, which are mapped from their file)."""
-    used = next(
-        int(line.split()[1]) << 10
-        for line in Path("/proc/self/status").read_text("ascii").splitlines()
-        if line.startswith("VmData:")
-    )
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    most = used + budget_bytes + min(MAX_GROWTH_BYTES, max(MIN_GROWTH_BYTES, available_bytes() // 2))
+    most = data_bytes() + budget_bytes + min(MAX_GROWTH_BYTES, max(MIN_GROWTH_BYTES, available_bytes() // 2))
     if hard == resource.RLIM_INFINITY or most < hard:
         resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 

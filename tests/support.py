@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,7 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.backends.base import Backend, Capabilities, ModelFacts
+from runtime.backends.base import Backend, Capabilities, ModelFacts, StateRefused
 from runtime.batch import Batch, CacheOp, Chunk, CopyPrefix, DropState, RestoreState, SaveState, Truncate
 from runtime.engine import Delta, Disk, Failure, Sink
 from runtime.request import Adapter, AdapterSet, Request, RequestId, TokenId
@@ -82,8 +82,10 @@ class ScriptedBackend(Backend):
     not go on where the slot ends, more tokens than a step may have, more cells than there are.
     """
 
-    def __init__(self, capabilities: Capabilities, *, vocab_size: int = 97) -> None:
+    def __init__(self, capabilities: Capabilities, *, vocab_size: int = 97, has_room: Iterable[bool] = ()) -> None:
         self._capabilities = capabilities
+        self._has_room = iter(has_room)
+        self._unsaved: list[StateId] = []
         self._vocab_size = vocab_size
         self.cells: dict[int, list[TokenId]] = {i: [] for i in range(capabilities.num_slots)}
         self.states: dict[int, list[TokenId]] = {}
@@ -155,12 +157,16 @@ class ScriptedBackend(Backend):
                 self.cells[op.target] = self.cells[op.source][: op.length]
             case Truncate():
                 del self.cells[op.slot][op.length :]
+            case SaveState() if not self.has_room(len(self.cells[op.slot])):
+                self._unsaved.append(op.state)
             case SaveState():
                 self.states[op.state] = list(self.cells[op.slot])
                 held = sum(map(len, self.states.values()))
                 assert held <= self._capabilities.states.memory_bytes, "the states' budget"
             case RestoreState():
                 assert not self.cells[op.slot], "a state goes to an empty slot"
+                if op.state not in self.states:
+                    raise StateRefused(op.state)
                 self.cells[op.slot] = list(self.states[op.state])
                 assert sum(map(len, self.cells.values())) <= self._capabilities.num_cells, "more cells than there are"
                 del self.cells[op.slot][op.length :]
@@ -186,6 +192,13 @@ class ScriptedBackend(Backend):
     def state(self, state: StateId) -> memoryview:
         return np.array(self.states[state], np.int64).data.cast("B")
 
+    def has_room(self, size_bytes: int) -> bool:
+        return next(self._has_room, True)
+
+    def take_unsaved(self) -> list[StateId]:
+        unsaved, self._unsaved = self._unsaved, []
+        return unsaved
+
     def put_state(self, state: StateId, data: memoryview) -> None:
         self.states[state] = np.frombuffer(data, np.int64).tolist()
 
@@ -199,6 +212,7 @@ class ScriptedBackend(Backend):
         for cells in self.cells.values():
             cells.clear()
         self.states.clear()
+        self._unsaved.clear()
 
     def close(self) -> None:
         self.clear()

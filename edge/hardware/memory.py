@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,6 +117,22 @@ def available_bytes(root: Path = Path("/")) -> int:
     """Memory that can be taken now without swapping: MemAvailable, cut by each control group around this process."""
     groups = [v for d in _cgroup_dirs(root) if (v := _cgroup_available(d)) is not None]
     return min([_meminfo(root).get("MemAvailable", _UNLIMITED), *groups])
+
+
+def data_bytes(root: Path = Path("/")) -> int:
+    """Memory of its own that this process has taken, used or not (what RLIMIT_DATA counts); 0 where nothing says so."""
+    try:
+        lines = (root / "proc/self/status").read_text("ascii", "replace").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmData:")), 0)
+
+
+def takeable_bytes(root: Path = Path("/")) -> int:
+    """Memory that this process may still take: what is available, cut by its own limit (RLIMIT_DATA)."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    own = _UNLIMITED if limit == resource.RLIM_INFINITY else max(0, limit - data_bytes(root))
+    return min(available_bytes(root), own)
 
 
 @dataclass(frozen=True, slots=True)

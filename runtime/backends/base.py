@@ -104,6 +104,14 @@ class Backend(Protocol):
         """The bytes of a saved state; they never change, and stay valid while they are referred to."""
         ...
 
+    def take_unsaved(self) -> list[StateId]:
+        """States that the last steps were to save and did not, since memory lacks."""
+        ...
+
+    def has_room(self, size_bytes: int) -> bool:
+        """Whether memory suffices for a state of so many bytes."""
+        ...
+
     def put_state(self, state: StateId, data: memoryview) -> None:
         """Take back the bytes of a state that this backend, of this build with this model, has saved."""
         ...

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.errors import BackendError, DoesNotFit, InvalidModelFile, UnsupportedFormat
-from edge.hardware.memory import available_bytes
+from edge.hardware.memory import available_bytes, takeable_bytes
 from edge.native.huge_pages import replace
 from edge.native.llama import bindings, last_error
 from runtime.backends.base import Capabilities, ModelFacts, StateRefused
@@ -30,6 +30,10 @@ MIN_CELLS = 4096
 """Cells for many short sequences beside each other, where the model's own context is shorter."""
 PROCESS_BYTES = 96 << 20
 """Room for the interpreter, the library and its activations."""
+MIN_FREE_BYTES = 32 << 20
+"""What a saved state leaves of the memory: steps need some too, and who finds none is ended."""
+STATES_SLACK = 17 / 16
+"""How far states may exceed what was counted for their tokens: each names its cells and layers too."""
 KV_SHARE = 0.5
 """Share of the memory left after the weights that the cells may take."""
 
@@ -243,6 +247,7 @@ class LlamaBackend:
             )
         self._batch = _NativeBatch(lib, options.step_tokens)
         self._states: dict[int, NDArray[np.uint8]] = {}
+        self._unsaved: list[StateId] = []
         self._loaded_adapters: dict[str, Any] = {}
         self._adapters: AdapterSet = ()
         trained: int = lib.llama_model_n_ctx_train(self._model)
@@ -380,9 +385,10 @@ class LlamaBackend:
             case Truncate():
                 self._truncate(op.slot, op.length)
             case SaveState():
-                self._states[op.state] = self._read_state(op.slot)
+                self._save(op)
             case RestoreState():
-                if not self._write_state(op.slot, self._states[op.state], length=op.length):
+                state = self._states.get(op.state)
+                if state is None or not self._write_state(op.slot, state, length=op.length):
                     raise StateRefused(op.state)
             case DropState():
                 self._states.pop(op.state, None)
@@ -391,8 +397,27 @@ class LlamaBackend:
         if not self._lib.llama_memory_seq_rm(self._memory, slot, length, -1):
             raise BackendError(f"The cache of slot {slot} cannot be cut at {length}.")
 
-    def _read_state(self, slot: int) -> NDArray[np.uint8]:
-        size: int = self._lib.llama_state_seq_get_size(self._context, slot)
+    def _save(self, op: SaveState) -> None:
+        size: int = self._lib.llama_state_seq_get_size(self._context, op.slot)
+        held = sum(state.nbytes for state in self._states.values())
+        if held + size > self._capabilities.states.memory_bytes * STATES_SLACK or not self.has_room(size):
+            self._unsaved.append(op.state)
+            return
+        try:
+            self._states[op.state] = self._read_state(op.slot, size)
+        except MemoryError:  # another thread was faster
+            self._unsaved.append(op.state)
+
+    def has_room(self, size_bytes: int) -> bool:
+        """Whether memory suffices for a state; see :class:`runtime.backends.base.Backend`."""
+        return takeable_bytes() >= size_bytes + MIN_FREE_BYTES
+
+    def take_unsaved(self) -> list[StateId]:
+        """States that were not saved; see :class:`runtime.backends.base.Backend`."""
+        unsaved, self._unsaved = self._unsaved, []
+        return unsaved
+
+    def _read_state(self, slot: int, size: int) -> NDArray[np.uint8]:
         state = np.empty(size, np.uint8)
         if self._lib.llama_state_seq_get_data(self._context, pointer_to(state, _UINT8), size, slot) != size:
             raise BackendError(f"The state of slot {slot} cannot be read.")
@@ -444,6 +469,7 @@ class LlamaBackend:
         """Empty the cache, and forget the saved states."""
         self._lib.llama_memory_clear(self._memory, True)
         self._states.clear()
+        self._unsaved.clear()
 
     def close(self) -> None:
         """Free the context and the model."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from edge.errors import BackendError, NoRoomToPin
 from runtime.backends.base import Capabilities
 from runtime.engine import Engine
@@ -15,9 +17,11 @@ PROMPT = tuple(range(1, 81))
 class Device:
     """An engine on a disk, driven by hand."""
 
-    def __init__(self, drive: ScriptedDisk, *, memory: int = 1000, disk: int = 1000) -> None:
+    def __init__(
+        self, drive: ScriptedDisk, *, memory: int = 1000, disk: int = 1000, has_room: Sequence[bool] = ()
+    ) -> None:
         limits = StateLimits(memory, disk)
-        self.backend = ScriptedBackend(Capabilities(4, 2000, 2000, 64, limits))
+        self.backend = ScriptedBackend(Capabilities(4, 2000, 2000, 64, limits), has_room=has_room)
         self.sink, self.drive = CollectingSink(), drive
         self.engine = Engine(self.backend, self.sink, max_queue=9, disk=drive, clock=self.backend.clock)
         for (scope, tokens), (_, pin) in list(drive.files.items()):
@@ -92,6 +96,15 @@ def test_where_there_is_no_room_a_pin_is_refused_and_the_others_stay() -> None:
         device.run()
         assert isinstance(device.sink.failures[asked].error, NoRoomToPin)
         assert [p.name for p in device.pins()[0]] == ["first"]
+
+
+def test_a_pin_for_which_memory_lacks_is_refused() -> None:
+    for disk in (0, 1000):
+        device = Device(ScriptedDisk([]), disk=disk, has_room=[False])
+        asked = device.ask(PROMPT, pin="p")
+        device.run()
+        assert isinstance(device.sink.failures[asked].error, NoRoomToPin)
+        assert device.pins() == ([], False)
 
 
 def test_the_same_name_replaces_and_the_same_prefix_is_renamed() -> None:

@@ -120,6 +120,15 @@ class BooksOfStates(RuleBasedStateMachine):
             case LoadState(state):
                 self.reading.append(state)
 
+    @rule()
+    def memory_lacks(self) -> None:
+        if self.reading:
+            self.states.unread(self.reading.pop())
+        if self.memory:
+            self.states.unsaved(next(iter(self.memory.values())).id)
+            self.settle()
+            self.drop_lost_pins()
+
     @rule(is_good=st.booleans())
     def read_ends(self, is_good: bool) -> None:
         if self.reading:

@@ -78,6 +78,7 @@ any_schedule = given(
     guesses=st.lists(st.integers(0, 5), max_size=40),
     disk=st.sampled_from([0, 150, 5000]),
     luck=st.lists(st.booleans(), max_size=10),
+    has_room=st.lists(st.booleans(), max_size=20),
 )
 
 
@@ -89,12 +90,12 @@ def test_any_schedule_gives_the_answers_of_requests_alone(**schedule: Any) -> No
 
 def check_schedule(
     *, plan: list[Arrival], slots: int, cells: int, step: int, partial: bool, states: int, guesses: list[int],
-    disk: int, luck: list[bool],
+    disk: int, luck: list[bool], has_room: list[bool],
 ) -> None:  # fmt: skip
     can = capabilities(slots=slots, cells=cells, step=max(step, slots), partial=partial, states=states, disk=disk)
     drive = ScriptedDisk(luck)
     for _life in range(2 if disk else 1):
-        live(plan, ScriptedBackend(can), guesses, drive)
+        live(plan, ScriptedBackend(can, has_room=has_room), guesses, drive)
         assert sum(len(tokens) for _, tokens in drive.files) <= disk
 
 
@@ -161,6 +162,31 @@ def test_a_state_that_the_library_refuses_is_computed_instead_and_harms_nobody()
     live(plan, ScriptedBackend(can), [], drive)
     live(plan, backend := RefusingBackend(can), [], drive)
     assert backend.num_refused > 0
+
+
+def test_a_state_for_which_memory_lacks_is_not_saved_and_nobody_notices() -> None:
+    backend = ScriptedBackend(capabilities(slots=2, cells=10_000, step=64, states=5000), has_room=[False, True] * 9)
+    engine = Engine(backend, sink := CollectingSink(), max_queue=10)
+    for again in range(2):
+        for k in range(6):
+            prompt = tuple((k * 7 + i) % 90 + 1 for i in range(200))
+            engine.submit(Request(RequestId(10 * again + k), prompt, 3, GREEDY))
+            while engine.advance():
+                pass
+            assert engine.stats().queues.num_states == len(backend.states)
+    assert {sink.last[RequestId(10 + k)].num_cached for k in range(6)} == {0, 199}
+    assert [sink.texts[RequestId(k)] for k in range(6)] == [sink.texts[RequestId(10 + k)] for k in range(6)]
+
+
+def test_a_file_for_which_memory_lacks_is_not_read_and_stays() -> None:
+    drive = ScriptedDisk([])
+    can = capabilities(slots=4, cells=2000, step=64, states=5000, disk=5000)
+    plan = [Arrival(0, tuple(range(1, 90)), 3, None)]
+    live(plan, ScriptedBackend(can), [], drive)
+    files = dict(drive.files)
+    live(plan, backend := ScriptedBackend(can, has_room=[False] * 9), [], drive)
+    assert backend.num_computed >= 89
+    assert drive.files.keys() >= files.keys()
 
 
 class Onlooker(Observer):
