@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -20,7 +21,7 @@ from runtime.governor import Governor
 from runtime.grammar import Guide
 from runtime.logprobs import Logprobs
 from runtime.loop import Inbox, Observer, StepGuard
-from runtime.request import Adapter, FinishReason, Pin, Request, RequestId, TokenId, TokenLogprob
+from runtime.request import FinishReason, Pin, Request, RequestId, TokenId, TokenLogprob
 from runtime.sampler import Sampler
 from runtime.scheduler import Limits, Scheduler, SchedulerStats
 from runtime.sequence import Sequence
@@ -342,7 +343,7 @@ class Engine:
                     prompt_tokens=len(request.prompt),
                     completion_tokens=request.max_tokens,
                 )
-            guide = request.grammar.start() if request.grammar else None
+            guide = self._start_guide(request)
             self._load_adapters(request)
             sequence = self._scheduler.add(request)
         except EdgeError as e:
@@ -355,6 +356,22 @@ class Engine:
         self._answers[request.id] = _Answer(sequence, sampler, stops, arrived, guide, logprobs)
         self._deliver(sequence, *self._append_forced(sequence))
 
+    def _start_guide(self, request: Request) -> Guide | None:
+        if request.grammar is None:
+            return None
+        with self._blaming(request.id):
+            return request.grammar.start()
+
+    @contextmanager
+    def _blaming(self, request_id: RequestId) -> Generator[None]:
+        """A block that is for the observer a step of one request alone: where native code dies of what it brought, it
+        is to blame and not who was in the step before."""
+        self._guard.begin([request_id], self._scheduler.limits.step_tokens)
+        try:
+            yield
+        finally:
+            self._guard.idle()
+
     def _load_adapters(self, request: Request) -> None:
         """Have a request's adapters in memory as long as it lives; those that nobody uses make room for them."""
         for adapter in request.adapters:
@@ -364,19 +381,12 @@ class Engine:
             leaving = self._adapters.add(adapter, in_use={a.digest for held in holders for a in held})
             for digest in leaving:
                 self._backend.free_adapter(digest)
-            self._load_adapter(adapter, request.id)
-
-    def _load_adapter(self, adapter: Adapter, request_id: RequestId) -> None:
-        """Load one, for the observer as a step of its request alone: where native code dies of the file, it is to
-        blame and not who was in the step before."""
-        self._guard.begin([request_id], self._scheduler.limits.step_tokens)
-        try:
-            self._backend.load_adapter(adapter)
-        except EdgeError:
-            self._adapters.drop(adapter.digest)
-            raise
-        finally:
-            self._guard.idle()
+            try:
+                with self._blaming(request.id):
+                    self._backend.load_adapter(adapter)
+            except EdgeError:
+                self._adapters.drop(adapter.digest)
+                raise
 
     # ------------------------------------------------------------------ one step
 

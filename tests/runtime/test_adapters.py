@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typing_extensions import override
 
-from edge.errors import DoesNotFit, InvalidModelFile, InvalidRequest, QueueFull
+from edge.errors import ConstraintFailed, DoesNotFit, InvalidModelFile, InvalidRequest, QueueFull
 from runtime.adapters import MAX_ADAPTERS, ResidentAdapters, adapter_set
 from runtime.backends.base import Capabilities
 from runtime.engine import Engine
+from runtime.grammar import Grammar, Guide
 from runtime.loop import Observer
 from runtime.request import Adapter, AdapterSet, Request, RequestId, SamplingParams
 from runtime.states import StateLimits
@@ -180,6 +181,32 @@ def test_who_brings_an_adapter_is_to_blame_while_it_is_loaded() -> None:
     ask(engine, 2, (POLITE,))
     engine.advance()
     assert seen == [[RequestId(2)]]
+
+
+def test_who_brings_a_grammar_is_to_blame_while_it_is_begun() -> None:
+    witness = Witness()
+    seen: list[list[RequestId]] = []
+
+    class Costly(Grammar):
+        @override
+        def __init__(self) -> None:
+            pass
+
+        @override
+        def start(self) -> Guide:
+            seen.append(witness.ids)
+            raise ConstraintFailed("The first step is too costly.")
+
+    can = Capabilities(4, 2000, 2000, 64)
+    engine = Engine(ScriptedBackend(can), sink := CollectingSink(), max_queue=10, observer=witness)
+    ask(engine, 1, ())
+    engine.advance()
+    engine.submit(Request(RequestId(2), TEXT, 5, GREEDY, grammar=Costly()))
+    engine.advance()
+    assert seen == [[RequestId(2)]]
+    assert RequestId(2) in sink.failures
+    finish(engine)
+    assert sink.last[RequestId(1)].num_output == 5
 
 
 def test_loads_keep_to_the_budget_and_who_is_in_use_stays() -> None:
