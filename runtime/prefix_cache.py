@@ -205,12 +205,13 @@ class PrefixCache:
         return None
 
     def _place_restored(self, sequence: Sequence, state: SavedState, length: int, cells: int) -> Slot | None:
-        if not sequence.num_preemptions:
-            self.states.use(state)
         target = self._choose_slot(None, 0)
         cells = max(cells, len(state.tokens))  # the whole state is put back before it is cut
-        if not self.make_room(cells - len(target.tokens), keep={target.index}):
+        if not self._has_room(cells - len(target.tokens), keep={target.index}):
             return None
+        if not sequence.num_preemptions:
+            self.states.use(state)  # first, so that what is saved to make room pushes out others
+        self.make_room(cells - len(target.tokens), keep={target.index})
         self.empty(target)
         target.scope = scope_of(sequence.request)
         if state.in_memory:  # else what was saved to make room has pushed it out
@@ -267,18 +268,24 @@ class PrefixCache:
     # ------------------------------------------------------------------ room
 
     def make_room(self, cells: int, *, keep: set[int]) -> bool:
-        """Drop idle slots' cells, longest unused first, until `cells` more fit."""
-        free = self._num_cells - self.cells_used - self._reserved()
-        if free >= cells:
-            return True
+        """Drop idle slots' cells, longest unused first, until `cells` more fit; none where they would not."""
+        if not self._has_room(cells, keep=keep):
+            return False
+        free = self._free()
         for slot in self._idle():
-            if slot.index in keep:
-                continue
             if free >= cells:
                 break
-            free += len(slot.tokens)
-            self.empty(slot)
-        return free >= cells
+            if slot.index not in keep:
+                free += len(slot.tokens)
+                self.empty(slot)
+        return True
+
+    def _has_room(self, cells: int, *, keep: set[int]) -> bool:
+        free = self._free()
+        return free >= cells or free + sum(len(s.tokens) for s in self._idle() if s.index not in keep) >= cells
+
+    def _free(self) -> int:
+        return self._num_cells - self.cells_used - self._reserved()
 
     def trim_idle(self) -> None:
         """Move what idle slots hold beyond a little to the saved states, longest unused first."""

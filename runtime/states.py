@@ -132,6 +132,7 @@ class _Tier:
 
     limit_bytes: int
     used_bytes: int = 0
+    pinned_bytes: int = 0
     floor: float = 0.0
     """Priority of what was dropped last: what is used now starts from there, so the past is forgotten."""
     states: dict[StateId, SavedState] = field(default_factory=dict[StateId, SavedState])
@@ -140,11 +141,13 @@ class _Tier:
     def add(self, state: SavedState) -> None:
         self.states[state.id] = state
         self.used_bytes += state.size_bytes
+        self.pinned_bytes += state.size_bytes if state.pin else 0
         self.trees.setdefault(state.scope, RadixTree()).insert(state.id, state.tokens)
 
     def remove(self, state: SavedState) -> None:
         del self.states[state.id]
         self.used_bytes -= state.size_bytes
+        self.pinned_bytes -= state.size_bytes if state.pin else 0
         tree = self.trees[state.scope]
         tree.remove(state.id)
         if not len(tree):
@@ -322,7 +325,7 @@ class SavedStates:
             limit -= 1
 
     def _fits_memory(self, state: SavedState) -> bool:
-        return state.in_memory or self._memory.victims(state.size_bytes) is not None
+        return state.in_memory or self._memory.pinned_bytes + state.size_bytes <= self._memory.limit_bytes
 
     def _make_memory(self, size_bytes: int) -> bool:
         victims = self._memory.victims(size_bytes)
@@ -381,18 +384,24 @@ class SavedStates:
         """Keep a state that is in memory until `unpin`, here and on the disk."""
         if state.pin != name and state.on_disk:
             self.remove(state)  # its file does not say that it is pinned
-        state.pin = name
+        self._name_pin(state, name)
         self.persist(state)
 
     def unpin(self, name: str) -> list[SavedState]:
         """Let the states go that were pinned under a name."""
         states = [s for s in self.pins() if s.pin == name]
         for state in states:
-            state.pin = ""
+            self._name_pin(state, "")
             if state.in_memory:
                 self._forget(state)
             self.remove(state)
         return states
+
+    def _name_pin(self, state: SavedState, name: str) -> None:
+        change = state.size_bytes * (bool(name) - bool(state.pin))
+        self._memory.pinned_bytes += change if state.in_memory else 0
+        self._disk.pinned_bytes += change if state.on_disk else 0
+        state.pin = name
 
     # ------------------------------------------------------------------ disk
 

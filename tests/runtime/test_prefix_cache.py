@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -237,3 +238,51 @@ def test_a_prefix_that_two_share_is_saved_by_itself_and_written() -> None:
         run(cache, sequence([*shared, *range(1000 * question + 500, 1000 * question + 550)]))
     stored = [op.state.tokens for op in cache.take_disk_ops() if isinstance(op, StoreState)]
     assert stored == [shared]
+
+
+def test_a_state_is_used_when_a_slot_is_found_for_it_and_not_before() -> None:
+    cache = PrefixCache(num_slots=2, num_cells=100, states=StateLimits(10_000), reserved=lambda: 0)
+    state = cache.states.add(list(range(80)), Scope(), uses=1)
+    assert state is not None
+    other = cache.place(sequence(list(range(500, 560))), cells=60)
+    assert other is not None
+    cache.append(other, list(range(500, 560)))
+    waits = sequence([*range(80), 99])
+    for _ in range(5):
+        assert cache.place(waits, cells=81) is None
+    assert state.uses == 1
+    assert other.tokens, "what runs keeps its cells"
+    cache.release(other)
+    assert cache.place(waits, cells=81) is not None
+    assert state.uses == 2
+
+
+def test_who_finds_no_room_costs_nobody_his_cells() -> None:
+    cache = PrefixCache(num_slots=3, num_cells=100, states=StateLimits(), reserved=lambda: 0)
+    run(cache, sequence(list(range(30))))
+    busy = cache.place(sequence(list(range(500, 560))), cells=60)
+    assert busy is not None
+    cache.append(busy, list(range(500, 560)))
+    assert cache.place(sequence(list(range(700, 750))), cells=50) is None
+    assert cache.cells_used == 90
+
+
+def test_a_hit_on_the_disk_sorts_no_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = SavedStates(StateLimits(memory_bytes=100, disk_bytes=1000))
+    kept = states.adopt(list(range(60)), OWN, uses=1, pin="")
+    assert states.add(list(range(100, 190)), OWN) is not None
+    monkeypatch.setattr("runtime.states.sorted", None, raising=False)
+    found, length = states.find_on_disk([*range(60), 7], OWN, limit=60)
+    assert (found, length) == (kept, 60)
+
+
+def test_pins_in_memory_leave_the_rest_to_what_is_read() -> None:
+    states = SavedStates(StateLimits(memory_bytes=150, disk_bytes=1000))
+    pinned = states.add(list(range(70)), OWN)
+    large = states.adopt(list(range(100, 190)), OWN, uses=1, pin="")
+    assert pinned is not None
+    assert large is not None
+    states.pin(pinned, "p")
+    assert states.find_on_disk([*range(100, 190), 7], OWN, limit=90) == (None, 0)
+    states.unpin("p")
+    assert states.find_on_disk([*range(100, 190), 7], OWN, limit=90) == (large, 90)
