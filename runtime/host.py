@@ -385,7 +385,7 @@ class ModelHost:
         while not stop.is_set():
             self._set_state("loading")
             try:
-                await self._start_process(self._load_message())
+                await self._start_process(await asyncio.to_thread(self._load_message, self._reserved_bytes()))
             except EdgeError as e:
                 self._give_up(e)
                 return
@@ -451,7 +451,7 @@ class ModelHost:
         ours.setblocking(False)
         loop = asyncio.get_running_loop()
         try:
-            with _open_log(self._log_path()) as log_file:
+            with await asyncio.to_thread(_open_log, self._log_path()) as log_file:
                 self._process = await asyncio.create_subprocess_exec(
                     sys.executable, "-m", "runtime.worker", str(theirs.fileno()), str(box.fd), str(os.getpid()),
                     pass_fds=[theirs.fileno(), box.fd], stdin=asyncio.subprocess.DEVNULL, stdout=log_file,
@@ -480,13 +480,14 @@ class ModelHost:
     def _log_path(self) -> Path:
         return self.settings.logs_dir / f"worker-{self.ref.replace(':', '-').replace('/', '-')}.log"
 
-    def _load_message(self) -> wire.Load:
+    def _load_message(self, reserved_bytes: int) -> wire.Load:
+        """What to load and how. Reads files."""
         s = self.settings
         tuned = Tuning() if s.threads else load_tuning(s.tuning_dir, str(self.model.digest)) or Tuning()
         return wire.Load(
             path=str(self.model.weights), ref=self.ref, threads=s.threads or tuned.prefill_threads,
             num_slots=s.max_sequences, step_tokens=s.step_tokens, context_tokens=s.context_tokens,
-            max_queue=s.max_queue, state_bytes=s.state_bytes, reserved_bytes=self._reserved_bytes(),
+            max_queue=s.max_queue, state_bytes=s.state_bytes, reserved_bytes=reserved_bytes,
             speculation=s.speculation, token_interval_ms=s.token_interval_ms, decode_threads=tuned.decode_threads,
             ubatch_tokens=tuned.ubatch_tokens, flash_attention=tuned.flash_attention,
             home=str(s.home), weights_digest=self.model.weights.name, state_disk_bytes=s.state_disk_bytes,

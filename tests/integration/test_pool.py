@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from edge.config import Settings
 from edge.store.details import ModelDetails
 from edge.store.models import ModelStore, PackageFile
 from runtime.pool import Pool
+from runtime.tuning import tuning_path
 from tests.support import DEFAULT_MODEL, SEED, chat_body, running_appliance, sse_events
 
 SECOND = "second:x"
@@ -55,6 +58,37 @@ async def test_what_was_asked_more_often_is_worth_more(pool: Pool) -> None:
             )  # fmt: skip
             assert [p async for p in generation.steps()]
     assert first.uses() > second.uses() > 0
+
+
+async def test_a_disk_that_does_not_answer_holds_nobody_else(pool: Pool, home: Path) -> None:
+    """What a load reads is read on a thread: here a pipe that nobody has written to yet."""
+    host = await pool.host(DEFAULT_MODEL)
+    path = tuning_path(Settings(home=home).tuning_dir, str(host.model.digest))
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    held_up = threading.Event()
+
+    def let_go() -> None:
+        held_up.set()
+        path.write_bytes(b"")
+
+    rescue = threading.Timer(10, let_go)
+    rescue.start()
+    loading = asyncio.create_task(host.wait_ready(60))
+    while not (is_read := has_reader(path)) and not held_up.is_set():
+        await asyncio.sleep(0.01)
+    rescue.cancel()
+    await loading
+    assert is_read
+
+
+def has_reader(path: Path) -> bool:
+    """Whether somebody reads a named pipe; who does reads its end."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+    except OSError:
+        return False
+    return True
 
 
 def test_loads_and_unloads_of_one_model_do_not_hold_another(home: Path) -> None:
