@@ -18,7 +18,7 @@ from edge.hardware.memory import available_bytes, takeable_bytes
 from edge.native.huge_pages import replace
 from edge.native.llama import bindings, last_error
 from runtime.backends.base import Capabilities, ModelFacts, StateRefused
-from runtime.batch import Batch, CacheOp, Chunk, CopyPrefix, DropState, RestoreState, SaveState, Truncate
+from runtime.batch import TILE_TOKENS, Batch, CacheOp, Chunk, CopyPrefix, DropState, RestoreState, SaveState, Truncate
 from runtime.request import Adapter, AdapterSet, TokenId
 from runtime.states import StateId, StateLimits
 
@@ -35,9 +35,6 @@ MIN_FREE_BYTES = 32 << 20
 """What a saved state leaves of the memory: steps need some too, and who finds none is ended."""
 STATES_SLACK = 17 / 16
 """How far states may exceed what was counted for their tokens: each names its cells and layers too."""
-TILE_TOKENS = 64
-"""From so many rows on, ggml's attention on a CPU computes them in tiles (``GGML_FA_TILE_Q``): each tile over all cells
-that any of its rows may see, and each as if it were full."""
 NARROW_TOKENS = 16
 """A chunk of so many tokens or fewer is cheaper row by row than as a tile."""
 KV_SHARE = 0.5

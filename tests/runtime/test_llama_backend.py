@@ -9,8 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from edge.store.models import ModelStore
-from runtime.backends.llama_cpp import NARROW_TOKENS, TILE_TOKENS, LlamaBackend, LlamaOptions, by_shape
-from runtime.batch import Batch, Chunk
+from runtime.backends.llama_cpp import NARROW_TOKENS, LlamaBackend, LlamaOptions, by_shape
+from runtime.batch import TILE_TOKENS, Batch, Chunk
 from runtime.request import Request, RequestId, TokenId
 from runtime.sequence import Sequence
 from tests.support import DEFAULT_MODEL, SEED
