@@ -60,13 +60,13 @@ class ContextOverflow(InvalidRequest):
         self.completion_tokens = completion_tokens
 
     @classmethod
-    def of_text(cls, field: str, *, num_tokens: int, limit_tokens: int) -> Self:
+    def of_text(cls, field: str, *, num_tokens: int, limit_tokens: int, can_cut: bool = True) -> Self:
         """One text of several is too long; none is read."""
         error = cls(limit_tokens=limit_tokens, prompt_tokens=num_tokens, completion_tokens=0)
         error.field = field
         limit = f"This model's maximum context length is {limit_tokens} tokens."
         error.message = f"{limit} However, '{field}' has {num_tokens} or more."
-        error.hint = 'Part the text, or have its end cut off: "truncate": true.'
+        error.hint = 'Part the text, or have its end cut off: "truncate": true.' if can_cut else "It is never cut."
         return error
 
 

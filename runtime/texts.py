@@ -29,7 +29,8 @@ class TextMaker:
         """The tokens of each text.
 
         Raises:
-            InvalidRequest: A text is empty, a token id unknown, or more dimensions are asked for than there are.
+            InvalidRequest: A text is empty or nothing is left of it, a token id unknown, or more dimensions are asked
+                for than there are.
             ContextOverflow: A text has more tokens than the model takes, and was not to be cut.
         """
         if self._can.is_ranker != (message.query is not None):
@@ -54,7 +55,7 @@ class TextMaker:
         tokens, is_cut = self._tokens(query, limit)
         head = [*frame.first, *tokens, *frame.between]
         if is_cut or len(head) + len(frame.last) >= limit:
-            raise ContextOverflow.of_text("query", num_tokens=len(head), limit_tokens=limit)
+            raise ContextOverflow.of_text("query", num_tokens=len(head), limit_tokens=limit, can_cut=False)
         return head
 
     def _made(self, message: wire.Embed, index: int, head: Sequence[TokenId], limit: int) -> tuple[EncoderText, bool]:
@@ -68,7 +69,10 @@ class TextMaker:
         name = f"{'input' if message.query is None else 'documents'}[{index}]"
         if is_cut and not message.truncate:
             raise ContextOverflow.of_text(name, num_tokens=len(head) + len(tokens) + len(last), limit_tokens=limit)
-        whole = np.array([*head, *tokens[: max(room, 0)], *last], np.int32)
+        if is_cut and room < 1:
+            words = f"A limit of {limit} tokens leaves nothing of '{name}'."
+            raise InvalidRequest(words, field="truncate_prompt_tokens")
+        whole = np.array([*head, *tokens[:room], *last], np.int32)
         if not len(whole):
             raise InvalidRequest(f"'{name}' is empty.", field=name)
         return EncoderText(whole, 0 if message.query is None else len(head)), is_cut

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from itertools import islice
 from typing import TypeVar
 
 import msgspec
@@ -10,6 +12,11 @@ import msgspec
 from edge.errors import InvalidRequest
 
 T = TypeVar("T")
+
+MAX_VALUES = 300_000
+"""Of one field: OpenAI takes as many tokens in a request. A body of millions of numbers takes ten times its size in
+memory, and a second in which nobody else is answered."""
+_STRING_OR_COMMA = re.compile(rb'"(?:[^"\\]++|\\.)*+"|,', re.DOTALL)
 
 # A field that asks for something this version does not do, and the values with which it asks for nothing.
 _REFUSED: dict[str, tuple[object, ...]] = {
@@ -53,6 +60,8 @@ def parse_body(body: bytes, kind: type[T]) -> tuple[T, list[str]]:
     """
     try:
         raw = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        for name, value in raw.items():
+            _check_size(name, bytes(value))
         parsed = msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as e:
         message, _, path = str(e).partition(" - at `$")
@@ -83,6 +92,14 @@ def check_items(body: bytes, list_name: str, known: frozenset[str], refused: fro
             if asks:
                 names[name] = None
     return [f"unknown field '{name[:64]}' in {list_name} was ignored" for name in sorted(names)][:20]
+
+
+def _check_size(name: str, value: bytes) -> None:
+    """Count the commas between the values of a field; those in texts only where there may be too many."""
+    if value.count(b",") > MAX_VALUES:
+        commas = (match for match in _STRING_OR_COMMA.finditer(value) if match.end() - match.start() == 1)
+        if next(islice(commas, MAX_VALUES, None), None) is not None:
+            raise InvalidRequest(f"'{name}' holds more than {MAX_VALUES:,} values.", field=name, hint="Send several.")
 
 
 def _missing_field(message: str) -> str | None:

@@ -100,12 +100,39 @@ def test_a_long_text_is_an_error_unless_it_may_be_cut(encoders: RunningAppliance
     [
         ("input", []), ("input", ["a", [1]]), ("input", 7), ("input", ["a"] * 2049), ("input[0]", []),
         ("dimensions", 385), ("dimensions", 0), ("encoding_format", "hex"), ("truncate_prompt_tokens", 0),
+        ("truncate_prompt_tokens", 2),
     ],
 )  # fmt: skip
 def test_bad_requests_name_their_field(encoders: RunningAppliance, field: str, value: Any) -> None:
     name, is_item, _ = field.partition("[")
     body = {"model": MODEL, "input": "a", name: [value] if is_item else value}
     assert refused(encoders, "/v1/embeddings", **body)["param"].startswith(name)
+
+
+def test_null_is_as_if_left_out(encoders: RunningAppliance) -> None:
+    """Some clients send every field that they know."""
+    nulls = dict.fromkeys(("encoding_format", "dimensions", "truncate", "truncate_prompt_tokens", "user", "timeout_s"))
+    assert np.array_equal(vectors(embed(encoders, "a boat", **nulls)), vectors(embed(encoders, "a boat")))
+    body = {"model": RANKER, "query": "a", "documents": ["b"]}
+    nulls = dict.fromkeys(("top_n", "return_documents", "raw_scores", "truncate", "truncate_prompt_tokens"))
+    with encoders.client() as client:
+        plain, null = (client.post("/v1/rerank", json=sent).json()["results"] for sent in (body, {**body, **nulls}))
+    assert plain == null
+
+
+def test_a_vector_is_the_same_alone_and_among_thousands(encoders: RunningAppliance) -> None:
+    texts = [" ".join(TEXTS[i % 5 : i % 5 + 1 + i % 2]) + f" {i}" for i in range(2048)]
+    body = embed(encoders, texts, encoding_format="base64")
+    batch = np.array([np.frombuffer(base64.b64decode(item["embedding"]), "<f4") for item in body["data"]])
+    assert abs(np.linalg.norm(batch, axis=1) - 1).max() < 1e-5
+    for i in (0, 777, 2047):
+        assert vectors(embed(encoders, texts[i]))[0] @ batch[i] > 0.99999
+
+
+def test_a_query_is_never_cut(encoders: RunningAppliance) -> None:
+    error = refused(encoders, "/v1/rerank", model=RANKER, query="w " * 600, documents=["a"], truncate=True)
+    assert error["param"] == "query"
+    assert "truncate" not in error["message"]
 
 
 def test_a_model_is_asked_for_what_it_makes(encoders: RunningAppliance) -> None:
