@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from runtime.batch import CacheOp, CopyPrefix, DropState, RestoreState, SaveState, Truncate
-from runtime.radix import RadixTree
+from runtime.radix import RadixTree, common_prefix
 from runtime.request import TokenId
 from runtime.sequence import Sequence
 from runtime.states import HOT_USES, MIN_STATE_TOKENS, DiskOp, SavedState, SavedStates, Scope, StateLimits, scope_of
@@ -36,6 +37,8 @@ class Slot:
     Attributes:
         scope: Who may go on from what it holds.
         affinity: The `prompt_cache_key` of the request that filled it.
+        shared_from: It serves from so many tokens on: it was put back from a state that lacks what lay before a sliding
+            window.
     """
 
     index: int
@@ -44,6 +47,7 @@ class Slot:
     scope: Scope = NOBODY
     affinity: str = ""
     last_used: int = 0
+    shared_from: int = 0
 
 
 class PrefixCache:
@@ -129,6 +133,8 @@ class PrefixCache:
         slot.tokens = []
         if tokens:
             self.append(slot, tokens)
+        else:
+            slot.shared_from = 0
 
     def _save(self, slot: Slot, *, uses: int = 1) -> SavedState | None:
         state = self.states.add(slot.tokens, slot.scope, uses=uses)
@@ -177,11 +183,23 @@ class PrefixCache:
                 if self._partial
                 else tree.find_whole(sequence.tokens, limit=limit)
             )
-            slots = [self.slots[i] for i in found if self._partial or not self.slots[i].is_busy]
+            slots = [s for i in found if self._serves(s := self.slots[i], n)]
+            if not slots and self.states.limits.window_tokens:
+                slots, n = self._search(sequence.tokens, scope, limit=limit)
             if slots and n > length:
                 best, length = slots, n
         affinity = sequence.request.cache_key
         return min(best, key=lambda s: (s.is_busy, s.affinity != affinity, -s.last_used), default=None), length
+
+    def _serves(self, slot: Slot, length: int) -> bool:
+        """Whether a sequence may go on from the first `length` tokens of a slot, which it shares."""
+        return length >= slot.shared_from if self._partial else not slot.is_busy
+
+    def _search(self, tokens: list[TokenId], scope: Scope, *, limit: int) -> tuple[list[Slot], int]:
+        """The slot that serves the longest beginning, where the one that shares the longest does not serve."""
+        shared = [(common_prefix(s.tokens, tokens, limit=limit), s) for s in self.slots if s.scope == scope]
+        length, slot = max(((n, s) for n, s in shared if self._serves(s, n)), key=itemgetter(0), default=(0, None))
+        return ([slot] if slot else []), length
 
     # ------------------------------------------------------------------ placing a sequence
 
@@ -217,6 +235,8 @@ class PrefixCache:
         if state.in_memory:  # else what was saved to make room has pushed it out
             self._ops.append(RestoreState(target.index, state.id, length))
             self._set_tokens(target, state.tokens[:length])
+            if not self.states.limits.may_cut(len(state.tokens)):
+                target.shared_from = len(state.tokens)
             if len(state.tokens) > length:
                 self._keep_shared(target)
         return self._occupy(target, sequence)
@@ -235,6 +255,7 @@ class PrefixCache:
             if source is not None and length >= MIN_COPIED_TOKENS and self._partial:
                 self._ops.append(CopyPrefix(source.index, target.index, length))
                 self._set_tokens(target, source.tokens[:length])
+                target.shared_from = source.shared_from
                 self._keep_shared(target)
             return
         lost = len(target.tokens) - length
@@ -242,9 +263,9 @@ class PrefixCache:
             self._save(target)
         self.cut(target, length)
         if target.scope != scope:  # what was pinned for all, gone on from by one
-            tokens = target.tokens
+            tokens, shared_from = target.tokens, target.shared_from
             self._set_tokens(target, [])
-            target.scope = scope
+            target.scope, target.shared_from = scope, shared_from
             self._set_tokens(target, tokens)
         if lost >= MIN_PARTING_TOKENS:
             self._keep_shared(target)

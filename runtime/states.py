@@ -8,7 +8,7 @@ memory and a few from the disk; computing them takes more than a second.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple, NewType
@@ -63,7 +63,10 @@ class StateLimits:
         disk_bytes: All states on the disk together; 0 keeps none.
         cell_bytes: Of one token's keys and values.
         overhead_bytes: Of a state, however short: what a recurrent model remembers.
-        partial_reuse: Whether a state may be cut; else it serves only prompts that begin with all of it.
+        partial_reuse: Whether cells may be cut and shared at any length, and states be cut; else a state serves only
+            prompts that begin with all of it.
+        window_tokens: A state longer than that lacks what lay before a sliding window, and is not to be cut; 0 for
+            models without.
     """
 
     memory_bytes: int = 0
@@ -71,6 +74,11 @@ class StateLimits:
     cell_bytes: int = 1
     overhead_bytes: int = 0
     partial_reuse: bool = True
+    window_tokens: int = 0
+
+    def may_cut(self, num_tokens: int) -> bool:
+        """Whether a state of so many tokens also serves prompts that share a part of it."""
+        return self.partial_reuse and (not self.window_tokens or num_tokens <= self.window_tokens)
 
 
 NO_STATES = StateLimits()
@@ -154,15 +162,20 @@ class _Tier:
             del self.trees[state.scope]
 
     def find(
-        self, tokens: list[TokenId], scopes: Iterable[Scope], *, limit: int, partial: bool
+        self, tokens: list[TokenId], scopes: Iterable[Scope], *, limit: int, may_cut: Callable[[int], bool]
     ) -> tuple[SavedState | None, int]:
+        """The state that gives the longest beginning of `tokens`, and how long that is, at most `limit`; `may_cut` says
+        of which lengths states may be cut."""
         best, length = None, 0
         for scope in scopes:
             if (tree := self.trees.get(scope)) is None:
                 continue
-            found, n = tree.find(tokens, limit=limit) if partial else tree.find_whole(tokens, limit=limit)
+            found, n = tree.find(tokens, limit=limit)
+            fitting = [i for i in islice(found, 16) if may_cut(len(self.states[i].tokens))]
+            if not fitting:
+                fitting, n = tree.find_whole(tokens, limit=limit)
             if n > length:
-                best, length = self.states[next(iter(found))], n
+                best, length = self.states[fitting[0]], n
         return best, length
 
     def find_some(self, tokens: list[TokenId], scopes: Iterable[Scope]) -> Iterator[SavedState]:
@@ -182,6 +195,10 @@ class _Tier:
             missing -= state.size_bytes
             chosen.append(state)
         return chosen if missing <= 0 else None
+
+
+def _never(_num_tokens: int) -> bool:
+    return False
 
 
 def _worth(state: SavedState) -> tuple[bool, float]:
@@ -237,11 +254,11 @@ class SavedStates:
 
     def find_in_memory(self, tokens: list[TokenId], scope: Scope, *, limit: int) -> tuple[SavedState | None, int]:
         """The state that shares the longest beginning with `tokens`, and how long that is, at most `limit`."""
-        return self._memory.find(tokens, scope.visible, limit=limit, partial=self.limits.partial_reuse)
+        return self._memory.find(tokens, scope.visible, limit=limit, may_cut=self.limits.may_cut)
 
     def find_on_disk(self, tokens: list[TokenId], scope: Scope, *, limit: int) -> tuple[SavedState | None, int]:
         """The same among the files; nothing where reading it would cost more than it saves, or pins leave no room."""
-        state, length = self._disk.find(tokens, scope.visible, limit=limit, partial=self.limits.partial_reuse)
+        state, length = self._disk.find(tokens, scope.visible, limit=limit, may_cut=self.limits.may_cut)
         if state is None or state.is_too_large:
             return None, 0
         return (
@@ -251,7 +268,7 @@ class SavedStates:
     def find_near(self, tokens: list[TokenId], scope: Scope, *, slack: int) -> SavedState | None:
         """A state that holds these tokens and nothing else, give or take a few at the end."""
         for tier in (self._memory, self._disk):
-            state, length = tier.find(tokens, scope.visible, limit=len(tokens), partial=False)
+            state, length = tier.find(tokens, scope.visible, limit=len(tokens), may_cut=_never)
             if state is not None and length >= len(tokens) - slack:
                 return state
             for state in tier.find_some(tokens, scope.visible):
@@ -285,9 +302,9 @@ class SavedStates:
             return None
         if uses < HOT_USES and self._covers(tokens, scope):
             return None
-        known, length = self._disk.find(tokens, (scope,), limit=len(tokens), partial=False)
+        known, length = self._disk.find(tokens, (scope,), limit=len(tokens), may_cut=_never)
         known = known if length == len(tokens) else None
-        for beginning in self._outgrown(tokens, scope) if self.limits.partial_reuse else ():
+        for beginning in self._outgrown(tokens, scope) if self.limits.may_cut(len(tokens)) else ():
             self._forget(beginning)
         if not self._make_memory(size):
             return None
@@ -309,7 +326,7 @@ class SavedStates:
 
     def _covers(self, tokens: list[TokenId], scope: Scope) -> bool:
         """Whether memory holds a state of the same scope that serves as well as one of `tokens` would."""
-        covering, length = self._memory.find(tokens, (scope,), limit=len(tokens), partial=self.limits.partial_reuse)
+        covering, length = self._memory.find(tokens, (scope,), limit=len(tokens), may_cut=self.limits.may_cut)
         if covering is None or length < len(tokens):
             return False
         self._appraise(covering)
@@ -319,7 +336,7 @@ class SavedStates:
         """States of one request that are beginnings of `tokens`: the longer one serves as well."""
         limit = len(tokens)
         while limit > 0:
-            state, limit = self._memory.find(tokens, (scope,), limit=limit, partial=False)
+            state, limit = self._memory.find(tokens, (scope,), limit=limit, may_cut=_never)
             if state is not None and state.uses < HOT_USES and not state.pin:
                 yield state
             limit -= 1

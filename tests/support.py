@@ -88,6 +88,8 @@ class ScriptedBackend(Backend):
         self._unsaved: list[StateId] = []
         self._vocab_size = vocab_size
         self.cells: dict[int, list[TokenId]] = {i: [] for i in range(capabilities.num_slots)}
+        self.lacking: dict[int, int] = dict.fromkeys(self.cells, 0)
+        """By slot: the length below which tokens before a sliding window lack."""
         self.states: dict[int, list[TokenId]] = {}
         self._tokenizer = LetterTokenizer()
         self.num_steps = 0
@@ -153,10 +155,13 @@ class ScriptedBackend(Backend):
         match op:
             case CopyPrefix():
                 assert not self.cells[op.target], "a copy goes to an empty slot"
-                assert op.length <= len(self.cells[op.source]), "a copy takes what was computed"
+                assert self.lacking[op.source] <= op.length <= len(self.cells[op.source]), "a copy takes what is there"
                 self.cells[op.target] = self.cells[op.source][: op.length]
+                self.lacking[op.target] = self.lacking[op.source]
             case Truncate():
+                assert op.length == 0 or op.length >= self.lacking[op.slot], "what a window needs is there"
                 del self.cells[op.slot][op.length :]
+                self.lacking[op.slot] = self.lacking[op.slot] if op.length else 0
             case SaveState() if not self.has_room(len(self.cells[op.slot])):
                 self._unsaved.append(op.state)
             case SaveState():
@@ -169,6 +174,9 @@ class ScriptedBackend(Backend):
                     raise StateRefused(op.state)
                 self.cells[op.slot] = list(self.states[op.state])
                 assert sum(map(len, self.cells.values())) <= self._capabilities.num_cells, "more cells than there are"
+                if not self._capabilities.states.may_cut(len(self.cells[op.slot])):
+                    assert op.length == len(self.cells[op.slot]), "what cannot be cut is put back whole"
+                    self.lacking[op.slot] = op.length if self._capabilities.states.window_tokens else 0
                 del self.cells[op.slot][op.length :]
             case DropState():
                 self.states.pop(op.state, None)
@@ -211,6 +219,7 @@ class ScriptedBackend(Backend):
     def clear(self) -> None:
         for cells in self.cells.values():
             cells.clear()
+        self.lacking = dict.fromkeys(self.cells, 0)
         self.states.clear()
         self._unsaved.clear()
 
@@ -424,6 +433,7 @@ class GreedyLaw:
     def __init__(self, weights: Path) -> None:
         from runtime.backends.llama_cpp import LlamaBackend, LlamaOptions
 
+        self.weights = weights
         self.backend = LlamaBackend(weights, LlamaOptions(1, 8, 512, 4096, 4 << 30))
         self.adapters: AdapterSet = ()
         self._loaded: set[str] = set()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ from numpy.typing import NDArray
 
 from edge.errors import BackendError, DoesNotFit, InvalidModelFile, UnsupportedFormat
 from edge.hardware.memory import available_bytes, takeable_bytes
-from edge.native.huge_pages import replace
+from edge.native import huge_pages
 from edge.native.llama import bindings, last_error
 from runtime.backends.base import Capabilities, ModelFacts, StateRefused
-from runtime.batch import TILE_TOKENS, Batch, CacheOp, Chunk, CopyPrefix, DropState, RestoreState, SaveState, Truncate
+from runtime.batch import Batch, CacheOp, CopyPrefix, DropState, RestoreState, SaveState, Truncate
 from runtime.request import Adapter, AdapterSet, TokenId
 from runtime.states import StateId, StateLimits
 
@@ -35,8 +34,6 @@ MIN_FREE_BYTES = 32 << 20
 """What a saved state leaves of the memory: steps need some too, and who finds none is ended."""
 STATES_SLACK = 17 / 16
 """How far states may exceed what was counted for their tokens: each names its cells and layers too."""
-NARROW_TOKENS = 16
-"""A chunk of so many tokens or fewer is cheaper row by row than as a tile."""
 KV_SHARE = 0.5
 """Share of the memory left after the weights that the cells may take."""
 
@@ -91,19 +88,6 @@ def choose_cells(*, asked: int, trained: int, bytes_per_cell: int, room_bytes: i
         )
     cells = wanted if asked else min(wanted, int(fitting * KV_SHARE) or fitting)
     return max(256, cells // 256 * 256)
-
-
-def by_shape(chunks: tuple[Chunk, ...]) -> list[tuple[Chunk, ...]]:
-    """What is computed in one call: answers apart from prompts, where beside them they would be computed as tiles.
-
-    An answer's one row makes its whole tile look at all that the answer's sequence holds, which costs more than reading
-    the weights once more (docs/performance.md has the figures).
-    """
-    if sum(len(c.tokens) for c in chunks) < TILE_TOKENS:
-        return [chunks]
-    narrow = tuple(c for c in chunks if len(c.tokens) <= NARROW_TOKENS)
-    wide = tuple(c for c in chunks if len(c.tokens) > NARROW_TOKENS)
-    return [c for c in (wide, narrow) if c]
 
 
 class LlamaTokenizer:
@@ -173,28 +157,36 @@ _UINT8 = ctypes.POINTER(ctypes.c_uint8)
 
 
 class _NativeBatch:
-    """The arrays behind one reusable `llama_batch`; numpy owns the memory."""
+    """The arrays behind one reusable `llama_batch`; numpy owns the memory.
 
-    def __init__(self, lib: Any, size: int) -> None:
+    Args:
+        shadow: How far the second sequence of each token lies behind its slot; 0 for none.
+    """
+
+    def __init__(self, lib: Any, size: int, *, shadow: int) -> None:
         self.tokens = np.zeros(size, np.int32)
         self.positions = np.zeros(size, np.int32)
-        self.slots = np.zeros(size, np.int32)
+        num_sequences = 2 if shadow else 1
+        self._sequences = np.zeros((size, num_sequences), np.int32)
+        self._shadow = np.array([0, shadow][:num_sequences], np.int32)
         self.logits = np.zeros(size, np.int8)
-        self._ones = np.ones(size, np.int32)
-        self._slot_pointers = (np.arange(size, dtype=np.uint64) * 4 + self.slots.ctypes.data).astype(np.uint64)
+        self._num_sequences = np.full(size, num_sequences, np.int32)
+        stride = self._sequences.strides[0]
+        pointers = np.arange(size, dtype=np.uint64) * stride + self._sequences.ctypes.data
+        self._sequence_pointers = pointers.astype(np.uint64)
         b = self.native = lib.llama_batch()
         b.token, b.pos = pointer_to(self.tokens, _INT32), pointer_to(self.positions, _INT32)
-        b.n_seq_id = pointer_to(self._ones, _INT32)
-        b.seq_id = pointer_to(self._slot_pointers, ctypes.POINTER(_INT32))
+        b.n_seq_id = pointer_to(self._num_sequences, _INT32)
+        b.seq_id = pointer_to(self._sequence_pointers, ctypes.POINTER(_INT32))
         b.logits = pointer_to(self.logits, ctypes.POINTER(ctypes.c_int8))
 
-    def fill(self, chunks: Iterable[Chunk]) -> None:
+    def fill(self, batch: Batch) -> None:
         at = 0
-        for chunk in chunks:
+        for chunk in batch.chunks:
             end = at + len(chunk.tokens)
             self.tokens[at:end] = chunk.tokens
             self.positions[at:end] = range(chunk.start, chunk.start + len(chunk.tokens))
-            self.slots[at:end] = chunk.slot
+            self._sequences[at:end] = chunk.slot + self._shadow
             self.logits[at:end] = 0
             self.logits[end - chunk.num_logits : end] = 1
             at = end
@@ -254,26 +246,36 @@ class LlamaBackend:
         self._model = load_model(path, on_progress)
         self.tokenizer = LlamaTokenizer(lib.llama_model_get_vocab(self._model))
         self._vocab_size = self.tokenizer.vocab_size
-        cells = self._cells(options, room_bytes=options.available_bytes - size - self._compute_bytes(options))
+        carries_state = lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model)
+        self._window: int = 0 if carries_state else lib.llama_model_n_swa(self._model)
+        self._shadow = options.num_slots if self._window else 0
+        cell_bytes, carried_bytes = self._bytes_per_cell(), 0
+        if carries_state or not cell_bytes:
+            cell_bytes, carried_bytes = self._measure_memory(options)
+        taken = size + self._compute_bytes(options) + options.num_slots * carried_bytes
+        cells = choose_cells(
+            asked=options.context_tokens,
+            trained=lib.llama_model_n_ctx_train(self._model),
+            bytes_per_cell=cell_bytes,
+            room_bytes=options.available_bytes - taken,
+        )
         self._context = self._open_context(options, cells)
         self._memory = lib.llama_get_memory(self._context)
         if not self._memory:
             raise UnsupportedFormat(
                 f"{path.name} is an encoder, and its package does not say so.", hint="Pull it again with this version."
             )
-        self._batch = _NativeBatch(lib, options.step_tokens)
-        self._on_gpu: bool = lib.llama_supports_gpu_offload()
+        self._batch = _NativeBatch(lib, options.step_tokens, shadow=self._shadow)
         self._states: dict[int, NDArray[np.uint8]] = {}
         self._unsaved: list[StateId] = []
         self._loaded_adapters: dict[str, Any] = {}
         self._adapters: AdapterSet = ()
         trained: int = lib.llama_model_n_ctx_train(self._model)
-        carries_state = lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model)
         self._capabilities = Capabilities(
             options.num_slots, cells, min(trained, cells), options.step_tokens,
             StateLimits(
-                options.state_bytes, options.state_disk_bytes, self._bytes_per_cell(),
-                self._carried_bytes() if carries_state else 0, partial_reuse=not carries_state,
+                options.state_bytes, options.state_disk_bytes, cell_bytes, carried_bytes,
+                partial_reuse=not carries_state, window_tokens=self._window,
             ),
             options.adapter_bytes,
         )  # fmt: skip
@@ -283,27 +285,44 @@ class LlamaBackend:
         micro-batch, and the output buffer one for each token of a step that wants them."""
         return PROCESS_BYTES + 2 * min(options.ubatch_tokens, options.step_tokens) * self._vocab_size * 4
 
-    def _cells(self, options: LlamaOptions, *, room_bytes: int) -> int:
-        return choose_cells(
-            asked=options.context_tokens,
-            trained=self._lib.llama_model_n_ctx_train(self._model),
-            bytes_per_cell=self._bytes_per_cell(),
-            room_bytes=room_bytes,
-        )
-
     def _bytes_per_cell(self) -> int:
-        """Key and value of one token in every layer, two bytes a number."""
+        """Key and value of one token in every layer, two bytes a number; 0 where the metadata do not tell, such as
+        of layers with unlike heads."""
         lib, model = self._lib, self._model
-        heads = max(1, lib.llama_model_n_head(model))
-        width: int = lib.llama_model_n_embd(model) // heads * lib.llama_model_n_head_kv(model)
-        return max(1, 2 * 2 * width * lib.llama_model_n_layer(model))
+        if not (heads := self._number("attention.head_count")) or not (kv := self._number("attention.head_count_kv")):
+            return 0
+        width: int = lib.llama_model_n_embd(model) // heads
+        key, value = (self._number(f"attention.{side}_length") or width for side in ("key", "value"))
+        return 2 * (key + value) * kv * lib.llama_model_n_layer(model)
+
+    def _number(self, key: str) -> int:
+        """A number of the model's metadata; 0 where there is none, or one for each layer."""
+        text = self._meta(f"{self._meta('general.architecture')}.{key}")
+        return int(text) if text.isdecimal() else 0
+
+    def _measure_memory(self, options: LlamaOptions) -> tuple[int, int]:
+        """Bytes of one token in a sequence's state, and of what a recurrent model remembers of a text however long:
+        from the states of one token and of two, in a context of their own."""
+        lib = self._lib
+        context = self._open_context(replace(options, num_slots=1, step_tokens=2), 256)
+        try:
+            one, two = self._state_size_after_token(context), self._state_size_after_token(context)
+        finally:
+            lib.llama_free(context)
+        return max(1, two - one), one - (two - one)
+
+    def _state_size_after_token(self, context: Any) -> int:
+        if self._lib.llama_decode(context, self._lib.llama_batch_get_one((ctypes.c_int32 * 1)(), 1)):
+            raise BackendError(f"The model cannot compute one token: {last_error() or 'no reason given'}.")
+        size: int = self._lib.llama_state_seq_get_size(context, 0)
+        return size
 
     def _open_context(self, options: LlamaOptions, cells: int) -> Any:
         lib = self._lib
         params = lib.llama_context_default_params()
         params.n_ctx, params.n_batch = cells, options.step_tokens
         params.n_ubatch = min(options.ubatch_tokens, options.step_tokens)
-        params.n_seq_max = options.num_slots
+        params.n_seq_max = options.num_slots + self._shadow
         params.n_threads = min(options.threads, options.decode_threads or options.threads)
         params.n_threads_batch = options.threads
         if options.flash_attention is not None:
@@ -313,7 +332,7 @@ class LlamaBackend:
         if options.kv_q8:
             params.type_k = params.type_v = lib.GGML_TYPE_Q8_0
         params.kv_unified, params.no_perf = True, True
-        params.swa_full = True  # a sliding window would forget the prefixes that slots keep for reuse
+        params.swa_full = True  # else what slots keep for reuse is forgotten but for a window
         context = lib.llama_init_from_model(self._model, params)
         if not context:
             raise BackendError(
@@ -378,32 +397,18 @@ class LlamaBackend:
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         """Run one step; see :class:`runtime.backends.base.Backend`."""
+        lib = self._lib
         for op in batch.cache_ops:
             self._apply(op)
         if not batch.chunks:
             return np.empty((0, self._vocab_size), np.float32)
         if batch.adapters != self._adapters:
             self._set_adapters(batch.adapters)
-        calls = [batch.chunks] if self._on_gpu else by_shape(batch.chunks)
-        if len(calls) == 1:
-            return self._decode(batch.chunks)
-        scores = {c.slot: rows.copy() for chunks in calls for c, rows in self._decode_each(chunks)}
-        return np.concatenate([scores[c.slot] for c in batch.chunks])
-
-    def _decode_each(self, chunks: tuple[Chunk, ...]) -> Iterator[tuple[Chunk, NDArray[np.float32]]]:
-        """Each chunk with its scores, which the next call overwrites."""
-        logits = self._decode(chunks)
-        ends = list(accumulate(c.num_logits for c in chunks))
-        return ((c, logits[end - c.num_logits : end]) for c, end in zip(chunks, ends, strict=True))
-
-    def _decode(self, chunks: tuple[Chunk, ...]) -> NDArray[np.float32]:
-        """Scores of these chunks, as the library computes them in one call."""
-        lib = self._lib
-        self._batch.fill(chunks)
+        self._batch.fill(batch)
         status: int = lib.llama_decode(self._context, self._batch.native)
         if status:
             raise BackendError(f"llama_decode failed with status {status}: {last_error() or 'no reason given'}.")
-        rows = sum(c.num_logits for c in chunks)
+        rows = batch.num_logits
         if not rows:
             lib.llama_synchronize(self._context)
             return np.empty((0, self._vocab_size), np.float32)
@@ -412,7 +417,8 @@ class LlamaBackend:
     def _apply(self, op: CacheOp) -> None:
         match op:
             case CopyPrefix():
-                self._lib.llama_memory_seq_cp(self._memory, op.source, op.target, 0, op.length)
+                for target in self._sequences(op.target):
+                    self._lib.llama_memory_seq_cp(self._memory, op.source, target, 0, op.length)
             case Truncate():
                 self._truncate(op.slot, op.length)
             case SaveState():
@@ -424,9 +430,16 @@ class LlamaBackend:
             case DropState():
                 self._states.pop(op.state, None)
 
+    def _sequences(self, slot: int) -> tuple[int, ...]:
+        """The library's sequences that hold a slot's cells: where there is a sliding window, two. The library gives
+        away cells that lie before the window of the only sequence that holds them, also while others are free; the
+        slot would go on to answer, and wrongly, once it is cut or shared (`llama_kv_cache::find_slot`)."""
+        return (slot, slot + self._shadow) if self._shadow else (slot,)
+
     def _truncate(self, slot: int, length: int) -> None:
-        if not self._lib.llama_memory_seq_rm(self._memory, slot, length, -1):
-            raise BackendError(f"The cache of slot {slot} cannot be cut at {length}.")
+        for sequence in self._sequences(slot):
+            if not self._lib.llama_memory_seq_rm(self._memory, sequence, length, -1):
+                raise BackendError(f"The cache of slot {slot} cannot be cut at {length}.")
 
     def _save(self, op: SaveState) -> None:
         size: int = self._lib.llama_state_seq_get_size(self._context, op.slot)
@@ -459,10 +472,13 @@ class LlamaBackend:
         lib, memory = self._lib, self._memory
         if not lib.llama_state_seq_set_data(self._context, pointer_to(state, _UINT8), state.size, slot):
             return False
+        for sequence in self._sequences(slot)[1:]:
+            lib.llama_memory_seq_cp(memory, slot, sequence, 0, -1)
+        whole: int = lib.llama_memory_seq_pos_max(memory, slot) + 1
         self._truncate(slot, length)
-        # A cache that forgot what lies outside a sliding window would answer, and wrongly.
-        expected = 0 if self._capabilities.states.partial_reuse else length - 1, length - 1
-        return (lib.llama_memory_seq_pos_min(memory, slot), lib.llama_memory_seq_pos_max(memory, slot)) == expected
+        first, last = lib.llama_memory_seq_pos_min(memory, slot), lib.llama_memory_seq_pos_max(memory, slot)
+        # What forgot tokens, in a recurrent state or before a sliding window, would answer after a cut, and wrongly.
+        return last == length - 1 and (first == 0 or whole == length)
 
     def state(self, state: StateId) -> memoryview:
         """The bytes of a saved state."""
@@ -472,22 +488,12 @@ class LlamaBackend:
         """Take back the bytes of a saved state."""
         self._states[state] = np.frombuffer(data, np.uint8)
 
-    def _carried_bytes(self) -> int:
-        """Bytes of what a recurrent model remembers, however long the text: measured on one token."""
-        self._batch.tokens[0] = self._batch.positions[0] = self._batch.slots[0] = self._batch.logits[0] = 0
-        self._batch.native.n_tokens = 1
-        if self._lib.llama_decode(self._context, self._batch.native):
-            raise BackendError(f"The model cannot compute one token: {last_error() or 'no reason given'}.")
-        size: int = self._lib.llama_state_seq_get_size(self._context, 0)
-        self.clear()
-        return size
-
     def settle(self) -> Iterator[object]:
         """Put the weights on huge pages, where memory allows. There the kernel cannot give them back, as it can pages
         of a file: so it ends where other models have meanwhile taken what is promised to this one's states."""
         if not self._may_settle:
             return
-        for done in replace(self._path):
+        for done in huge_pages.replace(self._path):
             yield done
             if available_bytes() < self._promised_bytes:
                 return

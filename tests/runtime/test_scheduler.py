@@ -19,10 +19,8 @@ from runtime.radix import common_prefix
 from runtime.request import FinishReason, Request, RequestId, SamplingParams
 from runtime.scheduler import Limits, Scheduler
 from runtime.sequence import Sequence
-from runtime.speculate import AdaptiveSpeculator, SpeculationStats, Speculator
+from runtime.speculate import SpeculationStats, Speculator
 from runtime.states import StateLimits
-from runtime.step_cost import StepCosts
-from tests.runtime.drafters import scripted_drafter
 from tests.support import CollectingSink, ScriptedBackend, ScriptedDisk
 
 GREEDY = SamplingParams(temperature=0)
@@ -65,9 +63,18 @@ def arrivals(draw: st.DrawFn) -> Arrival:
 
 
 def capabilities(
-    *, slots: int, cells: int, step: int, partial: bool = True, states: int = 0, disk: int = 0
+    *, slots: int, cells: int, step: int, partial: bool = True, states: int = 0, disk: int = 0, window: int = 0
 ) -> Capabilities:
-    return Capabilities(slots, cells, cells, step, StateLimits(states, disk, partial_reuse=partial))
+    limits = StateLimits(states, disk, partial_reuse=partial, window_tokens=window)
+    return Capabilities(slots, cells, cells, step, limits)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How a model remembers: attention to everything, a recurrent state, or attention with a sliding window."""
+
+    partial: bool = True
+    window: int = 0
 
 
 any_schedule = given(
@@ -75,10 +82,9 @@ any_schedule = given(
     slots=st.integers(1, 5),
     cells=st.sampled_from([150, 200, 400, 2000]),
     step=st.sampled_from([8, 16, 64]),
-    partial=st.booleans(),
+    memory=st.sampled_from([Memory(), Memory(partial=False), Memory(window=25)]),
     states=st.sampled_from([0, 90, 300, 5000]),
     guesses=st.lists(st.integers(0, 5), max_size=40),
-    drafter=st.booleans(),
     disk=st.sampled_from([0, 150, 5000]),
     luck=st.lists(st.booleans(), max_size=10),
     has_room=st.lists(st.booleans(), max_size=20),
@@ -92,24 +98,22 @@ def test_any_schedule_gives_the_answers_of_requests_alone(**schedule: Any) -> No
 
 
 def check_schedule(
-    *, plan: list[Arrival], slots: int, cells: int, step: int, partial: bool, states: int, guesses: list[int],
-    drafter: bool, disk: int, luck: list[bool], has_room: list[bool],
+    *, plan: list[Arrival], slots: int, cells: int, step: int, memory: Memory, states: int, guesses: list[int],
+    disk: int, luck: list[bool], has_room: list[bool],
 ) -> None:  # fmt: skip
-    can = capabilities(slots=slots, cells=cells, step=max(step, slots), partial=partial, states=states, disk=disk)
+    can = capabilities(
+        slots=slots, cells=cells, step=max(step, slots), partial=memory.partial, states=states, disk=disk,
+        window=memory.window,
+    )  # fmt: skip
     drive = ScriptedDisk(luck)
     for _life in range(2 if disk else 1):
-        live(plan, ScriptedBackend(can, has_room=has_room), guesses, drive, has_drafter=drafter)
+        live(plan, ScriptedBackend(can, has_room=has_room), guesses, drive)
         assert sum(len(tokens) for _, tokens in drive.files) <= disk
 
 
-def live(
-    plan: list[Arrival], backend: ScriptedBackend, guesses: list[int], drive: ScriptedDisk, *, has_drafter: bool = False
-) -> None:
+def live(plan: list[Arrival], backend: ScriptedBackend, guesses: list[int], drive: ScriptedDisk) -> None:
     """One run of a worker, from its start to its end."""
-    if has_drafter:
-        speculator = AdaptiveSpeculator(scripted_drafter(backend.capabilities))
-    else:
-        speculator = ScriptedSpeculator(backend, guesses) if guesses else None
+    speculator = ScriptedSpeculator(backend, guesses) if guesses else None
     engine = Engine(
         backend, sink := CollectingSink(), max_queue=100, speculator=speculator, disk=drive, clock=backend.clock
     )
@@ -238,14 +242,14 @@ class ScriptedSpeculator(Speculator):
         self._plan = plan
 
     @override
-    def plan(self, decoding: list[Sequence], *, costs: StepCosts, threads: int) -> None:
+    def plan(self, decoding: list[Sequence], *, threads: int) -> None:
         number = self._plan[self._backend.num_steps % len(self._plan)]
         for sequence in decoding:
             sequence.draft = [*self._backend.expected(sequence.tokens, max_tokens=number), 0, 1]
 
     @override
-    def learn(self, batch: Batch, gained: list[int], *, seconds: float, costs: StepCosts, threads: int) -> None:
-        assert all(0 <= g < max(1, c.num_logits) for c, g in zip(batch.chunks, gained, strict=True))
+    def learn(self, batch: Batch, *, num_drawn: int, seconds: float, threads: int) -> None:
+        assert num_drawn <= batch.num_logits
 
     @override
     def stats(self) -> SpeculationStats:
