@@ -40,6 +40,8 @@ T = TypeVar("T")
 KEY_BYTES = 32
 MAX_HEADER_BYTES = 8 << 20
 MAX_FILES = 10_000
+UNUSED_S = 30 * 86400.0
+"""States of settings that a model was tuned away from are kept for so long."""
 _MAC_BYTES = 32
 _START = struct.Struct("<8sI")
 _MAGIC = b"EDGEKV\x00\x01"
@@ -95,23 +97,63 @@ def device_key(path: Path) -> bytes:
     return key
 
 
-def open_states(root: Path, key_file: Path, *, weights_digest: str, build: str) -> StateFiles:
-    """The states of one model on this device, not yet opened. Those of another build for the same weights are removed.
+def open_states(root: Path, key_file: Path, *, weights_digest: str, build: str, settings: str) -> StateFiles:
+    """The states of one model on this device, not yet opened. Those of the same weights that are of no use any more are
+    removed: of another build, or with settings that nothing was loaded with for `UNUSED_S`. Never those of a process
+    that lives.
 
     Args:
         root: Where the states of all models lie.
         weights_digest: Hex digits.
-        build: Whatever else decides what a state's bytes mean.
+        build: What reads and writes the bytes of states; only an upgrade changes it.
+        settings: What else decides what they mean. Models of the same weights may be loaded with different ones.
 
     Raises:
         OSError: The device's key cannot be had.
     """
-    identity = f"{weights_digest} {build}"
-    name = f"{weights_digest[:16]}-{hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()}"
+    of_build = f"{weights_digest[:16]}-{_short_hash(build)}"
+    directory = root / f"{of_build}-{_short_hash(settings)}"
     for other in directories_of(root, weights_digest):
-        if other.name != name:
-            shutil.rmtree(other, ignore_errors=True)
-    return StateFiles(root / name, key=device_key(key_file), identity=identity)
+        if other != directory and (not other.name.startswith(f"{of_build}-") or _is_unused(other)):
+            _remove_directory(other)
+    return StateFiles(directory, key=device_key(key_file), identity=f"{weights_digest} {build} {settings}")
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _is_unused(directory: Path) -> bool:
+    try:
+        return time.time() - directory.stat().st_mtime > UNUSED_S
+    except OSError:
+        return False
+
+
+def _remove_directory(directory: Path) -> None:
+    try:
+        lock = _lock(directory)
+    except OSError:
+        return  # a process that lives holds it
+    try:
+        shutil.rmtree(directory, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _lock(directory: Path) -> int:
+    """The lock of a directory, until its descriptor is closed.
+
+    Raises:
+        OSError: Another process has it, or it cannot be made.
+    """
+    lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
 
 
 def _write_new(path: Path, *parts: bytes | memoryview) -> None:
@@ -161,8 +203,8 @@ class StateFiles:
         taken: the tier is off then."""
         try:
             self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = _lock(self._directory)
+            os.utime(self._directory)
             return self._scan()
         except OSError as e:
             self._switch_off(e)

@@ -457,7 +457,8 @@ def _state_files(load: wire.Load) -> StateFiles | None:
             states_root(home),
             home / "state.key",
             weights_digest=load.weights_digest,
-            build=f"{_build()} {STATE_LAYOUT} {load.flash_attention}",
+            build=_build(),
+            settings=f"{STATE_LAYOUT}, flash attention {load.flash_attention}",
         )
     except OSError as e:
         log.warning("states are not kept on the disk: %s", e)

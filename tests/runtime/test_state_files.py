@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import queue
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from runtime.state_files import StateFiles, device_key, open_states
+from runtime.state_files import UNUSED_S, StateFiles, device_key, open_states
 from runtime.states import SavedState, Scope, StateId
 
 TOKENS = [5, 6, 70_000, 8]
@@ -22,8 +23,8 @@ def a_state(tokens: list[int] = TOKENS, scope: Scope = SCOPE) -> SavedState:
     return SavedState(StateId(1), tokens, scope, len(DATA), uses=3, pin="name")
 
 
-def opened(home: Path, *, build: str = "b", weights: str = "w" * 64) -> StateFiles:
-    return open_states(home / "states", home / "state.key", weights_digest=weights, build=build)
+def opened(home: Path, *, build: str = "b", settings: str = "s", weights: str = "w" * 64) -> StateFiles:
+    return open_states(home / "states", home / "state.key", weights_digest=weights, build=build, settings=settings)
 
 
 def write(files: StateFiles, state: SavedState) -> bool:
@@ -96,7 +97,8 @@ def test_a_state_of_another_device_build_model_or_tenant_is_not_believed(tmp_pat
     write(files, a_state())
     whole = files.path(SCOPE, TOKENS).read_bytes()
     files.close(timeout_s=5)
-    for other in (opened(tmp_path / "other"), opened(tmp_path, build="c"), opened(tmp_path, weights="v" * 64)):
+    strangers = opened(tmp_path, settings="t"), opened(tmp_path, build="c"), opened(tmp_path, weights="v" * 64)
+    for other in (opened(tmp_path / "other"), *strangers):
         assert other.open() == []
         other.path(SCOPE, TOKENS).write_bytes(whole)
         assert read(other, a_state()) is None
@@ -113,6 +115,40 @@ def test_another_build_clears_what_is_of_no_use(tmp_path: Path, files: StateFile
     files.close(timeout_s=5)
     opened(tmp_path, build="next").close(timeout_s=1)
     assert not list(tmp_path.glob("states/*/*.state"))
+
+
+def test_settings_have_states_of_their_own_and_leave_each_other_alone(tmp_path: Path, files: StateFiles) -> None:
+    write(files, a_state())
+    other = opened(tmp_path, settings="flash attention on")
+    assert other.open() == []
+    write(other, a_state([1, 2]))
+    for mine, settings in ((files, "s"), (other, "flash attention on")):
+        mine.close(timeout_s=5)
+        mine = opened(tmp_path, settings=settings)
+        assert len(mine.open()) == 1
+        mine.close(timeout_s=5)
+
+
+def test_states_of_settings_that_nobody_uses_go_in_the_end(tmp_path: Path, files: StateFiles) -> None:
+    write(files, a_state())
+    files.close(timeout_s=5)
+    directory = files.path(SCOPE, TOKENS).parent
+    almost, past = time.time() - UNUSED_S + 60, time.time() - UNUSED_S - 60
+    os.utime(directory, (almost, almost))
+    opened(tmp_path, settings="t").close(timeout_s=1)
+    assert directory.exists()
+    os.utime(directory, (past, past))
+    opened(tmp_path, settings="t").close(timeout_s=1)
+    assert not directory.exists()
+
+
+def test_what_a_process_that_lives_uses_is_never_removed(tmp_path: Path, files: StateFiles) -> None:
+    write(files, a_state())
+    os.utime(files.path(SCOPE, TOKENS).parent, (0, 0))
+    opened(tmp_path, build="next").close(timeout_s=1)
+    opened(tmp_path, settings="t").close(timeout_s=1)
+    assert read(files, a_state()) == DATA
+    assert write(files, a_state([1, 2]))
 
 
 def test_a_link_or_a_pipe_is_not_followed(tmp_path: Path, files: StateFiles) -> None:
