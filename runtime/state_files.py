@@ -4,12 +4,14 @@ A state is what users wrote, and native code parses it. So a file is readable by
 key of the device, and believed only when every byte was checked: one that is damaged, cut short, or of another device,
 model or build is ignored and removed. Nothing fails for want of the disk: the tier then switches itself off.
 
-Format, version 1: magic, header length (four bytes, little-endian), header (msgpack), HMAC-SHA256 of all that; then the
-state, whose HMAC stands in the header. So the start reads headers only, and the state when a prompt wants it.
+Format, version 2: magic, header length (four bytes, little-endian), header (msgpack), HMAC-SHA256 of all that; then the
+state, whose HMAC stands in the header. Header, state and name have keys of their own, made from the device's. So the
+start reads headers only, and the state when a prompt wants it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import hmac
@@ -24,7 +26,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Annotated, BinaryIO, TypeVar
 
 import msgspec
 import numpy as np
@@ -44,19 +46,22 @@ UNUSED_S = 30 * 86400.0
 """States of settings that a model was tuned away from are kept for so long."""
 _MAC_BYTES = 32
 _START = struct.Struct("<8sI")
-_MAGIC = b"EDGEKV\x00\x01"
+_MAGIC = b"EDGEKV\x00\x02"
 _SUFFIX = ".state"
 
 
-class _Header(msgspec.Struct, array_like=True, frozen=True):
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Header(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     identity: str
     tenant: str | None
     adapters: str
     pin: str
-    uses: int
-    tokens: bytes
+    uses: _Count
+    tokens: Annotated[bytes, msgspec.Meta(min_length=4)]
     """Little-endian int32."""
-    state_bytes: int
+    state_bytes: _Count
     state_mac: bytes
 
 
@@ -75,26 +80,42 @@ class _BadFile(Exception):
 
 
 def device_key(path: Path) -> bytes:
-    """The device's key for what only it may write, made on first use; several processes may ask at once.
+    """The device's key for what only it may write, made on first use; several processes may ask at once. One that is
+    damaged, or that other users may read, is replaced: what it vouched for is of no use then.
 
     Raises:
-        OSError: It can neither be read nor made.
+        OSError: It can neither be read nor made, or is no plain file of this user.
     """
-    if not path.exists():
+    for _ in range(3):  # another process may replace it meanwhile
+        if (key := _read_key(path)) is not None:
+            return key
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        _write_new(temporary, secrets.token_bytes(KEY_BYTES))
+        temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
         try:
+            _write_new(temporary, secrets.token_bytes(KEY_BYTES))
             os.link(temporary, path)
         except FileExistsError:
             pass  # another worker was first
         finally:
-            temporary.unlink()
+            temporary.unlink(missing_ok=True)
         _sync_dir(path.parent)
-    key = path.read_bytes()
-    if len(key) != KEY_BYTES:
-        raise OSError(f"{path} does not hold {KEY_BYTES} bytes")
-    return key
+    raise OSError(f"{path} does not last")
+
+
+def _read_key(path: Path) -> bytes | None:
+    try:
+        file = _open(path)
+    except FileNotFoundError:
+        return None
+    except _BadFile as e:
+        raise OSError(f"{path} cannot be the key: {e}") from e
+    with file:
+        key = file.read(KEY_BYTES + 1)
+        if len(key) == KEY_BYTES and not os.fstat(file.fileno()).st_mode & 0o007:
+            return key
+    log.warning("%s is damaged or other users may read it; it is made anew, and saved states go", path)
+    path.unlink(missing_ok=True)
+    return None
 
 
 def open_states(root: Path, key_file: Path, *, weights_digest: str, build: str, settings: str) -> StateFiles:
@@ -142,11 +163,15 @@ def _remove_directory(directory: Path) -> None:
 
 
 def _lock(directory: Path) -> int:
-    """The lock of a directory, until its descriptor is closed.
+    """The lock of a directory, until its descriptor is closed. What others might do in it, they may not any more.
 
     Raises:
-        OSError: Another process has it, or it cannot be made.
+        OSError: Another process has it, it cannot be made, or the directory is no plain one of this user.
     """
+    facts = directory.lstat()
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid():
+        raise OSError(f"{directory} is no directory of this user")
+    directory.chmod(0o700)
     lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -160,12 +185,16 @@ def _write_new(path: Path, *parts: bytes | memoryview) -> None:
     """Write a file of the owner's alone and return when it is on the disk."""
     path.unlink(missing_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "wb", buffering=0) as file:
-        for part in parts:
-            view = memoryview(part)
-            while view:
-                view = view[file.write(view) :]
-        os.fsync(file.fileno())
+    try:
+        with os.fdopen(descriptor, "wb", buffering=0) as file:
+            for part in parts:
+                view = memoryview(part)
+                while view:
+                    view = view[file.write(view) :]
+            os.fsync(file.fileno())
+    except OSError:
+        path.unlink()  # a full disk shall not be full of halves
+        raise
 
 
 def _sync_dir(path: Path) -> None:
@@ -190,7 +219,9 @@ class StateFiles:
 
     def __init__(self, directory: Path, *, key: bytes, identity: str) -> None:
         self._directory = directory
-        self._key = key
+        self._header_key, self._state_key, self._name_key = (
+            hmac.digest(key, purpose, "sha256") for purpose in (b"header", b"state", b"name")
+        )
         self._identity = identity
         self._lock: int | None = None
         self._is_off = False
@@ -212,13 +243,11 @@ class StateFiles:
 
     def _scan(self) -> list[Found]:
         with os.scandir(self._directory) as entries:
-            files = [(e.stat(follow_symlinks=False).st_mtime, Path(e.path)) for e in entries if e.name != "lock"]
-        found: list[Found] = []
-        for _, path in sorted(files)[-MAX_FILES:]:
-            header = self._believed(path, self._header_of)
-            if header is not None:
-                found.append(_found(header))
-        return found
+            files = sorted((e.stat(follow_symlinks=False).st_mtime, Path(e.path)) for e in entries if e.name != "lock")
+        for _, path in files[:-MAX_FILES]:
+            self._remove(path)
+        headers = [self._believed(path, self._header_of) for _, path in files[-MAX_FILES:]]
+        return [_found(header) for header in headers if header is not None]
 
     def write(self, state: SavedState, data: memoryview, done: Callable[[bool], None]) -> None:
         """Write a state's bytes; `done` hears whether they are on the disk."""
@@ -241,9 +270,9 @@ class StateFiles:
         pending = list(self._writes.values())
         deadline = time.monotonic() + timeout_s
         wait(pending, timeout=max(0.0, deadline - time.monotonic()))
-        self._is_off = True  # what still waits gives up at once
+        self._is_off = True  # what still is to be written gives up at once; what is to be removed goes
         self._reader.shutdown(wait=False, cancel_futures=True)
-        self._writer.shutdown(wait=True, cancel_futures=True)
+        self._writer.shutdown(wait=True)
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -251,41 +280,59 @@ class StateFiles:
     def path(self, scope: Scope, tokens: list[TokenId]) -> Path:
         """Where the state of these tokens lies; the name tells nothing about them."""
         text = msgspec.msgpack.encode([scope.tenant, scope.adapters, _packed(tokens)])
-        return self._directory / (hashlib.blake2b(text, key=self._key, digest_size=16).hexdigest() + _SUFFIX)
+        return self._directory / (hashlib.blake2b(text, key=self._name_key, digest_size=16).hexdigest() + _SUFFIX)
 
     # ------------------------------------------------------------------ on the threads
 
     def _write(self, path: Path, state: SavedState, data: memoryview, done: Callable[[bool], None]) -> None:
+        is_written = False
         try:
             if not self._is_off:
                 self._write_file(path, state, data)
+                is_written = True
         except OSError as e:
             self._switch_off(e)
-        done(not self._is_off)
+        finally:  # whoever waits for it hears in any case
+            done(is_written)
 
     def _write_file(self, path: Path, state: SavedState, data: memoryview) -> None:
-        mac = hmac.digest(self._key, data, "sha256")
+        mac = hmac.digest(self._state_key, data, "sha256")
         scope = state.scope
         header = _Header(
             self._identity, scope.tenant, scope.adapters, state.pin, state.uses, _packed(state.tokens), len(data), mac
         )
-        body = msgspec.msgpack.encode(header)
-        start = _START.pack(_MAGIC, len(body)) + body
         temporary = path.with_suffix(".new")
-        _write_new(temporary, start, hmac.digest(self._key, start, "sha256"), data)
-        temporary.replace(path)
+        _write_new(temporary, self.sealed(msgspec.msgpack.encode(header)), data)
+        try:
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink()
+            raise
         _sync_dir(self._directory)
+
+    def sealed(self, header: bytes) -> bytes:
+        """The beginning of a file with this header, up to its state."""
+        start = _START.pack(_MAGIC, len(header)) + header
+        return start + hmac.digest(self._header_key, start, "sha256")
 
     def _read(
         self, path: Path, state: SavedState, before: Future[None] | None, done: Callable[[memoryview | None], None]
     ) -> None:
-        if before is not None:
-            wait([before])
-        done(self._believed(path, lambda p: self._state_of(p, state)))
+        data = None
+        try:
+            if before is not None:
+                wait([before])
+            data = self._believed(path, lambda p: self._state_of(p, state))
+        finally:
+            done(data)
 
     def _remove(self, path: Path) -> None:
+        if self._lock is None:
+            return  # they are another process's
         try:
             path.unlink(missing_ok=True)
+        except IsADirectoryError as e:
+            log.warning("a directory is in the way: %s", e)
         except OSError as e:
             self._switch_off(e)
 
@@ -303,7 +350,11 @@ class StateFiles:
 
     def _header_of(self, path: Path) -> _Header:
         with _open(path) as file:
-            return self._check_header(path, file.read(MAX_HEADER_BYTES), os.fstat(file.fileno()).st_size)
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(_START.size)
+            _, length = _START.unpack(data) if len(data) == _START.size else (b"", 0)
+            data += file.read(min(length, MAX_HEADER_BYTES) + _MAC_BYTES)
+        return self._check_header(path, data, size)
 
     def _check_header(self, path: Path, data: bytes, size: int) -> _Header:
         """The header at the beginning of a file of so many bytes, every byte of it checked."""
@@ -313,9 +364,14 @@ class StateFiles:
         end = _START.size + length
         if magic != _MAGIC or len(data) < end + _MAC_BYTES:
             raise _BadFile("it is no state of this version")
-        if not hmac.compare_digest(hmac.digest(self._key, data[:end], "sha256"), data[end : end + _MAC_BYTES]):
+        if not hmac.compare_digest(self.sealed(data[_START.size : end]), data[: end + _MAC_BYTES]):
             raise _BadFile("its header was changed, or is of another device")
-        header = msgspec.msgpack.decode(data[_START.size : end], type=_Header)
+        try:
+            header = msgspec.msgpack.decode(data[_START.size : end], type=_Header)
+        except msgspec.MsgspecError as e:
+            raise _BadFile(f"its header is of another version: {e}") from e
+        if len(header.tokens) % 4:
+            raise _BadFile("its tokens are cut short")
         if header.identity != self._identity or size != end + _MAC_BYTES + header.state_bytes:
             raise _BadFile("it is of another model or build, or of another length")
         found = _found(header)
@@ -329,10 +385,11 @@ class StateFiles:
             if size > 2 * state.size_bytes + MAX_HEADER_BYTES:
                 raise _BadFile("it is longer than any state of so many tokens")
             data = file.read(size)
-            os.utime(file.fileno())
+            with contextlib.suppress(OSError):  # a disk that takes no writes can be read all the same
+                os.utime(file.fileno())
         header = self._check_header(path, data, size)
         body = memoryview(data)[size - header.state_bytes :]
-        if not hmac.compare_digest(hmac.digest(self._key, body, "sha256"), header.state_mac):
+        if not hmac.compare_digest(hmac.digest(self._state_key, body, "sha256"), header.state_mac):
             raise _BadFile("its bytes were changed")
         return body
 
@@ -343,10 +400,12 @@ class StateFiles:
 
 
 def _open(path: Path) -> BinaryIO:
+    """A plain file of this user that has one name. What lies there instead is not waited for."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    facts = os.fstat(descriptor)
+    if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_nlink != 1:
         os.close(descriptor)
-        raise _BadFile("it is no plain file")
+        raise _BadFile("it is no file of this user, or has a second name")
     return os.fdopen(descriptor, "rb")
 
 
