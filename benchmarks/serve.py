@@ -35,7 +35,7 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def _contenders(home: Path, out: Path, gguf: Path | None, peer: Path | None, ours_flags: str, peer_flags: str) -> tuple[
+def contenders(home: Path, out: Path, gguf: Path | None, peer: Path | None, ours_flags: str, peer_flags: str) -> tuple[
     Ours, LlamaServer
 ]:  # fmt: skip
     """Both servers on the same file."""
@@ -124,7 +124,7 @@ def serve(workloads: tuple[str, ...], *, quick: bool, clients: tuple[int, ...], 
         if plots:
             require_plotting()
         with tempfile.TemporaryDirectory(prefix="slm-edge-bench-") as home:
-            ours, peer_server = _contenders(Path(home), out, gguf, peer, ours_flags, peer_flags)
+            ours, peer_server = contenders(Path(home), out, gguf, peer, ours_flags, peer_flags)
             bench = Bench(ours, peer_server, conditions)
             for workload in _chosen(workloads, quick=quick):
                 numbers = clients or ((1, 8) if quick else workload.clients)
