@@ -8,6 +8,10 @@ from runtime.request import AdapterSet, TokenId
 from runtime.sequence import Sequence
 from runtime.states import StateId
 
+TILE_TOKENS = 64
+"""From so many rows on, ggml's attention on a CPU computes them in tiles (``GGML_FA_TILE_Q``): each tile over all cells
+that any of its rows may see, and each as if it were full."""
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:

@@ -201,7 +201,7 @@ class Engine:
         self._deltas: list[Delta] = []
         self._failures: list[Failure] = []
         self._pinning: list[_Pinning] = []
-        self._steps = self._prompt_tokens = self._output_tokens = self._forced_tokens = 0
+        self._steps = self._prompt_tokens = self._output_tokens = 0
 
     def submit(self, request: Request) -> None:
         """Queue a request. Its results come to the sink."""
@@ -308,7 +308,7 @@ class Engine:
             for sequence in step:
                 sequence.draft = []
         else:
-            self._speculator.plan(step, threads=self._guard.threads)
+            self._speculator.plan(step, costs=self._costs, threads=self._guard.threads)
 
     def _flush(self) -> None:
         if self._deltas or self._failures:
@@ -399,13 +399,14 @@ class Engine:
                 answer.started = now
         self._guard.govern(now)
         threads = self._budget.threads = self._guard.threads
-        num_before, begin = self._output_tokens - self._forced_tokens, self._clock()
+        begin = self._clock()
         try:
             logits = self._decode(batch)
             if not batch.chunks:
                 return
-            self._costs.record(batch.num_tokens, threads=threads, seconds=self._clock() - begin)
-            self._book(batch, logits)
+            seconds = self._clock() - begin
+            self._costs.record(batch.num_tokens, threads=threads, seconds=seconds)
+            gained = self._book(batch, logits)
             self._pin()
         except StateRefused as e:
             self._start_anew(e)
@@ -415,9 +416,7 @@ class Engine:
             return
         self._guard.succeeded()
         if self._speculator is not None:
-            num_drawn = self._output_tokens - self._forced_tokens - num_before
-            seconds = self._clock() - begin
-            self._speculator.learn(batch, num_drawn=num_drawn, seconds=seconds, threads=threads)
+            self._speculator.learn(batch, gained, seconds=seconds, costs=self._costs, threads=threads)
 
     def _decode(self, batch: Batch) -> NDArray[np.float32]:
         logits = self._backend.decode(batch)
@@ -445,24 +444,29 @@ class Engine:
         self._scheduler.cache.forget()
         self._guard.failed(error)
 
-    def _book(self, batch: Batch, logits: NDArray[np.float32]) -> None:
+    def _book(self, batch: Batch, logits: NDArray[np.float32]) -> list[int]:
+        """Draw what a step allows; for each chunk, how many tokens guesses have gained."""
         self._steps += 1
         best: list[TokenId] = logits.argmax(axis=1).tolist() if len(logits) else []
-        row = 0
+        row, gained = 0, list[int]()
         for chunk in batch.chunks:
             if not chunk.sequence.num_preemptions:
                 self._prompt_tokens += max(0, min(len(chunk.tokens), chunk.sequence.num_prompt - chunk.start))
             rows = range(row, row + chunk.num_logits)
             row = rows.stop
-            self._advance_sequence(chunk, logits, best, rows)
+            gained.append(self._advance_sequence(chunk, logits, best, rows))
+        return gained
 
-    def _advance_sequence(self, chunk: Chunk, logits: NDArray[np.float32], best: list[TokenId], rows: range) -> None:
+    def _advance_sequence(self, chunk: Chunk, logits: NDArray[np.float32], best: list[TokenId], rows: range) -> int:
         """Draw the next token, and one more for each guess that the draw before it confirms.
 
         A guess never changes what is drawn: each token is drawn from the model's scores after those before it, as
         without guesses (Leviathan et al. 2023, arXiv:2211.17192, for a draft that is certain of its guess).
+
+        Returns:
+            The tokens beyond the first, less those that the grammar forced: these come without guesses, too.
         """
-        sequence = chunk.sequence
+        sequence, first = chunk.sequence, len(chunk.sequence.tokens)
         guesses = chunk.tokens[len(chunk.tokens) - len(rows) + 1 :]
         sequence.draft = []
         text, reason, num_drawn, failure = "", None, 0, None
@@ -476,6 +480,7 @@ class Engine:
                     break
         except ConstraintFailed as e:
             failure = e
+        gained = sum(at not in sequence.forced for at in range(first + 1, len(sequence.tokens)))
         self._scheduler.update(chunk, num_rejected=len(rows) - num_drawn)
         if failure is not None:
             self._fail(sequence, failure)
@@ -484,6 +489,7 @@ class Engine:
                 more, reason = self._append_forced(sequence)
                 text += more
             self._deliver(sequence, text, reason)
+        return gained
 
     def _draw_reported(self, sequence: Sequence, logits: NDArray[np.float32], best: TokenId) -> TokenId:
         """The next token, and for who asked what the model itself thought of it."""
@@ -519,6 +525,8 @@ class Engine:
         answer = self._answers[request.id]
         guide = answer.guide
         if guide is not None:
+            if guide.forced is not None:
+                sequence.forced.add(len(sequence.tokens))
             guide.consume(token)
         if answer.first_token is None:
             answer.first_token = self._clock()
@@ -546,7 +554,6 @@ class Engine:
         while guide is not None and reason is None and guide.forced is not None:
             more, reason = self._append(sequence, guide.forced)
             text += more
-            self._forced_tokens += 1
         return text, reason
 
     def _deliver(self, sequence: Sequence, text: str, reason: FinishReason | None) -> None:

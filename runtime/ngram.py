@@ -6,6 +6,8 @@ also over a single token that differs.
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from runtime.request import TokenId
 
 NGRAM = 3
@@ -27,8 +29,11 @@ class Lookup:
         self.matched = 0
         """Tokens that the end has in common with the place; 0 just after one that differed."""
 
-    def follow(self, tokens: list[TokenId]) -> list[tuple[int, bool]]:
+    def follow(self, tokens: list[TokenId], forced: Container[int] = ()) -> list[tuple[int, bool]]:
         """Take the tokens that came since the last call. The first call takes the prompt.
+
+        Args:
+            forced: Places of tokens that nobody had to guess.
 
         Returns:
             For each token that could have been guessed: `matched` before it, and whether the guess was right.
@@ -37,7 +42,9 @@ class Lookup:
         if not self._seen:
             self._read_prompt(tokens)
         for at in range(self._seen, len(tokens)):
-            self._take(tokens, at, outcomes)
+            outcome = self._take(tokens, at)
+            if outcome is not None and at not in forced:
+                outcomes.append(outcome)
         self._seen = len(tokens)
         return outcomes
 
@@ -57,22 +64,27 @@ class Lookup:
         self._index = dict(zip(zip(*(recent[i:] for i in range(NGRAM)), strict=False), ends, strict=False))
         self._seen = max(0, len(tokens) - 1)
 
-    def _take(self, tokens: list[TokenId], at: int, outcomes: list[tuple[int, bool]]) -> None:
-        token = tokens[at]
-        if self._source is not None:
-            hit = tokens[self._source] == token
-            outcomes.append((self.matched, hit))
-            self._source += 1
-            self.matched = min(self.matched + 1, MAX_MATCH) if hit else 0
-            self._misses = 0 if hit else self._misses + 1
+    def _take(self, tokens: list[TokenId], at: int) -> tuple[int, bool] | None:
+        """Go on by one token; what came of the guess at it, if there was one."""
+        outcome = self._compare(tokens, at)
         found = self._remember(tokens, at)
         if self.matched >= NGRAM:
-            return
+            return outcome
         if found is not None:
             self._source, self._misses = found, 0
             self.matched = _common_end(tokens, found, at + 1)
         elif self._misses > 1:
             self._source = None
+        return outcome
+
+    def _compare(self, tokens: list[TokenId], at: int) -> tuple[int, bool] | None:
+        if self._source is None:
+            return None
+        before, hit = self.matched, tokens[self._source] == tokens[at]
+        self._source += 1
+        self.matched = min(self.matched + 1, MAX_MATCH) if hit else 0
+        self._misses = 0 if hit else self._misses + 1
+        return before, hit
 
     def _remember(self, tokens: list[TokenId], at: int) -> int | None:
         """Where the last n-gram stood before; from now on, it stands here."""

@@ -85,7 +85,7 @@ class Scheduler:
         self.cache = PrefixCache(
             num_slots=limits.num_slots, num_cells=limits.num_cells, states=limits.states, reserved=self._reserved
         )
-        self._turns = Turns()
+        self._turns = Turns(CLASS_RATIO)
         self._adapters: AdapterSet = ()
         self._arrivals = 0
         self._preemptions = 0
@@ -165,7 +165,7 @@ class Scheduler:
         if self.running:
             self.cache.trim_idle()
         self._relieve()
-        self._adapters = self._turns.choose(s.request.adapters for s in self.running)
+        self._adapters = self._turns.choose((s.request.adapters, s.request.priority) for s in self.running)
         if guess is not None:
             guess(self._in_turn())
         chunks = self._decode_chunks()

@@ -33,6 +33,7 @@ class Sequence:
         num_cached: Prompt tokens that were reused instead of computed when it was first admitted.
         draft: Guesses at the tokens that come next: computed with the next step where there is room, and kept as far as
             they prove right.
+        forced: Places of tokens that a grammar left no choice about: they came for nothing, guessed or not.
         slot: Its place in the KV cache while it runs.
         arrival: Position in the order of arrival; kept over a preemption.
         num_charged: Tokens whose computing its tenant has paid for; ahead of `num_computed` while a prompt is read.
@@ -44,6 +45,7 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0
     draft: list[TokenId] = field(default_factory=list[TokenId])
+    forced: set[int] = field(default_factory=set[int])
     slot: int | None = None
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None

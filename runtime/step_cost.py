@@ -83,3 +83,8 @@ class StepCosts:
         """Seconds that a step of so many tokens would take now; None before any step with so many threads."""
         table = self._tables.get(threads)
         return self._pace * table.cost(num_tokens) if table is not None else None
+
+    def widest(self, *, threads: int) -> int:
+        """Tokens of the widest step with so many threads; beyond it `predict` only multiplies."""
+        table = self._tables.get(threads)
+        return table.widths[-1] if table is not None else 0

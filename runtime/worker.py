@@ -38,7 +38,7 @@ from runtime.grammar import Grammars
 from runtime.penalties import find_breakers
 from runtime.radix import common_prefix
 from runtime.request import NO_BREAKERS, Adapter, AdapterSet, Breakers, Pin, Request, RequestId, SamplingParams
-from runtime.speculate import NgramSpeculator
+from runtime.speculate import AdaptiveSpeculator
 from runtime.state_dirs import states_root
 from runtime.state_files import StateFiles, open_states
 from runtime.states import MIN_STATE_TOKENS
@@ -285,7 +285,7 @@ class Worker:
         self._engine = Engine(
             backend, SocketSink(self._connection), max_queue=load.max_queue, governor=_governor(load),
             observer=self._box,
-            speculator=NgramSpeculator() if load.speculation == "auto" else None,
+            speculator=AdaptiveSpeculator() if load.speculation == "auto" else None,
             token_interval_s=load.token_interval_ms / 1000, disk=files,
         )  # fmt: skip
         self._serving, self._take = self._engine, self._generate

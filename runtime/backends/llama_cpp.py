@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from edge.hardware.memory import available_bytes, takeable_bytes
 from edge.native import huge_pages
 from edge.native.llama import bindings, last_error
 from runtime.backends.base import Capabilities, ModelFacts, StateRefused
-from runtime.batch import Batch, CacheOp, CopyPrefix, DropState, RestoreState, SaveState, Truncate
+from runtime.batch import TILE_TOKENS, Batch, CacheOp, Chunk, CopyPrefix, DropState, RestoreState, SaveState, Truncate
 from runtime.request import Adapter, AdapterSet, TokenId
 from runtime.states import StateId, StateLimits
 
@@ -34,6 +35,8 @@ MIN_FREE_BYTES = 32 << 20
 """What a saved state leaves of the memory: steps need some too, and who finds none is ended."""
 STATES_SLACK = 17 / 16
 """How far states may exceed what was counted for their tokens: each names its cells and layers too."""
+NARROW_TOKENS = 16
+"""A chunk of so many tokens or fewer is cheaper row by row than as a tile."""
 KV_SHARE = 0.5
 """Share of the memory left after the weights that the cells may take."""
 
@@ -88,6 +91,19 @@ def choose_cells(*, asked: int, trained: int, bytes_per_cell: int, room_bytes: i
         )
     cells = wanted if asked else min(wanted, int(fitting * KV_SHARE) or fitting)
     return max(256, cells // 256 * 256)
+
+
+def by_shape(chunks: tuple[Chunk, ...]) -> list[tuple[Chunk, ...]]:
+    """What is computed in one call: answers apart from prompts, where beside them they would be computed as tiles.
+
+    An answer's one row makes its whole tile look at all that the answer's sequence holds, which costs more than reading
+    the weights once more (docs/performance.md has the figures).
+    """
+    if sum(len(c.tokens) for c in chunks) < TILE_TOKENS:
+        return [chunks]
+    narrow = tuple(c for c in chunks if len(c.tokens) <= NARROW_TOKENS)
+    wide = tuple(c for c in chunks if len(c.tokens) > NARROW_TOKENS)
+    return [c for c in (wide, narrow) if c]
 
 
 class LlamaTokenizer:
@@ -180,9 +196,9 @@ class _NativeBatch:
         b.seq_id = pointer_to(self._sequence_pointers, ctypes.POINTER(_INT32))
         b.logits = pointer_to(self.logits, ctypes.POINTER(ctypes.c_int8))
 
-    def fill(self, batch: Batch) -> None:
+    def fill(self, chunks: Iterable[Chunk]) -> None:
         at = 0
-        for chunk in batch.chunks:
+        for chunk in chunks:
             end = at + len(chunk.tokens)
             self.tokens[at:end] = chunk.tokens
             self.positions[at:end] = range(chunk.start, chunk.start + len(chunk.tokens))
@@ -266,6 +282,7 @@ class LlamaBackend:
                 f"{path.name} is an encoder, and its package does not say so.", hint="Pull it again with this version."
             )
         self._batch = _NativeBatch(lib, options.step_tokens, shadow=self._shadow)
+        self._on_gpu: bool = lib.llama_supports_gpu_offload()
         self._states: dict[int, NDArray[np.uint8]] = {}
         self._unsaved: list[StateId] = []
         self._loaded_adapters: dict[str, Any] = {}
@@ -397,18 +414,32 @@ class LlamaBackend:
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         """Run one step; see :class:`runtime.backends.base.Backend`."""
-        lib = self._lib
         for op in batch.cache_ops:
             self._apply(op)
         if not batch.chunks:
             return np.empty((0, self._vocab_size), np.float32)
         if batch.adapters != self._adapters:
             self._set_adapters(batch.adapters)
-        self._batch.fill(batch)
+        calls = [batch.chunks] if self._on_gpu else by_shape(batch.chunks)
+        if len(calls) == 1:
+            return self._decode(batch.chunks)
+        scores = {c.slot: rows.copy() for chunks in calls for c, rows in self._decode_each(chunks)}
+        return np.concatenate([scores[c.slot] for c in batch.chunks])
+
+    def _decode_each(self, chunks: tuple[Chunk, ...]) -> Iterator[tuple[Chunk, NDArray[np.float32]]]:
+        """Each chunk with its scores, which the next call overwrites."""
+        logits = self._decode(chunks)
+        ends = list(accumulate(c.num_logits for c in chunks))
+        return ((c, logits[end - c.num_logits : end]) for c, end in zip(chunks, ends, strict=True))
+
+    def _decode(self, chunks: tuple[Chunk, ...]) -> NDArray[np.float32]:
+        """Scores of these chunks, as the library computes them in one call."""
+        lib = self._lib
+        self._batch.fill(chunks)
         status: int = lib.llama_decode(self._context, self._batch.native)
         if status:
             raise BackendError(f"llama_decode failed with status {status}: {last_error() or 'no reason given'}.")
-        rows = batch.num_logits
+        rows = sum(c.num_logits for c in chunks)
         if not rows:
             lib.llama_synchronize(self._context)
             return np.empty((0, self._vocab_size), np.float32)

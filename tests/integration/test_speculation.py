@@ -12,7 +12,7 @@ from benchmarks.workloads import WORKLOADS
 from edge.store.models import ModelStore
 from runtime.engine import Engine
 from runtime.request import Request, RequestId, SamplingParams, TokenId
-from runtime.speculate import NgramSpeculator, SpeculationStats
+from runtime.speculate import AdaptiveSpeculator, SpeculationStats
 from tests.support import DEFAULT_MODEL, SEED, CollectingSink, GreedyLaw
 
 Tokens = tuple[TokenId, ...]
@@ -35,7 +35,7 @@ def prompts_of(law: GreedyLaw, number: int) -> list[Tokens]:
 
 
 def answers(
-    law: GreedyLaw, prompts: list[Tokens], *, max_tokens: int, speculator: NgramSpeculator | None
+    law: GreedyLaw, prompts: list[Tokens], *, max_tokens: int, speculator: AdaptiveSpeculator | None
 ) -> tuple[list[list[TokenId]], SpeculationStats]:
     """Greedy answers, one after the other. The clock says that all steps take equally long: so guesses always pay."""
     law.backend.clear()
@@ -55,7 +55,7 @@ def check(law: GreedyLaw, *, num_prompts: int, max_tokens: int) -> float:
     """The law, prompt by prompt; the share of equal answers."""
     prompts = prompts_of(law, num_prompts)
     plain, _ = answers(law, prompts, max_tokens=max_tokens, speculator=None)
-    guessed, stats = answers(law, prompts, max_tokens=max_tokens, speculator=NgramSpeculator())
+    guessed, stats = answers(law, prompts, max_tokens=max_tokens, speculator=AdaptiveSpeculator())
     assert stats.num_accepted > num_prompts * max_tokens / 5, "it was speculated at all"
     assert stats.num_drafted > 1.1 * stats.num_accepted, "and wrongly too"
     equal = sum(a == b for a, b in zip(plain, guessed, strict=True)) / num_prompts

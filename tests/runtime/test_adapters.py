@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -35,8 +36,12 @@ def make_engine(
     return Engine(backend, sink, max_queue=100), backend, sink
 
 
-def ask(engine: Engine, number: int, adapters: AdapterSet, *, prompt: tuple[int, ...] = TEXT, tokens: int = 5) -> None:
-    engine.submit(Request(RequestId(number), prompt, tokens, GREEDY, ignore_eos=True, adapters=adapters))
+def ask(
+    engine: Engine, number: int, adapters: AdapterSet, *, prompt: tuple[int, ...] = TEXT, tokens: int = 5,
+    priority: int = 0,
+) -> None:  # fmt: skip
+    asked = Request(RequestId(number), prompt, tokens, GREEDY, ignore_eos=True, adapters=adapters, priority=priority)
+    engine.submit(asked)
 
 
 def finish(engine: Engine) -> None:
@@ -115,17 +120,65 @@ def test_sets_change_seldom_and_none_waits_long() -> None:
         assert max(b - a for a, b in pairwise(turns)) <= 2 * TURN_STEPS + 1
 
 
-@given(st.lists(st.lists(st.sampled_from(SETS), min_size=1, max_size=16), min_size=1, max_size=30))
-def test_a_set_that_waits_gets_its_turn(crowds: list[list[AdapterSet]]) -> None:
-    turns = Turns()
-    waiting = dict.fromkeys(SETS, 0)
+CROWD = st.lists(st.tuples(st.sampled_from(SETS), st.integers(0, 1)), min_size=1, max_size=8)
+RATIO = 4
+
+
+@given(st.lists(CROWD, min_size=1, max_size=30), st.sampled_from([1, 100, 600]))
+@settings(deadline=None)
+def test_who_waits_gets_a_turn(crowds: list[list[tuple[AdapterSet, int]]], tokens: int) -> None:
+    turns = Turns(RATIO)
+    waiting: dict[tuple[AdapterSet, int], int] = {}
     for step in range(1000):
         wanted = crowds[step % len(crowds)]
         chosen = turns.choose(wanted)
-        assert chosen in wanted
+        assert chosen in {a for a, _ in wanted}
+        turns.book(tokens)
+        waiting = {(a, p): waiting.get((a, p), 0) + 1 for a, p in wanted if a != chosen}
+        assert max(waiting.values(), default=0) <= 8 * (RATIO + 1) * TURN_STEPS * len(SETS)
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 2)), min_size=3, max_size=3), st.sampled_from([1, 100]))
+@settings(deadline=None)
+def test_each_class_has_its_share_of_the_turns(crowd: list[tuple[int, int]], tokens: int) -> None:
+    turns, steps = Turns(RATIO), Counter[int]()
+    priorities = {a: priority for a, (_, priority) in zip(SETS, crowd, strict=True)}
+    wanted = [(a, priority) for a, (number, priority) in zip(SETS, crowd, strict=True) for _ in range(number)]
+    for _ in range(120 * TURN_STEPS):
+        steps[priorities[turns.choose(wanted)]] += 1
+        turns.book(tokens)
+    for high, low in combinations(sorted(steps), 2):
+        assert 0.8 <= steps[high] / steps[low] / RATIO ** (low - high) <= 1.2
+    assert set(steps) == set(priorities.values())
+
+
+def test_a_higher_class_comes_first_and_pays_what_it_owes() -> None:
+    turns, order = Turns(RATIO), list[AdapterSet]()
+    for step in range(100):
+        wanted = [((), 1), *([((POLITE,), 0)] if step >= 3 else [])]
+        order.append(turns.choose(wanted))
         turns.book(1)
-        waiting = {a: waiting[a] + 1 if a in wanted and a != chosen else 0 for a in SETS}
-        assert max(waiting.values()) <= 16 * TURN_STEPS * len(SETS)
+    assert order[:4] == [(), (), (), (POLITE,)], "it does not wait for the turn to end"
+    first = order.index((), 3)
+    assert order[first : first + TURN_STEPS + 1] == [()] * TURN_STEPS + [(POLITE,)], "what is owed is a whole turn"
+    assert order.index((), first + TURN_STEPS) == first + TURN_STEPS + RATIO * TURN_STEPS
+
+
+def test_a_request_of_a_higher_class_is_not_held_up_by_other_sets() -> None:
+    def steps_until_done(priority: int) -> int:
+        engine, backend, sink = make_engine(slots=9, step=64)
+        for i in range(8):
+            ask(engine, i, SETS[i % 2], prompt=(i + 1, 2, 3), tokens=200, priority=1)
+        for _ in range(20):
+            engine.advance()
+        before = backend.num_steps
+        ask(engine, 99, SETS[2], prompt=(9, 9, 9), tokens=40, priority=priority)
+        while 99 not in sink.last or sink.last[RequestId(99)].finish_reason is None:
+            engine.advance()
+        return backend.num_steps - before
+
+    assert steps_until_done(0) <= 42
+    assert steps_until_done(1) >= 80
 
 
 class RefusingBackend(ScriptedBackend):

@@ -12,7 +12,7 @@ import pytest
 from runtime.backends.llama_cpp import LlamaBackend, LlamaOptions
 from runtime.engine import Engine
 from runtime.request import Request, RequestId, SamplingParams, TokenId
-from runtime.speculate import NgramSpeculator
+from runtime.speculate import AdaptiveSpeculator
 from tests.runtime.tiny_models import TINY, VOCABULARY, WINDOW, make_tiny
 from tests.support import CollectingSink, GreedyLaw, ScriptedDisk
 
@@ -32,7 +32,7 @@ class Device:
 
     def __init__(self, backend: LlamaBackend, *, drive: ScriptedDisk | None = None) -> None:
         self.backend, self.drive, self.sink = backend, drive or ScriptedDisk([]), CollectingSink()
-        self.engine = Engine(backend, self.sink, max_queue=100, disk=self.drive, speculator=NgramSpeculator())
+        self.engine = Engine(backend, self.sink, max_queue=100, disk=self.drive, speculator=AdaptiveSpeculator())
         for (scope, tokens), (_, pin) in list(self.drive.files.items()):
             self.engine.adopt(list(tokens), scope, uses=1, pin=pin)
         self._next_id = 0

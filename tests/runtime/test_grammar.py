@@ -25,6 +25,7 @@ from runtime.sampler import Sampler
 from runtime.sequence import Sequence
 from runtime.speculate import SpeculationStats, Speculator
 from runtime.states import StateLimits
+from runtime.step_cost import StepCosts
 from runtime.tokenizer import Tokenizer
 from tests.support import CollectingSink, ScriptedBackend
 
@@ -184,16 +185,20 @@ class Foreteller(Speculator):
 
     def __init__(self, answers: dict[int, tuple[int, ...]]) -> None:
         self._answers = answers
+        self.sequences = set[Sequence]()
+        self.num_drawn = 0
 
     @override
-    def plan(self, decoding: list[Sequence], *, threads: int) -> None:
+    def plan(self, decoding: list[Sequence], *, costs: StepCosts, threads: int) -> None:
+        self.sequences |= set(decoding)
         for sequence in decoding:
             at = len(sequence.tokens)
             sequence.draft = [*self._answers[sequence.request.id][at : at + at % 4], *([5] * (at % 3))]
 
     @override
-    def learn(self, batch: Batch, *, num_drawn: int, seconds: float, threads: int) -> None:
-        assert num_drawn <= batch.num_logits
+    def learn(self, batch: Batch, gained: list[int], *, seconds: float, costs: StepCosts, threads: int) -> None:
+        self.sequences |= {c.sequence for c in batch.chunks}
+        self.num_drawn += sum(1 + g for c, g in zip(batch.chunks, gained, strict=True) if c.num_logits)
 
     @override
     def stats(self) -> SpeculationStats:
@@ -225,8 +230,12 @@ def test_answers_match_their_schema_under_any_schedule(
     alone = [answers_of([a], roomy) for a in plan]
     known = {i: s.last[RequestId(0)].tokens or () for i, s in enumerate(alone)}
     can = Capabilities(slots, cells, cells, max(step, slots), StateLimits(states))
-    sink = answers_of(plan, can, Foreteller(known) if drafts else None)
+    foreteller = Foreteller(known) if drafts else None
+    sink = answers_of(plan, can, foreteller)
     assert not sink.failures
+    if foreteller is not None:
+        asked_for = sum(s.num_output - len(s.forced) for s in foreteller.sequences)
+        assert foreteller.num_drawn == asked_for, "what the grammar forces is no guess's merit"
     for number, asked in enumerate(plan):
         text, last = sink.texts.get(RequestId(number), ""), sink.last[RequestId(number)]
         assert last.tokens == known[number]

@@ -19,8 +19,10 @@ from runtime.radix import common_prefix
 from runtime.request import FinishReason, Request, RequestId, SamplingParams
 from runtime.scheduler import Limits, Scheduler
 from runtime.sequence import Sequence
-from runtime.speculate import SpeculationStats, Speculator
+from runtime.speculate import AdaptiveSpeculator, SpeculationStats, Speculator
 from runtime.states import StateLimits
+from runtime.step_cost import StepCosts
+from tests.runtime.drafters import scripted_drafter
 from tests.support import CollectingSink, ScriptedBackend, ScriptedDisk
 
 GREEDY = SamplingParams(temperature=0)
@@ -85,6 +87,7 @@ any_schedule = given(
     memory=st.sampled_from([Memory(), Memory(partial=False), Memory(window=25)]),
     states=st.sampled_from([0, 90, 300, 5000]),
     guesses=st.lists(st.integers(0, 5), max_size=40),
+    drafter=st.booleans(),
     disk=st.sampled_from([0, 150, 5000]),
     luck=st.lists(st.booleans(), max_size=10),
     has_room=st.lists(st.booleans(), max_size=20),
@@ -99,7 +102,7 @@ def test_any_schedule_gives_the_answers_of_requests_alone(**schedule: Any) -> No
 
 def check_schedule(
     *, plan: list[Arrival], slots: int, cells: int, step: int, memory: Memory, states: int, guesses: list[int],
-    disk: int, luck: list[bool], has_room: list[bool],
+    drafter: bool, disk: int, luck: list[bool], has_room: list[bool],
 ) -> None:  # fmt: skip
     can = capabilities(
         slots=slots, cells=cells, step=max(step, slots), partial=memory.partial, states=states, disk=disk,
@@ -107,13 +110,18 @@ def check_schedule(
     )  # fmt: skip
     drive = ScriptedDisk(luck)
     for _life in range(2 if disk else 1):
-        live(plan, ScriptedBackend(can, has_room=has_room), guesses, drive)
+        live(plan, ScriptedBackend(can, has_room=has_room), guesses, drive, has_drafter=drafter)
         assert sum(len(tokens) for _, tokens in drive.files) <= disk
 
 
-def live(plan: list[Arrival], backend: ScriptedBackend, guesses: list[int], drive: ScriptedDisk) -> None:
+def live(
+    plan: list[Arrival], backend: ScriptedBackend, guesses: list[int], drive: ScriptedDisk, *, has_drafter: bool = False
+) -> None:
     """One run of a worker, from its start to its end."""
-    speculator = ScriptedSpeculator(backend, guesses) if guesses else None
+    if has_drafter:
+        speculator = AdaptiveSpeculator(scripted_drafter(backend.capabilities))
+    else:
+        speculator = ScriptedSpeculator(backend, guesses) if guesses else None
     engine = Engine(
         backend, sink := CollectingSink(), max_queue=100, speculator=speculator, disk=drive, clock=backend.clock
     )
@@ -242,14 +250,14 @@ class ScriptedSpeculator(Speculator):
         self._plan = plan
 
     @override
-    def plan(self, decoding: list[Sequence], *, threads: int) -> None:
+    def plan(self, decoding: list[Sequence], *, costs: StepCosts, threads: int) -> None:
         number = self._plan[self._backend.num_steps % len(self._plan)]
         for sequence in decoding:
             sequence.draft = [*self._backend.expected(sequence.tokens, max_tokens=number), 0, 1]
 
     @override
-    def learn(self, batch: Batch, *, num_drawn: int, seconds: float, threads: int) -> None:
-        assert num_drawn <= batch.num_logits
+    def learn(self, batch: Batch, gained: list[int], *, seconds: float, costs: StepCosts, threads: int) -> None:
+        assert all(0 <= g < max(1, c.num_logits) for c, g in zip(batch.chunks, gained, strict=True))
 
     @override
     def stats(self) -> SpeculationStats:

@@ -20,7 +20,8 @@ from runtime.engine import Engine
 from runtime.ngram import MAX_MATCH, MAX_NGRAMS, NGRAM, Lookup
 from runtime.request import Adapter, Request, RequestId, SamplingParams, TokenId
 from runtime.sequence import Sequence
-from runtime.speculate import ALLOWANCE, START, WIDTHS, NgramSpeculator, SpeculationStats
+from runtime.speculate import ALLOWANCE, START, WIDTHS, AdaptiveSpeculator, SpeculationStats
+from runtime.step_cost import StepCosts
 from tests.support import CollectingSink, ScriptedBackend
 
 Cost = Callable[[int], float]
@@ -77,17 +78,18 @@ class Machine:
     """Steps of scripted cost, one text decoded after the other."""
 
     cost: Cost
-    speculator: NgramSpeculator = field(default_factory=NgramSpeculator)
+    speculator: AdaptiveSpeculator = field(default_factory=AdaptiveSpeculator)
     seconds: float = 0.0
     plain_seconds: float = 0.0
     dearest_loss: float = 0.0
+    costs: StepCosts = field(default_factory=StepCosts)
 
     def decode(self, prompt: list[TokenId], answer: list[TokenId]) -> None:
         """Draw an answer, with as many steps as it takes."""
         sequence = Sequence(Request(RequestId(0), tuple(prompt), len(answer) + 1), 0)
         left = list(answer)
         while left:
-            self.speculator.plan([sequence], threads=2)
+            self.speculator.plan([sequence], costs=self.costs, threads=2)
             guesses = sequence.draft
             right = next((i for i, (g, t) in enumerate(zip(guesses, left, strict=False)) if g != t), len(guesses))
             num_drawn = min(right + 1, len(left))
@@ -101,7 +103,8 @@ class Machine:
         self.plain_seconds += num_drawn * self.cost(1)
         self.dearest_loss = max(self.dearest_loss, seconds - num_drawn * self.cost(1))
         batch = Batch((), (Chunk(sequence, 0, 0, [0] * width, num_logits=width),))
-        self.speculator.learn(batch, num_drawn=num_drawn, seconds=seconds, threads=2)
+        self.costs.record(width, threads=2, seconds=seconds)
+        self.speculator.learn(batch, [num_drawn - 1], seconds=seconds, costs=self.costs, threads=2)
 
 
 @given(
@@ -180,7 +183,7 @@ class CyclingBackend(ScriptedBackend):
 
 def test_sets_of_adapters_that_take_turns_are_guessed_for() -> None:
     backend, sink = CyclingBackend(Q8_0), CollectingSink()
-    engine = Engine(backend, sink, max_queue=10, speculator=NgramSpeculator(), clock=lambda: backend.now)
+    engine = Engine(backend, sink, max_queue=10, speculator=AdaptiveSpeculator(), clock=lambda: backend.now)
     for i in range(4):
         adapters = (Adapter("polite"),) if i % 2 else ()
         params = SamplingParams(temperature=0)
@@ -196,7 +199,7 @@ def test_sets_of_adapters_that_take_turns_are_guessed_for() -> None:
 def test_the_engine_guesses_where_it_pays(
     cost: Cost, verdict: Literal["faster", "as before"], num_clients: int
 ) -> None:
-    def run(speculator: NgramSpeculator | None) -> tuple[float, dict[RequestId, str], SpeculationStats]:
+    def run(speculator: AdaptiveSpeculator | None) -> tuple[float, dict[RequestId, str], SpeculationStats]:
         backend, sink = CyclingBackend(cost), CollectingSink()
         engine = Engine(backend, sink, max_queue=10, speculator=speculator, clock=lambda: backend.now)
         for i in range(num_clients):
@@ -207,7 +210,7 @@ def test_the_engine_guesses_where_it_pays(
         return backend.now, sink.texts, engine.stats().speculation
 
     plain_s, plain_texts, _ = run(None)
-    seconds, answers, stats = run(NgramSpeculator())
+    seconds, answers, stats = run(AdaptiveSpeculator())
     assert answers == plain_texts
     if verdict == "faster":
         assert seconds < 0.8 * plain_s

@@ -1,0 +1,74 @@
+"""The llama.cpp backend on real weights: how it cuts a step into calls changes no score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edge.store.models import ModelStore
+from runtime.backends.llama_cpp import NARROW_TOKENS, LlamaBackend, LlamaOptions, by_shape
+from runtime.batch import TILE_TOKENS, Batch, Chunk
+from runtime.request import Request, RequestId, TokenId
+from runtime.sequence import Sequence
+from tests.support import DEFAULT_MODEL, SEED
+
+
+@pytest.fixture(scope="module")
+def backend() -> Iterator[LlamaBackend]:
+    made = LlamaBackend(ModelStore(SEED).get(DEFAULT_MODEL).weights, LlamaOptions(1, 4, 256, 1024, 4 << 30))
+    yield made
+    made.close()
+
+
+def chunk(slot: int, start: int, tokens: list[TokenId], *, num_logits: int = 1) -> Chunk:
+    return Chunk(Sequence(Request(RequestId(slot), (1,), 1), slot), slot, start, tokens, num_logits=num_logits)
+
+
+def lengths(calls: list[tuple[Chunk, ...]]) -> list[list[int]]:
+    return [[len(c.tokens) for c in call] for call in calls]
+
+
+def test_answers_are_computed_apart_from_long_prompts() -> None:
+    wide = TILE_TOKENS - NARROW_TOKENS
+    calls = by_shape((chunk(0, 9, [1]), chunk(1, 0, [1] * wide), chunk(2, 9, [1] * NARROW_TOKENS)))
+    assert lengths(calls) == [[wide], [1, NARROW_TOKENS]]
+
+
+def test_what_is_short_together_is_one_call() -> None:
+    together = (chunk(0, 9, [1]), chunk(1, 0, [1] * (TILE_TOKENS - 2)))
+    assert by_shape(together) == [together]
+    prompts = (chunk(0, 0, [1] * 100), chunk(1, 0, [1] * 100))
+    assert by_shape(prompts) == [prompts]
+    answers = tuple(chunk(i, 9, [1]) for i in range(TILE_TOKENS + 1))
+    assert by_shape(answers) == [answers]
+
+
+def test_scores_are_in_the_order_of_the_chunks(backend: LlamaBackend) -> None:
+    rng = np.random.default_rng(5)
+
+    def text(size: int) -> list[TokenId]:
+        return rng.integers(100, 40_000, size).tolist()
+
+    begun = [text(20), text(100), text(40)]
+    chunks = (
+        chunk(0, 20, text(3), num_logits=2),
+        chunk(1, 100, text(80)),
+        chunk(2, 40, text(1)),
+        chunk(3, 0, text(90), num_logits=0),
+    )
+
+    def after(*batch: Chunk) -> NDArray[np.float32]:
+        backend.clear()
+        for slot, tokens in enumerate(begun):
+            backend.decode(Batch((), (chunk(slot, 0, tokens),)))
+        return backend.decode(Batch((), batch)).copy()
+
+    assert len(by_shape(chunks)) == 2
+    together = after(*chunks)
+    alone = np.concatenate([after(c) for c in chunks])
+    assert together.shape == alone.shape == (4, backend.tokenizer.vocab_size)
+    assert np.abs(together - alone).max() < 0.3
+    assert (together.argmax(axis=1) == alone.argmax(axis=1)).all()
