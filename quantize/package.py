@@ -18,7 +18,9 @@ from .report import SCHEMA_VERSION, Report, Variant
 from .source import Source
 
 
-def matching_package(store: ModelStore, ref: ModelRef, key: str, *, force: bool) -> StoredModel | None:
+def matching_package(
+    store: ModelStore, ref: ModelRef, key: str, *, draft: str | None, force: bool
+) -> StoredModel | None:
     """The package of that name, if it was made from the same inputs.
 
     Raises:
@@ -31,7 +33,7 @@ def matching_package(store: ModelStore, ref: ModelRef, key: str, *, force: bool)
     except ModelNotFound:
         return None
     found = variant_in(stored)
-    if found is not None and found.key == key:
+    if found is not None and found.key == key and stored.details.draft == draft:
         return stored
     raise RecipeError(
         f"The store has a '{ref}' already, made from something else or otherwise.",
@@ -63,19 +65,23 @@ def write_documents(report: Report, kind: str, svg: bytes, png: bytes, directory
 
 
 def package_variant(
-    store: ModelStore, ref: ModelRef, path: Path, *, source: Source, digest: Digest, documents: list[PackageFile]
-) -> StoredModel:
+    store: ModelStore, ref: ModelRef, path: Path, *, source: Source, digest: Digest, documents: list[PackageFile],
+    draft: str | None = None,
+) -> StoredModel:  # fmt: skip
     """Put one variant into the store; its weights are moved there.
 
     Args:
         path: The quantized file.
         digest: Of the source.
+        draft: The name of the model that shall guess for it.
 
     Raises:
         DiskFull: There is no room.
         StoreError: The store cannot be written.
     """
-    details = details_of(read_gguf(path), source=source.origin, license=source.license, sampling=source.sampling)
+    details = details_of(
+        read_gguf(path), source=source.origin, license=source.license, sampling=source.sampling, draft=draft
+    )
     annotations = {
         **details.annotations,
         QUANTIZED_FROM: source.label,

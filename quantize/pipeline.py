@@ -199,7 +199,7 @@ class _Planner:
         inputs = (evaluate.VERSION, llama, model_key, made.key, self.text, self.recipe.num_tokens)
         quality = self.step("quality", f"judge {kind.name}", "quality.json", _SMALL_BYTES, *inputs)
         ref = ModelRef(self.recipe.name, kind.tag)
-        stored = matching_package(self.shop.store, ref, quality.key, force=self.force)
+        stored = matching_package(self.shop.store, ref, quality.key, draft=self.recipe.draft, force=self.force)
         return VariantPlan(kind, ref, made, quality, self.speed(f"time {kind.name}", made.key), stored)
 
 
@@ -386,7 +386,13 @@ def _package_all(planned: Plan, made: list[Path | None], report: Report, shop: W
         documents = write_documents(report, variant.type.name, svg, png, path.parent)
         models.append(
             package_variant(
-                shop.store, variant.ref, path, source=planned.source, digest=planned.digest, documents=documents
+                shop.store,
+                variant.ref,
+                path,
+                source=planned.source,
+                digest=planned.digest,
+                documents=documents,
+                draft=planned.recipe.draft,
             )
         )
     return Outcome(report, tuple(models), svg, png)

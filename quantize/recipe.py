@@ -141,6 +141,7 @@ class Recipe:
         name: Packages become `name:type`.
         num_tokens: Tokens of the report text to read, at most; half of them are scored.
         num_threads: Of the measurement; quantizing gives the same bytes with any number.
+        draft: The name of a smaller model that shall guess for the packages, where the store has it.
     """
 
     name: str
@@ -148,6 +149,7 @@ class Recipe:
     precision: Precision = "auto"
     num_tokens: int = DEFAULT_TOKENS
     num_threads: int = 1
+    draft: str | None = None
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):

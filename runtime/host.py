@@ -34,6 +34,7 @@ from edge.errors import (
     WorkerDied,
 )
 from edge.hardware.memory import oom_kills
+from edge.store.drafts import DraftChoice
 from edge.store.models import StoredModel
 from runtime import wire
 from runtime.blackbox import BlackBox
@@ -128,6 +129,7 @@ class ModelHost:
     Args:
         poison: Requests that are refused, of all models.
         reserved_bytes: Gives the memory that other models are about to take.
+        find_draft: Gives the model that shall guess for it, if one shall. Reads the store.
     """
 
     def __init__(
@@ -137,6 +139,7 @@ class ModelHost:
         poison: PoisonCabinet,
         *,
         reserved_bytes: Callable[[], int] = lambda: 0,
+        find_draft: Callable[[], DraftChoice | None] = lambda: None,
     ) -> None:
         self.settings = settings
         self.model = model
@@ -152,6 +155,9 @@ class ModelHost:
         self.last_used = time.monotonic()
         self._uses = 0.0
         self._reserved_bytes = reserved_bytes
+        self._find_draft = find_draft
+        self.draft_bytes = 0
+        """Of the draft model's files, while there is one."""
         self._samples: deque[Sample] = deque()
         self._generations: dict[int, Generation] = {}
         self._next_id = 0
@@ -483,6 +489,9 @@ class ModelHost:
     def _load_message(self, reserved_bytes: int) -> wire.Load:
         """What to load and how. Reads files."""
         s = self.settings
+        draft = self._find_draft() if s.speculation != "off" else None
+        guesser = draft.model if draft is not None else None
+        self.draft_bytes = guesser.size_bytes if guesser is not None else 0
         tuned = Tuning() if s.threads else load_tuning(s.tuning_dir, str(self.model.digest)) or Tuning()
         return wire.Load(
             path=str(self.model.weights), ref=self.ref, threads=s.threads or tuned.prefill_threads,
@@ -491,7 +500,9 @@ class ModelHost:
             speculation=s.speculation, token_interval_ms=s.token_interval_ms, decode_threads=tuned.decode_threads,
             ubatch_tokens=tuned.ubatch_tokens, flash_attention=tuned.flash_attention,
             home=str(s.home), weights_digest=self.model.weights.name, state_disk_bytes=s.state_disk_bytes,
-            pooling=self.model.details.pooling or "",
+            pooling=self.model.details.pooling or "", draft=draft.name if draft is not None else "",
+            draft_path=str(guesser.weights) if guesser is not None else "",
+            draft_problem=draft.problem if draft is not None else "",
         )  # fmt: skip
 
     async def _watch(self, stop: asyncio.Event) -> Ending:

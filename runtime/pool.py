@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from edge.config import Settings
 from edge.errors import DoesNotFit, EdgeError, ServerStopping
+from edge.store.drafts import draft_for
 from edge.store.models import ModelStore, StoredModel
 from runtime import wire
 from runtime.host import ModelHost
@@ -70,8 +71,9 @@ class Pool:
         host = self._hosts.get(name)
         if host is None or (host.model.digest != model.digest and host.state in ("unloaded", "failed")):
             host = self._hosts[name] = ModelHost(
-                self._settings, model, self.poison, reserved_bytes=lambda: self._loading_bytes(but=name)
-            )
+                self._settings, model, self.poison, reserved_bytes=lambda: self._loading_bytes(but=name),
+                find_draft=lambda: draft_for(model, self._store),
+            )  # fmt: skip
         if len(self._known) < MAX_KNOWN_NAMES:
             self._known[ref] = (version, host)
         return host
@@ -85,7 +87,9 @@ class Pool:
 
     def _loading_bytes(self, *, but: str) -> int:
         """Weights of models that are being loaded: their memory still looks free."""
-        return sum(h.model.size_bytes for h in self._hosts.values() if h.state == "loading" and h.ref != but)
+        return sum(
+            h.model.size_bytes + h.draft_bytes for h in self._hosts.values() if h.state == "loading" and h.ref != but
+        )
 
     def _store_version(self) -> tuple[int, int]:
         """Changes with every change of the store: its index is replaced whole."""

@@ -106,6 +106,11 @@ class Load(Message, frozen=True):
     home: str = ""
     weights_digest: str = ""
     state_disk_bytes: int = 0
+    draft: str = ""
+    """The name of a smaller model that guesses; empty without one."""
+    draft_path: str = ""
+    draft_problem: str = ""
+    """Why there is no such file."""
     pooling: str = ""
     """Of a model that makes embeddings or scores; empty for one that makes text."""
 
@@ -132,6 +137,10 @@ class Ready(Message, frozen=True):
     has_chat_template: bool
     build: str
     load_s: float
+    draft: str = ""
+    """The model that guesses for it."""
+    draft_problem: str = ""
+    """Why none does, where one should."""
 
 
 class Piece(msgspec.Struct, array_like=True, frozen=True):
@@ -194,6 +203,9 @@ class Heartbeat(Message, frozen=True):
     memory_bytes: int
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    drafted_by_model: int = 0
+    """Of these, what a draft model guessed."""
+    accepted_by_model: int = 0
 
 
 Ask = Generate | Embed

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -43,6 +44,10 @@ from runtime.state_dirs import states_root
 from runtime.state_files import StateFiles, open_states
 from runtime.states import MIN_STATE_TOKENS
 from runtime.texts import TextMaker
+
+if TYPE_CHECKING:
+    from runtime.backends.llama_cpp import LlamaBackend
+    from runtime.drafter import ModelDrafter
 
 log = logging.getLogger("edge.worker")
 
@@ -282,10 +287,11 @@ class Worker:
         except EdgeError as e:
             self._connection.send(wire.Step([], [failed(0, e)]))
             sys.exit(1)
+        drafter, problem = self._open_drafter(load, backend)
         self._engine = Engine(
             backend, SocketSink(self._connection), max_queue=load.max_queue, governor=_governor(load),
             observer=self._box,
-            speculator=AdaptiveSpeculator() if load.speculation == "auto" else None,
+            speculator=AdaptiveSpeculator(drafter) if load.speculation == "auto" else None,
             token_interval_s=load.token_interval_ms / 1000, disk=files,
         )  # fmt: skip
         self._serving, self._take = self._engine, self._generate
@@ -296,6 +302,7 @@ class Worker:
             wire.Ready(
                 facts.description, facts.architecture, facts.num_parameters, can.context_tokens, can.num_cells,
                 can.num_slots, facts.vocab_size, facts.chat_template is not None, _build(), time.monotonic() - started,
+                load.draft if drafter is not None else "", problem,
             )
         )  # fmt: skip
         limit_memory(self._budget_bytes)
@@ -304,6 +311,8 @@ class Worker:
         if files is not None:
             self._engine.persist()
             files.close(timeout_s=PERSIST_S)
+        if drafter is not None:
+            drafter.close()
         backend.close()
 
     def _serve_encoder(self, load: wire.Load, started: float) -> None:
@@ -357,7 +366,22 @@ class Worker:
                     log.warning("the pinned prefix %s has no room any more and is removed", found.pin)
                 files.remove(found.scope, found.tokens)
 
-    def _open(self, load: wire.Load, *, disk_bytes: int) -> Backend:
+    def _open_drafter(self, load: wire.Load, backend: LlamaBackend) -> tuple[ModelDrafter | None, str]:
+        """The draft model, in memory that is left; or why the model is served without one."""
+        from runtime.backends.llama_draft import open_drafter
+
+        if not load.draft_path:
+            return None, load.draft_problem
+        # The model's weights are pages of a file that still count as available.
+        room = available_bytes() - load.reserved_bytes - self._budget_bytes - Path(load.path).stat().st_size
+        try:
+            threads = load.threads or usable_cores()
+            return open_drafter(Path(load.draft_path), backend, threads=threads, available_bytes=max(0, room)), ""
+        except EdgeError as e:
+            log.warning("%s is served without its draft model %s: %s", load.ref, load.draft, e.message)
+            return None, e.message
+
+    def _open(self, load: wire.Load, *, disk_bytes: int) -> LlamaBackend:
         from runtime.backends.llama_cpp import UBATCH_TOKENS, LlamaBackend, LlamaOptions
 
         options = LlamaOptions(
@@ -436,6 +460,7 @@ class Worker:
                     stats.steps, q.num_waiting, q.num_running, q.num_preemptions, q.cells_used,
                     stats.prompt_tokens, stats.output_tokens, resident,
                     stats.speculation.num_drafted, stats.speculation.num_accepted,
+                    stats.speculation.num_drafted_by_model, stats.speculation.num_accepted_by_model,
                 )
             )  # fmt: skip
             time.sleep(HEARTBEAT_S)

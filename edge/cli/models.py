@@ -16,6 +16,7 @@ from edge.cli.main import settings_from
 from edge.cli.options import complete_models, human_size, json_option, open_store, store_option
 from edge.errors import ConfigError, EdgeError
 from edge.store.details import QUANTIZED_FROM, short_count
+from edge.store.drafts import draft_for
 from edge.store.models import Collected, FileCheck, ModelStore, StoredModel
 from runtime.state_dirs import remove_states
 
@@ -38,6 +39,7 @@ def model_json(model: StoredModel) -> dict[str, object]:
         "context_tokens": model.context_tokens,
         "pooling": model.details.pooling,
         "adapter": model.details.adapter,
+        "draft": model.details.draft,
         "license": model.license,
         "source": model.source,
         "made_from": model.manifest.annotations.get(QUANTIZED_FROM),
@@ -155,7 +157,8 @@ def show(ref: str, *, store_dir: Path | None, as_json: bool) -> None:
       edge show smollm2:135m-instruct
       llama-cli -m "$(edge show smollm2:135m-instruct --json | jq -r '.files[0].path')"
     """
-    model = open_store(store_dir).get(ref)
+    store = open_store(store_dir)
+    model = store.get(ref)
     if as_json:
         print_json(model_json(model))
         return
@@ -171,6 +174,7 @@ def show(ref: str, *, store_dir: Path | None, as_json: bool) -> None:
         "licence": model.license,
         **_origin(model),
         **({"sampling": _sampling(model)} if model.kind == "text" else {}),
+        **_draft_facts(model, store),
         "added": _date(model.created),
         "size": human_size(model.size_bytes),
     }
@@ -191,6 +195,12 @@ def _adapter_facts(model: StoredModel) -> dict[str, str | None]:
         "made for": adapter.base,
         "ask it with": f"MODEL+{name}",
     }
+
+
+def _draft_facts(model: StoredModel, store: ModelStore) -> dict[str, str | None]:
+    if (choice := draft_for(model, store)) is None:
+        return {}
+    return {"draft model": f"{choice.name} (not to be had: {choice.problem})" if choice.problem else choice.name}
 
 
 def _origin(model: StoredModel) -> dict[str, str | None]:

@@ -32,7 +32,9 @@ def json_option(command: _F) -> _F:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
-_OF_A_STORE = frozenset({"oci-layout", "index.json", "index.json.new", "pins.json", "blobs", "ingest", "lock"})
+_OF_A_STORE = frozenset(
+    {"oci-layout", "index.json", "index.json.new", "pins.json", "drafts.json", "blobs", "ingest", "lock"}
+)
 
 
 def open_store(store_dir: Path | None, *, create: bool = False) -> ModelStore:

@@ -19,6 +19,7 @@ from edge.cli.main import settings_from
 from edge.cli.models import print_json
 from edge.cli.options import as_wrong_usage, complete_models_and_files, how_to_ask, human_size, json_option
 from edge.errors import RecipeError
+from edge.store.manifest import ModelRef
 from edge.store.models import ModelStore
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ def _complete_types(_ctx: click.Context, _param: click.Parameter, incomplete: st
 @click.option("--tokens", type=click.IntRange(min=1), metavar="N",
               help="Tokens to judge on: more is slower and surer. [default: 4096]")  # fmt: skip
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="[default: every core]")
+@click.option(
+    "--draft", metavar="MODEL", help="A much smaller model that shall guess for the packages: see edge draft."
+)
 @click.option("--force", is_flag=True, help="Replace packages of the same name, and do every step again.")
 @click.option("--dry-run", is_flag=True, help="Print the steps and the disk space they take, and do nothing.")
 @json_option
@@ -57,6 +61,7 @@ def quantize(
     precision: str,
     tokens: int | None,
     threads: int | None,
+    draft: str | None,
     force: bool,
     dry_run: bool,
     as_json: bool,
@@ -88,6 +93,7 @@ def quantize(
             precision="f16" if precision == "f16" else "f32" if precision == "f32" else "auto",
             num_tokens=tokens or DEFAULT_TOKENS,
             num_threads=threads or settings.threads or len(os.sched_getaffinity(0)),
+            draft=None if draft is None else str(ModelRef.parse(draft)),
         )
     with _progress() as show:
         planned = plan(found, recipe, shop, force=force)

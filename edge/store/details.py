@@ -23,6 +23,7 @@ CONTEXT = f"{OURS}context-tokens"
 POOLING = f"{OURS}pooling"
 SOURCE = f"{OURS}source"
 SAMPLING = f"{OURS}sampling"
+DRAFT = f"{OURS}draft"
 QUANTIZED_FROM = f"{OURS}quantized-from"
 """What the makers of a quantized model called its source; nothing that can be fetched."""
 TENSOR_TYPES = f"{OURS}tensor-types"
@@ -73,6 +74,8 @@ class ModelDetails:
     created: float | None = None
     """Unix time at which the model was made; None keeps equal models' digests equal."""
     sampling: Sampling = field(default_factory=Sampling)
+    draft: str | None = None
+    """The name of a smaller model with the same vocabulary that guesses for it, where the store has that model."""
     adapter: AdapterDetails | None = None
     """Of an adapter; None of a model."""
     annotations: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -92,8 +95,9 @@ class ModelDetails:
 
 
 def details_of(
-    gguf: GgufFile, *, source: str | None = None, license: str | None = None, sampling: Sampling | None = None
-) -> ModelDetails:
+    gguf: GgufFile, *, source: str | None = None, license: str | None = None, sampling: Sampling | None = None,
+    draft: str | None = None,
+) -> ModelDetails:  # fmt: skip
     """Fill the details from a GGUF's metadata; `license` overrides the file's own word."""
     types = Counter(tensor.type for tensor in gguf.tensors)
     listed = ", ".join(f"{name} {count}" for name, count in sorted(types.items()))
@@ -107,6 +111,7 @@ def details_of(
         source=source,
         title=_clean(gguf.text("general.name")),
         sampling=sampling or Sampling(),
+        draft=draft,
         adapter=_adapter_details(gguf),
         annotations={TENSOR_TYPES: listed},
     )
@@ -149,6 +154,7 @@ def annotations_of(details: ModelDetails) -> dict[str, str]:
         CONTEXT: details.context_tokens,
         POOLING: details.pooling,
         SOURCE: details.source,
+        DRAFT: details.draft,
         ADAPTER_TYPE: details.adapter and details.adapter.type,
         ADAPTER_RANK: details.adapter and details.adapter.rank,
         ADAPTER_BASE: details.adapter and details.adapter.base,
@@ -171,6 +177,7 @@ def details_from(manifest: Manifest, config: ModelConfig) -> ModelDetails:
         title=_clean(config.descriptor.title),
         format=config.config.format or "gguf",
         sampling=_sampling(notes.get(SAMPLING)),
+        draft=_clean(notes.get(DRAFT)),
         adapter=_adapter_from(notes),
     )
 

@@ -54,6 +54,8 @@ REPORT_NAME = "report.json"
 PARTIAL_KEPT_S = 7 * 86400.0
 PINS_NAME = "pins.json"
 """Beside the index: the names of pinned models, as a JSON list."""
+DRAFTS_NAME = "drafts.json"
+"""Beside the index too: for models by name, the name of the draft model that the operator chose, empty for none."""
 log = logging.getLogger("edge.store")
 
 _LOCK_TIMEOUT_S = 60.0
@@ -412,6 +414,7 @@ class ModelStore:
             found = self._resolve(ref, models_of(self._read_index()))
             self._set_entry(found, None)
             self._write_pin(found, is_pinned=False)
+            self._write_draft(found, None)
         return found
 
     def pins(self) -> frozenset[str]:
@@ -436,6 +439,42 @@ class ModelStore:
             found = self._resolve(ref, models_of(self._read_index()))
             self._write_pin(found, is_pinned=is_pinned)
         return found
+
+    def drafts(self) -> dict[str, str]:
+        """The draft models that the operator chose, by the model they guess for; empty where none shall. A damaged list
+        counts as an empty one."""
+        path = self.root / DRAFTS_NAME
+        if not path.exists():
+            return {}
+        try:
+            return decode(_read_document(path), dict[str, str], what=DRAFTS_NAME)
+        except (InvalidModelFile, StoreError) as e:
+            log.warning("no draft model counts as chosen: %s", e)
+            return {}
+
+    def set_draft(self, ref: str | ModelRef, draft: str | ModelRef | None) -> ModelRef:
+        """Have a model of the store guess for another; "" for none, None for what the package says. Gives the model.
+
+        Raises:
+            ModelNotFound: There is none of that name.
+            UnsupportedFormat: One of them makes no text.
+        """
+        self._prepare()
+        model, guesser = self.get(ref), self.get(draft) if draft else None
+        for one in (model, guesser):
+            if one is not None and one.kind != "text":
+                raise UnsupportedFormat(f"'{one.ref}' makes no text.", hint="Models that do: edge list.")
+        with self._lock():
+            self._write_draft(model.ref, str(guesser.ref) if guesser else draft and str(draft))
+        return model.ref
+
+    def _write_draft(self, ref: ModelRef, draft: str | None) -> None:
+        before = self.drafts()
+        after = {name: chosen for name, chosen in before.items() if name != str(ref)}
+        if draft is not None:
+            after[str(ref)] = draft
+        if after != before:
+            write_file(self._files, self.root / DRAFTS_NAME, msgspec.json.encode(dict(sorted(after.items()))))
 
     def _write_pin(self, ref: ModelRef, *, is_pinned: bool) -> None:
         before = self.pins()

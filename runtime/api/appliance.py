@@ -105,6 +105,10 @@ class Appliance:
             text="Tokens guessed and checked by the engines that run.")  # fmt: skip
         add("edge.speculation.accepted", lambda: float(sum(b.accepted_tokens for b in beats())), unit="{token}",
             text="Tokens guessed right by the engines that run.")  # fmt: skip
+        add("edge.speculation.draft_model.drafted", lambda: float(sum(b.drafted_by_model for b in beats())),
+            unit="{token}", text="Of the tokens guessed, those of draft models.")  # fmt: skip
+        add("edge.speculation.draft_model.accepted", lambda: float(sum(b.accepted_by_model for b in beats())),
+            unit="{token}", text="Of the tokens guessed right, those of draft models.")  # fmt: skip
         add("edge.workers.restarts", lambda: float(sum(h.num_restarts for h in hosts())), text="Engines restarted.")
 
     async def close(self) -> None:
@@ -294,6 +298,11 @@ class Appliance:
             for m in models
             if m.state == "failed"
         ]
+        alerts += [
+            Alert(level="warning", what=f"{m.ref} has no draft model: {m.draft_problem}", fix=f"edge draft {m.ref}")
+            for m in models
+            if m.draft_problem is not None
+        ]
         if num := self.pool.poison.num_refused:
             what = f"requests that ended the engine twice are refused: {num}"
             alerts.append(Alert(level="warning", what=what, fix="edge replay"))
@@ -391,8 +400,10 @@ def _add_runtime(info: ModelInfo, host: ModelHost) -> None:
     info.loaded_s = time.monotonic() - host.ready_since if host.ready_since is not None else None
     if host.ready is not None:
         info.kv_cells = host.ready.num_cells
+        info.draft, info.draft_problem = host.ready.draft or None, host.ready.draft_problem or None
     if (beat := host.heartbeat) is not None:
         info.memory_bytes, info.kv_cells_used, info.requests_waiting = beat.memory_bytes, beat.cells_used, beat.waiting
+        info.drafted_tokens, info.draft_accepted_tokens = beat.drafted_by_model, beat.accepted_by_model
 
 
 def appliance_of(state: State) -> Appliance:

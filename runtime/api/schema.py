@@ -46,6 +46,13 @@ class ModelInfo(msgspec.Struct, kw_only=True):
     """Tokens generated per second over the last few seconds."""
     prefill_tok_s: float = 0.0
     num_restarts: int = 0
+    draft: str | None = None
+    """The smaller model that guesses for it."""
+    draft_problem: str | None = None
+    """Why none does, where one should."""
+    drafted_tokens: int = 0
+    """Guesses of the draft model that were checked, and those of them that were right."""
+    draft_accepted_tokens: int = 0
     loaded_s: float | None = None
     """Seconds since the model became ready."""
     is_pinned: bool = False

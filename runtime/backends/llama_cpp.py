@@ -40,6 +40,10 @@ NARROW_TOKENS = 16
 KV_SHARE = 0.5
 """Share of the memory left after the weights that the cells may take."""
 
+MAX_VOCAB_DIFFERENCE, FIRST_TEXT_TOKEN = 128, 5
+"""Tokens that one of two vocabularies may have more, as padding does; and those at the beginning whose names may
+differ (llama.cpp, common/speculative.cpp)."""
+
 
 @dataclass(frozen=True, slots=True)
 class LlamaOptions:
@@ -121,6 +125,27 @@ class LlamaTokenizer:
     def eog_tokens(self) -> frozenset[TokenId]:
         """Tokens with which the model ends an answer."""
         return self._eog_tokens
+
+    def difference(self, other: LlamaTokenizer) -> str | None:
+        """Why tokens of the one mean something else to the other, if they do.
+
+        Source: llama.cpp, `common_speculative_are_compatible` (common/speculative.cpp).
+        """
+        lib, one, two = self._lib, self._vocab, other._vocab
+        for what in ("type", "get_add_bos", "get_add_eos"):
+            read = getattr(lib, f"llama_vocab_{what}")
+            if read(one) != read(two):
+                return f"they differ in {what.removeprefix('get_')}"
+        for name in ("bos", "eos"):
+            adds, read = getattr(lib, f"llama_vocab_get_add_{name}"), getattr(lib, f"llama_vocab_{name}")
+            if adds(one) and read(one) != read(two):
+                return f"they differ in {name}"
+        shared = min(self.vocab_size, other.vocab_size)
+        if abs(self.vocab_size - other.vocab_size) > MAX_VOCAB_DIFFERENCE:
+            return f"one has {self.vocab_size:,} tokens, the other {other.vocab_size:,}"
+        text = lib.llama_vocab_get_text
+        differing = (t for t in range(FIRST_TEXT_TOKEN, shared) if text(one, t) != text(two, t))
+        return None if (found := next(differing, None)) is None else f"token {found} is another one"
 
     @cached_property
     def control_texts(self) -> tuple[str, ...]:

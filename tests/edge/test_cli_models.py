@@ -269,3 +269,30 @@ def test_pins_are_kept_listed_and_go_with_their_model(
     assert store.pins() == frozenset()
     (store.root / "pins.json").write_bytes(b"{")
     assert store.pins() == frozenset()
+
+
+def test_draft_models_are_chosen_listed_and_go_with_their_model(
+    store: ModelStore, gguf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def listed(*args: str) -> list[tuple[str, str | None]]:
+        found = json.loads(Ran(capsys, "draft", *args, "--json").out)["drafts"]
+        return [(d["model"], d["draft"]) for d in found]
+
+    add_model(store, "one:f32", gguf)
+    add_model(store, "two:f32", gguf)
+    assert listed() == []
+    assert listed("one", "two") == [("one:f32", "two:f32")]
+    assert listed() == [("one:f32", "two:f32")]
+    assert "draft model  two:f32" in Ran(capsys, "show", "one").out
+    assert listed("one", "--off") == [("one:f32", None)]
+    assert listed() == []
+    assert Ran(capsys, "draft", "one", "none").code == 3
+    assert Ran(capsys, "draft", "--off").code == 2
+    assert Ran(capsys, "draft", "one", "two", "--reset").code == 2
+    store.set_draft("one", "two")
+    store.remove("two")
+    assert "not to be had" in Ran(capsys, "show", "one").out
+    store.remove("one")
+    assert store.drafts() == {}
+    (store.root / "drafts.json").write_bytes(b"[")
+    assert store.drafts() == {}
