@@ -27,6 +27,7 @@ from edge.errors import BackendError, ContextOverflow, EdgeError, InvalidRequest
 from edge.formats.gguf import read_gguf
 from edge.formats.lora import check_finite, read_lora
 from edge.hardware.memory import available_bytes, cpu_quota, data_bytes, usable_cores
+from edge.native.malloc import give_large_blocks_back
 from runtime import wire
 from runtime.adapters import adapter_set
 from runtime.backends.base import Backend
@@ -541,6 +542,7 @@ def main() -> None:
     fd, box_fd, parent = (int(arg) for arg in sys.argv[1:4])
     die_with_parent(parent)
     limit_process()
+    give_large_blocks_back()
     for asked in (signal.SIGINT, signal.SIGTERM):  # a terminal or a service manager signals us too; the front drains
         signal.signal(asked, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
