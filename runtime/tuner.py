@@ -130,6 +130,8 @@ def measure(path: Path, setting: Setting) -> Measure:
     )  # fmt: skip
     backend = LlamaBackend(path, options)
     try:
+        for _ in backend.settle():
+            pass  # as it will be served
         size = backend.facts.vocab_size
         tokens = [i * 7919 % size for i in range(PROMPT_TOKENS + ANSWER_TOKENS)]
         sequence = Sequence(Request(RequestId(0), tuple(tokens), 1), 0)

@@ -22,6 +22,7 @@ from edge.errors import DeadlineExceeded, EdgeError, WorkerDied
 from edge.store.models import StoredModel
 from runtime.host import ModelHost
 from runtime.poison import Case, PoisonCabinet
+from runtime.tuning import load_tuning, save_tuning
 
 LOAD_S = 600.0
 
@@ -110,6 +111,8 @@ def _run(settings: Settings, case: Case, *, timeout_s: float) -> Outcome:
     click.echo(f"running {case.id} in an engine of its own …", err=True)
     with tempfile.TemporaryDirectory(prefix="edge-replay-") as home:
         alone = dataclasses.replace(settings, home=Path(home), state_disk_bytes=0)
+        if (tuning := load_tuning(settings.tuning_dir, str(model.digest))) is not None:
+            save_tuning(alone.tuning_dir, str(model.digest), tuning)  # else it is not what ended the engine
         return asyncio.run(_outcome(alone, model, case, timeout_s=timeout_s))
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from runtime.tuner import Bench, Setting
+from edge.store.models import ModelStore
+from runtime.backends.llama_cpp import LlamaBackend
+from runtime.batch import Batch
+from runtime.tuner import Bench, Setting, measure
 from runtime.tuning import Measure, Tuning, load_tuning, save_tuning, tuning_path
-from tests.support import DEFAULT_MODEL, run_edge
+from tests.support import DEFAULT_MODEL, SEED, run_edge
 
 
 def tune(speeds: Callable[[Setting], tuple[float, float]], *, cores: int, seconds: float) -> tuple[Tuning, float]:
@@ -65,6 +68,28 @@ def test_a_damaged_file_is_passed_over(tmp_path: Path, damage: bytes) -> None:
     assert load_tuning(tmp_path, "sha256:cd") is None
     tuning_path(tmp_path, "sha256:ab").write_bytes(damage)
     assert load_tuning(tmp_path, "sha256:ab") is None
+
+
+def test_a_model_is_measured_as_it_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    decode = LlamaBackend.decode
+
+    def settle(_: LlamaBackend) -> Iterator[object]:
+        for part in ("one part", "another"):
+            events.append(part)
+            yield part
+
+    def note(backend: LlamaBackend, batch: Batch) -> object:
+        events.append(f"{batch.num_tokens} tokens")
+        return decode(backend, batch)
+
+    monkeypatch.setattr(LlamaBackend, "settle", settle)
+    monkeypatch.setattr(LlamaBackend, "decode", note)
+    monkeypatch.setattr("runtime.tuner.PROMPT_TOKENS", 32)
+    found = measure(ModelStore(SEED).get(DEFAULT_MODEL).weights, Setting(128, None, 1))
+    assert events[:2] == ["one part", "another"], "on huge pages, before anything is computed"
+    assert set(events[2:]) == {"16 tokens", "32 tokens", "1 tokens"}
+    assert min(found.prefill_tok_s, found.decode_tok_s) > 0
 
 
 def test_the_command_measures_keeps_shows_and_forgets(tmp_path: Path) -> None:
