@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from edge.errors import ConfigError
 
@@ -32,6 +34,20 @@ class Settings:
     home: Path
     host: str = "127.0.0.1"
     port: int = 8080
+    require_keys: str = "auto"
+    """`auto` asks for API keys where others than this machine's programs can get through; `on` always, but on the Unix
+    socket."""
+    tls_cert: str = ""
+    """PEM file with the certificate, and those between it and its issuer; read again when it changes."""
+    tls_key: str = ""
+    """PEM file with its private key."""
+    tls_by_proxy: str = ""
+    """Who ends TLS in front of this appliance, in words; empty is nobody."""
+    cors_origins: str = ""
+    """Web pages that may use the API besides those of this machine: ``https://panel.example``, separated by commas."""
+    allowed_hosts: str = ""
+    """Names of this device, separated by commas, that requests over TCP may ask for; empty is its own address, or any
+    name where keys are required."""
     default_model: str = "smollm2:135m-instruct"
     threads: int = 0
     """Threads of one engine; 0 means every core this process may run on."""
@@ -96,6 +112,54 @@ class Settings:
     def telemetry_db(self) -> Path:
         return self.home / "telemetry.db"
 
+    @property
+    def state_db(self) -> Path:
+        """Keys, usage and the audit log."""
+        return self.home / "state.db"
+
+    @property
+    def needs_keys(self) -> bool:
+        """Whether a request over TCP needs an API key."""
+        return self.require_keys == "on" or bool(self.tls_by_proxy) or not is_loopback(self.host)
+
+    @property
+    def url(self) -> str:
+        """Where this machine's programs reach the appliance."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104  # compared, not bound
+        return f"http{'s' if self.tls_cert else ''}://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only programs of this machine reach this address.
+
+    Raises:
+        ConfigError: It is no address.
+    """
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError as e:
+        raise ConfigError(f"host must be an IP address or 'localhost', got {host!r}.") from e
+
+
+def listed(text: str) -> frozenset[str]:
+    """The members of a list that is separated by commas, in lower case."""
+    return frozenset(part.strip().lower() for part in text.split(",")) - {""}
+
+
+API_KEY, CA_FILE = "EDGE_API_KEY", "EDGE_CA_FILE"
+
+
+def client_key(environ: Mapping[str, str]) -> str | None:
+    """The API key that commands present to an appliance. No setting, so that nothing shows it.
+
+    Raises:
+        ConfigError: It cannot stand in a header.
+    """
+    key = environ.get(API_KEY, "").strip()
+    if not all("!" <= c <= "~" for c in key):
+        raise ConfigError(f"{API_KEY} is no API key: it has characters that no key has.")
+    return key or None
+
 
 _SETTABLE = {f.name: f for f in dataclasses.fields(Settings) if f.name not in ("home", "origins")}
 
@@ -130,12 +194,31 @@ def _check(settings: Settings) -> Settings:
     for name, low in _LEAST.items():
         if getattr(settings, name) < low:
             raise ConfigError(f"{name} must be at least {low}, got {getattr(settings, name)}.")
-    for name in ("preload", "speculation"):
-        if getattr(settings, name) not in ("auto", "off"):
-            raise ConfigError(f"{name} must be auto or off, got {getattr(settings, name)!r}.")
+    for name, other in (("preload", "off"), ("speculation", "off"), ("require_keys", "on")):
+        if getattr(settings, name) not in ("auto", other):
+            raise ConfigError(f"{name} must be auto or {other}, got {getattr(settings, name)!r}.")
+    if bool(settings.tls_cert) != bool(settings.tls_key):
+        raise ConfigError("tls_cert and tls_key go together.", hint="Give the files of a certificate and of its key.")
+    for origin in listed(settings.cors_origins):
+        _check_origin(origin)
     if settings.gateway_url and not settings.gateway_url.startswith(("http://", "https://")):
         raise ConfigError(f"gateway_url must begin with http:// or https://, got {settings.gateway_url!r}.")
     return settings
+
+
+def _check_origin(origin: str) -> None:
+    """Pages are named as their browsers name them (RFC 6454, section 6.2): one of another form would never match."""
+    try:
+        parts = urlsplit(origin)
+        is_page = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        is_good = is_page and origin == f"{parts.scheme}://{parts.netloc}" and "@" not in origin
+    except ValueError:
+        is_good = False
+    if not is_good:
+        raise ConfigError(
+            f"cors_origins must be like https://panel.example or http://10.0.0.7:3000, got {origin!r}.",
+            hint="'*' is not taken: any page that anybody shows could then use this appliance.",
+        )
 
 
 def read_config_file(path: Path) -> dict[str, object]:

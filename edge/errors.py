@@ -92,6 +92,46 @@ class Forbidden(EdgeError):
     code = "forbidden"
 
 
+class Unauthorized(EdgeError):
+    """Nobody, or somebody whose key is none."""
+
+    code = "invalid_api_key"
+
+
+class RateLimited(EdgeError):
+    """A key has used up what it may use for now."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(self, what: str, *, retry_after_s: float) -> None:
+        super().__init__(f"This key has used up its {what}.", hint=f"Try again in {retry_after_s:.0f} s.")
+        self.what = what
+        self.retry_after_s = retry_after_s
+
+
+class KeyNotFound(EdgeError):
+    """No API key has that name or id."""
+
+    code = "key_not_found"
+
+    def __init__(self, name: str, *, hint: str | None = None) -> None:
+        super().__init__(f"There is no key {name[:100]!r}.", hint=hint or "See what keys there are: edge key list.")
+        self.name = name
+
+
+class AuditBroken(EdgeError):
+    """The audit log is not what was written to it."""
+
+    code = "audit_broken"
+
+    def __init__(self, seq: int, what: str) -> None:
+        super().__init__(
+            f"The audit log is not as it was written: line {seq} {what}.",
+            hint="Compare with a backup of state.db, and with the head in the telemetry of the time before.",
+        )
+        self.seq = seq
+
+
 class InvalidReference(EdgeError):
     """A model name or source that cannot be parsed."""
 

@@ -10,6 +10,7 @@ import gc
 import logging
 import socket
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -22,6 +23,7 @@ from runtime.api.app import create_app
 from runtime.api.appliance import Appliance
 from runtime.logs import RecentLines
 from runtime.pool import Pool
+from runtime.tls import TlsFiles
 
 log = logging.getLogger("edge.server")
 
@@ -31,10 +33,32 @@ DRAIN_S = 30.0
 class _Server(uvicorn.Server):
     """uvicorn, with a drain of our own on the first signal; the second ends at once."""
 
-    def __init__(self, config: uvicorn.Config, on_signal: Callable[[], object]) -> None:
+    def __init__(self, config: uvicorn.Config, tls: TlsFiles | None, on_signal: Callable[[], object]) -> None:
         super().__init__(config)
+        self._tls = tls
         self._on_signal = on_signal
         self._was_asked = False
+
+    @override
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's, with TLS on TCP only: nobody listens in on a Unix socket."""
+        if self._tls is None:
+            await super().startup(sockets)
+            return
+        tcp = [s for s in sockets or [] if s.family != socket.AF_UNIX]
+        await super().startup([s for s in sockets or [] if s not in tcp])
+        self.started = False
+        make: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
+        protocol = partial(
+            make, config=self.config, server_state=self.server_state, app_state=self.lifespan.state, _loop=None
+        )
+        for sock in tcp:
+            self.servers.append(
+                await asyncio.get_running_loop().create_server(
+                    protocol, sock=sock, ssl=self._tls.context, backlog=self.config.backlog
+                )
+            )
+        self.started = True
 
     @override
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -50,6 +74,7 @@ async def answer(
     pool: Pool,
     logs: RecentLines,
     sockets: list[socket.socket],
+    tls: TlsFiles | None,
     on_ready: Callable[[], None],
 ) -> None:
     """Answer requests on these sockets until a signal, then drain.
@@ -62,9 +87,11 @@ async def answer(
     config = uvicorn.Config(
         create_app(appliance), log_config=None, access_log=False, http="httptools", ws="none",
         timeout_keep_alive=75, timeout_graceful_shutdown=5, server_header=False,
+        # Whose address a proxy names is believed only where the operator says that there is one.
+        proxy_headers=bool(settings.tls_by_proxy),
     )  # fmt: skip
     draining = asyncio.Event()
-    server = _Server(config, lambda: loop.call_soon_threadsafe(draining.set))
+    server = _Server(config, tls, lambda: loop.call_soon_threadsafe(draining.set))
 
     async def drain() -> None:
         await draining.wait()

@@ -28,8 +28,11 @@ differ a little."""
 
 
 def fingerprint(message: wire.Ask, *, engine: str) -> Fingerprint:
-    """What makes two requests the same: all but the id, for one model and version of the engine."""
-    body = msgspec.msgpack.encode(msgspec.structs.replace(message, id=0))
+    """What makes two requests the same: all but the id and whose it is, for one model and version of the engine."""
+    message = msgspec.structs.replace(message, id=0)
+    if isinstance(message, wire.Generate):
+        message = msgspec.structs.replace(message, tenant="")
+    body = msgspec.msgpack.encode(message)
     return Fingerprint(hashlib.blake2b(engine.encode() + b"\0" + body, digest_size=8).hexdigest())
 
 

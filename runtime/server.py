@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import ipaddress
 import logging
 import os
 import socket
@@ -12,32 +11,38 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from edge.config import Settings
+from edge.access.keys import read_keys
+from edge.config import Settings, is_loopback
 from edge.errors import ConfigError, EdgeError
 from edge.store.models import ModelStore
 from runtime.logs import RecentLines
 from runtime.pool import Pool
+from runtime.tls import TlsFiles
 
 log = logging.getLogger("edge.server")
 
 
-def check_bind(host: str) -> None:
-    """Refuse an address that others can reach: this version has no keys.
+def check_bind(settings: Settings) -> None:
+    """Refuse an address that others can reach, unless they need a key, and nobody on the way can read it.
 
     Raises:
-        ConfigError: The address is not a loopback one.
+        ConfigError: There is no valid key, or nothing that ends TLS.
     """
-    if host == "localhost":
+    if is_loopback(settings.host):
         return
-    try:
-        if ipaddress.ip_address(host).is_loopback:
-            return
-    except ValueError as e:
-        raise ConfigError(f"host must be an IP address or 'localhost', got {host!r}.") from e
-    raise ConfigError(
-        f"Serving on {host} would let anyone on the network use this device: this version has no API keys.",
-        hint="Bind 127.0.0.1, or share the Unix socket, and put a proxy that authenticates in front.",
-    )
+    fixes: list[str] = []
+    if not any(key.revoked_s is None for key in read_keys(settings.state_db)):
+        fixes.append("make an API key: edge key create")
+    if not settings.tls_cert and not settings.tls_by_proxy:
+        fixes.append(
+            "give a certificate: --tls-cert FILE --tls-key FILE; or name what ends TLS in front of this appliance: "
+            "--tls-by-proxy nginx"
+        )
+    if fixes:
+        raise ConfigError(
+            f"Serving on {settings.host} would let anyone on the network use this device, or read what is sent to it.",
+            hint=f"Before that, {'; and '.join(fixes)}. Or bind 127.0.0.1.",
+        )
 
 
 def _tcp_socket(host: str, port: int) -> socket.socket:
@@ -83,13 +88,18 @@ def _unix_socket(path: Path) -> socket.socket:
 
 
 async def _serve(
-    settings: Settings, store: ModelStore, logs: RecentLines, sockets: list[socket.socket], on_ready: Callable[[], None]
+    settings: Settings,
+    store: ModelStore,
+    logs: RecentLines,
+    sockets: list[socket.socket],
+    tls: TlsFiles | None,
+    on_ready: Callable[[], None],
 ) -> None:
     pool = Pool(settings, store)
     if settings.preload == "auto":
         await pool.preload(settings.default_model)
     front = await asyncio.to_thread(importlib.import_module, "runtime.front")  # 0.3 s, while the engine starts
-    await front.answer(settings, store, pool, logs, sockets, on_ready)
+    await front.answer(settings, store, pool, logs, sockets, tls, on_ready)
 
 
 def serve(settings: Settings, logs: RecentLines, *, on_ready: Callable[[int], None]) -> None:
@@ -99,17 +109,18 @@ def serve(settings: Settings, logs: RecentLines, *, on_ready: Callable[[int], No
         on_ready: Called once, with the TCP port, when both addresses answer.
 
     Raises:
-        ConfigError: An address cannot be taken.
+        ConfigError: An address cannot be taken, or is open to others; or the certificate cannot be used.
         StoreError: The store cannot be opened.
     """
-    check_bind(settings.host)
+    check_bind(settings)
+    tls = TlsFiles(settings.tls_cert, settings.tls_key) if settings.tls_cert else None
     sockets = [_tcp_socket(settings.host, settings.port)]
     try:
         sockets.append(_unix_socket(settings.socket_path))
         store = ModelStore(settings.store_dir, seed=settings.seed)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             port: int = sockets[0].getsockname()[1]
-            runner.run(_serve(settings, store, logs, sockets, lambda: on_ready(port)))
+            runner.run(_serve(settings, store, logs, sockets, tls, lambda: on_ready(port)))
     except KeyboardInterrupt:
         log.warning("stopped at once by a second signal")
     except OSError as e:

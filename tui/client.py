@@ -7,6 +7,7 @@ size; every failure is an `EdgeError`.
 from __future__ import annotations
 
 import contextlib
+import ssl
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from edge.errors import (
     BackendError,
     ConfigError,
     EdgeError,
+    Forbidden,
     GatewayUnavailable,
     InvalidReference,
     InvalidRequest,
@@ -31,6 +33,7 @@ from edge.errors import (
     ServerUnavailable,
     SourceUnavailable,
     StoreError,
+    Unauthorized,
     UnsupportedFormat,
 )
 from runtime.api.schema import (
@@ -67,7 +70,7 @@ SILENCE_TIMEOUT_S = 10.0
 _PLAIN_ERRORS: dict[str, type[EdgeError]] = {
     kind.code: kind
     for kind in (
-        BackendError, ConfigError, GatewayUnavailable, InvalidReference, ServerStopping, ServerUnavailable,
+        BackendError, ConfigError, Forbidden, GatewayUnavailable, InvalidReference, ServerStopping, ServerUnavailable,
         SourceUnavailable, StoreError, UnsupportedFormat,
     )
 }  # fmt: skip
@@ -142,6 +145,14 @@ class _OpenAIError(msgspec.Struct):
     error: _OpenAIErrorBody
 
 
+class _Name(msgspec.Struct):
+    id: str
+
+
+class _Names(msgspec.Struct):
+    data: list[_Name]
+
+
 class _Delta(msgspec.Struct):
     content: str | None = None
 
@@ -177,9 +188,9 @@ class Address:
 class _AddressTransport(httpx.AsyncBaseTransport):
     """Sends each request over the socket or over TCP, as the address is at that moment."""
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: Address, ca_file: Path | None) -> None:
         self._address = address
-        self._tcp = httpx.AsyncHTTPTransport()
+        self._tcp = httpx.AsyncHTTPTransport(verify=_trusting(ca_file) if ca_file else True)
         self._unix = httpx.AsyncHTTPTransport(uds=str(address.socket)) if address.socket else self._tcp
 
     @override
@@ -199,6 +210,8 @@ class RuntimeClient:
     Args:
         address: Where it answers. A wrong URL is a `ConfigError`.
         transport: Takes the place of the network, for tests.
+        key: The API key to present.
+        ca_file: Certificates (PEM) to believe instead of the usual ones. A file that cannot be read is a `ConfigError`.
         read_only: Refuse, with `InvalidRequest` and before anything is sent, whatever is not a question.
 
     Every call raises `ServerUnavailable` when nobody answers, `InvalidReply` when the answer is not the API's, and the
@@ -206,14 +219,16 @@ class RuntimeClient:
     """
 
     def __init__(
-        self, address: Address, *, transport: httpx.AsyncBaseTransport | None = None, read_only: bool = False
-    ) -> None:
+        self, address: Address, *, transport: httpx.AsyncBaseTransport | None = None, key: str | None = None,
+        ca_file: Path | None = None, read_only: bool = False,
+    ) -> None:  # fmt: skip
         self.address = address
         self._read_only = read_only
         # Without the environment: a proxy for the world must not see requests to this device.
         self._http = httpx.AsyncClient(
-            base_url=_parse_url(address.url), transport=transport or _AddressTransport(address), trust_env=False
-        )
+            base_url=_parse_url(address.url), transport=transport or _AddressTransport(address, ca_file),
+            headers={"authorization": f"Bearer {key}"} if key else None, trust_env=False,
+        )  # fmt: skip
 
     async def __aenter__(self) -> Self:
         return self
@@ -234,6 +249,11 @@ class RuntimeClient:
     async def models(self) -> list[ModelInfo]:
         """The models of the store."""
         return (await self._call("GET", "/edge/v1/models", ModelList)).models
+
+    async def names(self) -> list[str]:
+        """The models that may be asked, without their adapters; any key may know these."""
+        found = await self._call("GET", "/v1/models", _Names)
+        return [model.id for model in found.data if "+" not in model.id]
 
     async def load(self, ref: str) -> ModelInfo:
         """Load a model; returns when it is ready."""
@@ -426,6 +446,13 @@ class RuntimeClient:
         )
 
 
+def _trusting(ca_file: Path) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError as e:
+        raise ConfigError(f"The certificates of {ca_file} cannot be used: {e.strerror or e}.") from e
+
+
 def _parse_url(url: str) -> httpx.URL:
     try:
         parsed = httpx.URL(url)
@@ -463,6 +490,8 @@ def _error_of(body: _OpenAIErrorBody, *, status: int, subject: str, retry_after:
     """The local twin of an error that the appliance told, in the appliance's words."""
     code = str(body.code or "")
     error: EdgeError
+    if code == Unauthorized.code:
+        return Unauthorized(body.message, hint="Set EDGE_API_KEY to a key of that appliance.")
     if code == ModelNotFound.code:
         error = ModelNotFound(subject)
     elif code == QueueFull.code:

@@ -70,7 +70,7 @@ def chat(
 async def _choose(client: RuntimeClient, words: list[str], model: str | None) -> tuple[str, str]:
     """Model and prompt. A first word that looks like a model's name is one, and has to be in the store."""
     if model is None and words:
-        known = [m.ref for m in await client.models()]
+        known = await client.names()
         base, plus, adapters = words[0].partition("+")  # a model with adapters
         named = [ref for ref in known if base in (ref, ref.partition(":")[0])]
         if len(named) == 1:

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from edge import __version__
 from edge.config import Settings, load_settings
-from edge.errors import ConfigError, EdgeError, InvalidReference, InvalidRequest, ModelNotFound
+from edge.errors import ConfigError, EdgeError, InvalidReference, InvalidRequest, KeyNotFound, ModelNotFound
 
 # name -> (module:attribute, one line of help). `edge --help` reads this table and imports nothing.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -37,6 +37,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "image": ("edge.cli.image:image", "Build a container image for a hardware target."),
     "telemetry": ("edge.cli.telemetry:telemetry", "Show, flush or follow the telemetry outbox."),
     "gateway": ("edge.cli.gateway:gateway", "Run the reference telemetry gateway."),
+    "key": ("edge.cli.key:key", "Make, list and revoke API keys."),
+    "usage": ("edge.cli.usage:usage", "Show what each key used."),
+    "audit": ("edge.cli.audit:audit", "Read and verify the log of what operators did."),
     "config": ("edge.cli.config:config", "Show every setting, its value and where it came from."),
 }
 
@@ -45,6 +48,7 @@ _EXIT_CODES: dict[type[EdgeError], int] = {
     ConfigError: EXIT_USAGE,
     InvalidRequest: EXIT_USAGE,
     InvalidReference: EXIT_USAGE,
+    KeyNotFound: EXIT_NOT_FOUND,
     ModelNotFound: EXIT_NOT_FOUND,
 }
 _UNAVAILABLE = ("server_unavailable", "gateway_unavailable", "source_unavailable")
@@ -96,8 +100,8 @@ def cli() -> None:
       edge chat "Who are you?"   ask the default model
       edge tui                   the operator's terminal
 
-    State lives in EDGE_HOME (default: ~/.local/share/slm-edge). Exit codes: 0 done, 1 failed, 2 wrong usage,
-    3 no such model, 4 a server or source is out of reach. Tab completion: eval "$(_EDGE_COMPLETE=bash_source edge)"
+    State lives in EDGE_HOME (default: ~/.local/share/slm-edge). Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no such
+    model or key, 4 a server or source is out of reach. Tab completion: eval "$(_EDGE_COMPLETE=bash_source edge)"
     """
 
 

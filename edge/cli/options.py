@@ -114,7 +114,7 @@ def how_to_ask(model: StoredModel, *, prompt: str) -> str:
     settings = settings_from()
     path, question = _question_for(model.kind)
     body = json.dumps({"model": str(model.ref), **question})
-    address = f"http://{settings.host}:{settings.port}/v1/{path}"
+    address = f"{settings.url}/v1/{path}"
     return f"edge serve, then: curl {address} -H 'Content-Type: application/json' -d '{body}'"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -16,6 +17,10 @@ from edge.store.models import ModelStore
 @click.command("serve")
 @click.option("--host", help="Address to listen on (127.0.0.1).")
 @click.option("--port", type=int, help="Port to listen on (8080).")
+@click.option("--tls-cert", metavar="FILE", help="Certificate to show (PEM); read again when it changes.")
+@click.option("--tls-key", metavar="FILE", help="Its private key (PEM).")
+@click.option("--tls-by-proxy", metavar="NAME", help="What ends TLS in front of this appliance, such as nginx.")
+@click.option("--require-keys", type=click.Choice(["auto", "on"]), help="Ask for API keys on 127.0.0.1 too (auto).")
 @click.option("--threads", type=int, help="Threads of one engine; 0 means every usable core.")
 @click.option("--context-tokens", type=int, help="KV cells of one model; 0 chooses from model and memory.")
 @click.option("--max-sequences", type=int, help="Sequences that one engine computes at once (16).")
@@ -27,13 +32,14 @@ def serve(verbose: bool, **flags: object) -> None:
 
     The default model is loaded at the start (not with EDGE_PRELOAD=off), any other when it is first
     asked for. The API answers on TCP and on the Unix socket
-    EDGE_HOME/run/edge.sock.
+    EDGE_HOME/run/edge.sock. An address that others can reach takes an API key and TLS: see `edge key`.
 
     \b
     Examples:
       edge serve
       edge serve --port 9000 --threads 4
       EDGE_GATEWAY_URL=http://127.0.0.1:4318 edge serve
+      edge key create tablet && edge serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
     """
     settings = settings_from(**flags)
     from runtime.logs import set_up
@@ -44,8 +50,7 @@ def serve(verbose: bool, **flags: object) -> None:
 
 
 def _announce(settings: Settings, port: int) -> None:
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    url = f"http://{host}:{port}"
+    url = dataclasses.replace(settings, port=port).url
     known = [str(m.ref) for m in ModelStore(settings.store_dir).list() if m.kind == "text"]
     model = settings.default_model if settings.default_model in known else next(iter(known), None)
     lines = [f"slm-edge serves on {click.style(url, bold=True)}   (API page: {url}/docs)", ""]

@@ -93,7 +93,7 @@ def tail(lines: int, follow: bool, as_json: bool) -> None:
 
 def _socket(settings: Settings) -> Address:
     # The socket only: at the TCP address the appliance of another EDGE_HOME might answer.
-    return Address(f"http://{settings.host}:{settings.port}", settings.socket_path, socket_only=True)
+    return Address(settings.url, settings.socket_path, socket_only=True)
 
 
 def _flushed_by_server(settings: Settings) -> OutboxStatus | None:

@@ -16,7 +16,7 @@ from edge.errors import ConfigError
     Examples:
       edge tui                              this device
       edge tui --readonly                   look, change nothing
-      edge tui --url http://10.0.0.7:8080   another device
+      EDGE_API_KEY=edge_… edge tui --url https://10.0.0.7:8080   another device
       edge tui --socket /run/edge.sock      over a Unix socket
 
     Keys: ? lists them. Without a terminal use `edge ps --json` and `edge telemetry status --json`.
@@ -34,26 +34,22 @@ from edge.errors import ConfigError
 )
 def tui(url: str | None, socket: Path | None, readonly: bool, colors: str) -> None:
     """Open the operator's terminal: how the device is, its models, a chat, its log."""
-    from tui.client import RuntimeClient, find_address
+    from edge.cli.connection import client_of
+    from tui.client import find_address
 
     settings = settings_from()
     address = find_address(
         url=url,
         socket=socket,
-        default_url=f"http://{_reachable(settings.host)}:{settings.port}",
+        default_url=settings.url,
         default_socket=settings.socket_path,
     )
-    client = RuntimeClient(address, read_only=readonly)
+    client = client_of(address, read_only=readonly)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ConfigError("edge tui needs a terminal.", hint="In scripts use: edge ps --json")
     from tui.app import EdgeTerminal
 
     EdgeTerminal(client, read_only=readonly, theme="edge-16" if _wants_16(colors) else "edge-dark").run()
-
-
-def _reachable(host: str) -> str:
-    """Where to call a server that listens on every address."""
-    return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104  # compared, not bound
 
 
 def _wants_16(colors: str) -> bool:

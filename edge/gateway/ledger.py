@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edge.database import connect, connect_read_only, errors_of, transaction
 from edge.errors import QueueFull, StoreError
 from edge.telemetry import semconv
-from edge.telemetry.database import connect, connect_read_only, errors_of, transaction
 
 from .ingest import Batch, Series
 from .schema import DeviceInfo, DeviceList, MetricList, MetricValue, RequestInfo, RequestPage

@@ -24,7 +24,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
-from .database import connect, connect_read_only, errors_of, transaction
+from edge.database import connect, connect_read_only, errors_of, transaction
 
 Signal = Literal["traces", "metrics", "logs"]
 DropReason = Literal["size_limit", "expired", "rejected", "buffer_full", "not_encodable", "corrupt"]

@@ -10,9 +10,9 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
+from edge.database import CorruptDatabase, NewerFormat, set_aside
 from edge.errors import StoreError
 
-from .database import CorruptDatabase, NewerFormat, set_aside
 from .outbox import DropReason, Gap, NewRow, Outbox, OutboxStats, Priority, Row
 from .span import RequestRecord
 

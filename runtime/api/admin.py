@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from typing import Annotated
 
 from litestar import Response, delete, get, post
 from litestar.datastructures import State
 from litestar.params import Parameter
 
+from edge.errors import EdgeError
+from runtime.api.access import needs
 from runtime.api.appliance import appliance_of
 from runtime.api.call import HttpRequest
+from runtime.api.guard import caller_of
 from runtime.api.parsing import parse_body
 from runtime.api.responses import EventStream
 from runtime.api.schema import (
@@ -29,111 +34,142 @@ from runtime.api.schema import (
 )
 
 
-@get("/edge/v1/status")
+@asynccontextmanager
+async def _act(request: HttpRequest, act: str, target: str) -> AsyncGenerator[None]:
+    """Note what is done inside, and what came of it, in the audit log, where it is before the answer leaves."""
+    outcome = "ok"
+    try:
+        yield
+    except EdgeError as e:
+        outcome = e.code
+        raise
+    except BaseException as e:
+        outcome = "cancelled" if not isinstance(e, Exception) else "internal_error"
+        raise
+    finally:
+        await appliance_of(request.app.state).access.note(caller_of(request.scope), act, target, outcome)
+
+
+@get("/edge/v1/status", opt=needs("view"))
 async def status(state: State) -> DeviceStatus:
     """How the device is now."""
     return await appliance_of(state).status()
 
 
-@get("/edge/v1/models")
+@get("/edge/v1/models", opt=needs("view"))
 async def models(state: State) -> ModelList:
     """Every model of the store and its state."""
     return ModelList(models=await appliance_of(state).model_infos())
 
 
-@post("/edge/v1/models/load", status_code=200)
+@post("/edge/v1/models/load", opt=needs("operate"), status_code=200)
 async def load_model(request: HttpRequest, state: State) -> ModelInfo:
     """Load a model; answers when it is ready."""
     body, _ = parse_body(await request.body(), ModelRequest)
     appliance = appliance_of(state)
-    await appliance.pool.ready(body.model, timeout_s=600)
+    async with _act(request, "model.load", body.model):
+        await appliance.pool.ready(body.model, timeout_s=600)
     return await appliance.model_info(body.model)
 
 
-@post("/edge/v1/models/unload", status_code=200)
+@post("/edge/v1/models/unload", opt=needs("operate"), status_code=200)
 async def unload_model(request: HttpRequest, state: State) -> ModelInfo:
     """Unload a model; requests that it still answers end with an error."""
     body, _ = parse_body(await request.body(), ModelRequest)
     appliance = appliance_of(state)
-    host = await appliance.pool.host(body.model)
-    await host.unload()
+    async with _act(request, "model.unload", body.model):
+        host = await appliance.pool.host(body.model)
+        await host.unload()
     return await appliance.model_info(body.model)
 
 
-@delete("/edge/v1/models/{ref:path}", status_code=204)
-async def delete_model(state: State, ref: str) -> None:
+@delete("/edge/v1/models/{ref:path}", opt=needs("admin"), status_code=204)
+async def delete_model(request: HttpRequest, state: State, ref: str) -> None:
     """Unload a model and remove it from the store."""
-    await appliance_of(state).remove(ref.lstrip("/"))
+    async with _act(request, "model.delete", ref.lstrip("/")):
+        await appliance_of(state).remove(ref.lstrip("/"))
 
 
-@post("/edge/v1/prefixes", status_code=200)
+@post("/edge/v1/prefixes", opt=needs("operate"), status_code=200)
 async def warm(request: HttpRequest, state: State) -> PinnedPrefix:
     """Compute what conversations with a system prompt share, and pin it; loads the model."""
     body, _ = parse_body(await request.body(), WarmRequest)
-    return await appliance_of(state).warm(body)
+    async with _act(request, "prefix.pin", f"{body.model} {body.name or ''}".strip()):
+        return await appliance_of(state).warm(body)
 
 
-@get("/edge/v1/prefixes")
-async def prefixes(state: State, model: Annotated[str, Parameter(max_length=400)] | None = None) -> PinnedPrefixList:
-    """What is pinned for a model, which is loaded for it; else for the models that are loaded."""
+@get("/edge/v1/prefixes", opt=needs("view"))
+async def prefixes(
+    request: HttpRequest, state: State, model: Annotated[str, Parameter(max_length=400)] | None = None
+) -> PinnedPrefixList:
+    """What is pinned for a model, which is loaded for it (that takes the scope `operate`); else for the models that are
+    loaded."""
+    if model is not None:
+        caller_of(request.scope).check("operate")
     return PinnedPrefixList(prefixes=await appliance_of(state).prefixes(model))
 
 
-@delete("/edge/v1/prefixes/{name:str}", status_code=204)
-async def delete_prefix(state: State, name: str, model: Annotated[str, Parameter(max_length=400)]) -> None:
+@delete("/edge/v1/prefixes/{name:str}", opt=needs("operate"), status_code=204)
+async def delete_prefix(
+    request: HttpRequest, state: State, name: str, model: Annotated[str, Parameter(max_length=400)]
+) -> None:
     """Unpin a prefix and forget it; loads the model."""
-    await appliance_of(state).remove_prefix(model, name)
+    async with _act(request, "prefix.unpin", f"{model} {name}"):
+        await appliance_of(state).remove_prefix(model, name)
 
 
-@post("/edge/v1/models/pull", status_code=202)
+@post("/edge/v1/models/pull", opt=needs("operate"), status_code=202)
 async def pull_model(request: HttpRequest, state: State) -> Job:
     """Begin to fetch a model; the job tells how far it is."""
     body, _ = parse_body(await request.body(), PullRequest)
-    return appliance_of(state).pull(body)
+    async with _act(request, "model.pull", f"{body.source} {body.name or ''}".strip()):
+        return appliance_of(state).pull(body)
 
 
-@get("/edge/v1/jobs")
+@get("/edge/v1/jobs", opt=needs("view"))
 async def jobs(state: State) -> JobList:
     """Jobs, the newest first."""
     return JobList(jobs=appliance_of(state).jobs.list())
 
 
-@get("/edge/v1/jobs/{job_id:str}")
+@get("/edge/v1/jobs/{job_id:str}", opt=needs("view"))
 async def job(state: State, job_id: str) -> Job:
     """One job."""
     return appliance_of(state).jobs.get(job_id)
 
 
-@post("/edge/v1/jobs/{job_id:str}/cancel", status_code=200)
-async def cancel_job(state: State, job_id: str) -> Job:
+@post("/edge/v1/jobs/{job_id:str}/cancel", opt=needs("operate"), status_code=200)
+async def cancel_job(request: HttpRequest, state: State, job_id: str) -> Job:
     """Ask a job to stop."""
-    return appliance_of(state).jobs.cancel(job_id)
+    async with _act(request, "job.cancel", job_id):
+        return appliance_of(state).jobs.cancel(job_id)
 
 
-@get("/edge/v1/telemetry")
+@get("/edge/v1/telemetry", opt=needs("view"))
 async def telemetry(state: State) -> OutboxStatus:
     """The telemetry spool."""
     return appliance_of(state).outbox()
 
 
-@post("/edge/v1/telemetry/flush", status_code=200)
-async def flush_telemetry(state: State) -> OutboxStatus:
+@post("/edge/v1/telemetry/flush", opt=needs("operate"), status_code=200)
+async def flush_telemetry(request: HttpRequest, state: State) -> OutboxStatus:
     """Send now what waits; answers after the attempt."""
     appliance = appliance_of(state)
-    await asyncio.to_thread(appliance.telemetry.flush)
+    async with _act(request, "telemetry.flush", ""):
+        await asyncio.to_thread(appliance.telemetry.flush)
     return appliance.outbox()
 
 
-@get("/edge/v1/logs")
+@get("/edge/v1/logs", opt=needs("view"))
 async def logs(state: State, lines: Annotated[int, Parameter(ge=1, le=5000)] = 200) -> LogLines:
     """The last lines of the log."""
     return LogLines(lines=appliance_of(state).logs.last(lines))
 
 
-@get("/edge/v1/events")
-async def events(state: State) -> Response[bytes]:
+@get("/edge/v1/events", opt=needs("view"))
+async def events(request: HttpRequest, state: State) -> Response[bytes]:
     """Server-sent events: `status` each second, `job` at each change of one."""
-    return EventStream(appliance_of(state).events(), on_close=lambda: None)
+    return EventStream(appliance_of(state).events(caller_of(request.scope)), on_close=lambda: None)
 
 
 HANDLERS = [

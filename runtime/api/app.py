@@ -8,6 +8,7 @@ from litestar.openapi import OpenAPIConfig
 
 from edge import __version__
 from runtime.api import admin, embeddings, openai
+from runtime.api.access import needs
 from runtime.api.appliance import Appliance, appliance_of
 from runtime.api.docs import PLUGINS
 from runtime.api.errors import to_response
@@ -17,13 +18,13 @@ from runtime.api.schema import ModelInfo
 PROMETHEUS_TYPE = "text/plain; version=0.0.4"
 
 
-@get("/livez", sync_to_thread=False)
+@get("/livez", opt=needs("nothing"), sync_to_thread=False)
 def livez() -> dict[str, str]:
     """The front process answers."""
     return {"status": "ok"}
 
 
-@get("/readyz")
+@get("/readyz", opt=needs("nothing"))
 async def readyz(state: State) -> Response[dict[str, str]]:
     """Whether requests can be served: a model is there that did not fail to load."""
     infos = _that_count(await appliance_of(state).model_infos())
@@ -34,7 +35,7 @@ async def readyz(state: State) -> Response[dict[str, str]]:
     return Response({"status": "ok"}, status_code=200)
 
 
-@get("/health")
+@get("/health", opt=needs("nothing"))
 async def health(state: State) -> Response[dict[str, str]]:
     """As `/readyz`, under llama-server's name."""
     appliance = appliance_of(state)
@@ -52,7 +53,7 @@ def _that_count(infos: list[ModelInfo]) -> list[ModelInfo]:
     return [i for i in infos if i.kind == "text"] or [i for i in infos if i.kind != "adapter"]
 
 
-@get("/metrics", media_type=PROMETHEUS_TYPE)
+@get("/metrics", opt=needs("view"), media_type=PROMETHEUS_TYPE)
 async def metrics(state: State) -> str:
     """Prometheus text format."""
     return appliance_of(state).telemetry.prometheus()
@@ -63,7 +64,7 @@ def create_app(appliance: Appliance) -> Litestar:
     return Litestar(
         [livez, readyz, health, metrics, *openai.HANDLERS, *embeddings.HANDLERS, *admin.HANDLERS],
         state=State({"appliance": appliance}),
-        middleware=[guard],
+        middleware=[guard(appliance.settings, appliance.access)],
         exception_handlers={Exception: to_response},
         request_max_body_size=appliance.settings.max_body_bytes,
         openapi_config=OpenAPIConfig(

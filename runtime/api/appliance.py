@@ -20,8 +20,9 @@ import psutil
 from litestar.datastructures import State
 
 from edge import __version__
+from edge.access.keys import Limits
 from edge.config import Settings
-from edge.errors import InvalidRequest, PinNotFound, QueueFull
+from edge.errors import InvalidRequest, ModelNotFound, PinNotFound, QueueFull
 from edge.hardware.memory import available_bytes, total_bytes, usable_cores
 from edge.kinds import ModelKind
 from edge.store.models import ModelStore, StoredModel
@@ -30,6 +31,7 @@ from edge.telemetry.service import Telemetry
 from edge.telemetry.span import Operation, RequestRecord
 from runtime import wire
 from runtime.api import sse
+from runtime.api.access import Access, Caller
 from runtime.api.responses import ClientClosed
 from runtime.api.schema import (
     Alert,
@@ -46,6 +48,7 @@ from runtime.jobs import JobControl, Jobs
 from runtime.logs import RecentLines
 from runtime.pool import Pool
 from runtime.request import SamplingParams
+from runtime.selection import SEPARATOR
 from runtime.state_dirs import remove_states
 
 log = logging.getLogger("edge.appliance")
@@ -77,6 +80,7 @@ class Appliance:
         self.telemetry = telemetry
         self.logs = logs
         self.pool = pool
+        self.access = Access(settings)
         self.jobs = Jobs(self._job_changed)
         self._watchers: set[asyncio.Queue[bytes | None]] = set()
         self._started = time.monotonic()
@@ -89,6 +93,7 @@ class Appliance:
         """Begin to keep house. The API may be used before."""
         psutil.cpu_percent()
         self._add_gauges()
+        await asyncio.to_thread(self.access.start)
         await asyncio.to_thread(self.telemetry.start)
         self._tasks = [
             asyncio.create_task(self._broadcast(), name="status"),
@@ -109,6 +114,12 @@ class Appliance:
             unit="{token}", text="Of the tokens guessed, those of draft models.")  # fmt: skip
         add("edge.speculation.draft_model.accepted", lambda: float(sum(b.accepted_by_model for b in beats())),
             unit="{token}", text="Of the tokens guessed right, those of draft models.")  # fmt: skip
+        add("edge.auth.refused", lambda: float(self.access.num_refused), unit="{request}",
+            text="Requests without a valid API key.")  # fmt: skip
+        add("edge.audit.lines", lambda: float(self.access.audit_head().seq), unit="{line}",
+            text="Lines of the audit log.")  # fmt: skip
+        add("edge.audit.head", lambda: float(int.from_bytes(self.access.audit_head().digest[:6], "big")),
+            unit="{digest}", text="The first 48 bits of the last line's digest.")  # fmt: skip
         add("edge.workers.restarts", lambda: float(sum(h.num_restarts for h in hosts())), text="Engines restarted.")
 
     async def close(self) -> None:
@@ -118,6 +129,7 @@ class Appliance:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.jobs.close()
         await self.pool.close()
+        await self.access.close()
         await asyncio.to_thread(self.telemetry.close)
 
     # ------------------------------------------------------------------ models
@@ -134,8 +146,35 @@ class Appliance:
         """
         return await asyncio.to_thread(self.store.get, ref)
 
-    async def check_purpose(self, ref: str, operation: Operation) -> None:
+    async def check_allowed(self, limits: Limits, *names: str) -> None:
+        """See that a key may use a model and adapters by these names. One that it may not use is as one that is not
+        there.
+
+        Raises:
+            ModelNotFound: There is none of one of the names, or the key may not use it.
+        """
+        if not limits.models:
+            return
+        for name in (part for whole in names for part in whole.split(SEPARATOR)):
+            try:
+                ref = str(await asyncio.to_thread(self.store.resolve, name))
+            except ModelNotFound:
+                ref = ""
+            if not ref or not limits.may_use(ref):
+                raise ModelNotFound(
+                    name,
+                    message=f"The model '{name[:200]}' is not in the store, or this key may not use it.",
+                    hint="GET /v1/models lists what it may use.",
+                )
+
+    async def check_purpose(self, ref: str, operation: Operation, limits: Limits | None = None) -> str:
         """See that a model does what is asked of it, without loading it.
+
+        Args:
+            limits: Other models are named as far as these go.
+
+        Returns:
+            Its whole name.
 
         Raises:
             ModelNotFound: There is none of that name.
@@ -144,12 +183,14 @@ class Appliance:
         wanted = _KINDS[operation]
         model = (await self.pool.host(ref)).model
         if model.kind != wanted:
-            others = [str(m.ref) for m in await self.stored_models() if m.kind == wanted]
+            names = [str(m.ref) for m in await self.stored_models() if m.kind == wanted]
+            others = [name for name in names if limits is None or limits.may_use(name)]
             raise InvalidRequest(
                 f"The model '{model.ref}' is for {model.kind}, not for {wanted}.",
                 field="model",
                 hint=f"Models here that are: {', '.join(others) or 'none'}.",
             )
+        return str(model.ref)
 
     async def model_infos(self) -> list[ModelInfo]:
         """Every model of the store, with what the runtime does with it; those that make text first."""
@@ -314,21 +355,25 @@ class Appliance:
             alerts.append(
                 Alert(level="warning", what=f"telemetry: {error}", fix="start the gateway, or correct EDGE_GATEWAY_URL")
             )
+        if self.access.error is not None:
+            what = f"neither usage nor the audit log can be written: {self.access.error}"
+            alerts.append(Alert(level="critical", what=what, fix="free disk space, and look at the log"))
         if not models:
             alerts.append(Alert(level="info", what="no models yet", fix=f"edge pull {self.settings.default_model}"))
         return alerts
 
     # ------------------------------------------------------------------ events
 
-    async def events(self) -> AsyncGenerator[bytes]:
-        """A status each second and every job as it changes. A watcher who reads too slowly misses events."""
+    async def events(self, caller: Caller) -> AsyncGenerator[bytes]:
+        """A status each second and every job as it changes. A watcher who reads too slowly misses events; one whose key
+        is revoked gets no more."""
         if len(self._watchers) >= MAX_WATCHERS:
             raise QueueFull(retry_after_s=5)
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=64)
         self._watchers.add(queue)
         try:
             yield sse.event("status", msgspec.json.encode(await self.status()))
-            while (event := await queue.get()) is not None:
+            while (event := await queue.get()) is not None and self.access.is_valid(caller):
                 yield event
         finally:
             self._watchers.discard(queue)

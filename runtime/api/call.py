@@ -19,6 +19,7 @@ from edge.errors import EdgeError, InvalidRequest, WorkerDied
 from edge.telemetry.span import Operation, RequestRecord
 from runtime import wire
 from runtime.api.appliance import Appliance
+from runtime.api.guard import meter_of
 from runtime.api.openai_schema import SamplingFields, TokenDetails, Usage
 from runtime.api.responses import until_disconnect
 from runtime.api.structured import Structure, checked
@@ -58,6 +59,13 @@ class Call:
         self.appliance = appliance
         self.body = body
         self.index = index
+        meter = meter_of(http.scope)
+        meter.answers.append(self)
+        self.caller = meter.caller
+        self.error_type: str | None = None
+        """Code of what ended it before its end; set when it is over."""
+        self.known_model = ""
+        """The model's whole name, once it is found."""
         self.operation: Operation = operation
         self.max_tokens = max_tokens
         self.stream = bool(body.stream)
@@ -127,8 +135,10 @@ class Call:
 
     async def _submit(self, make: Make) -> Generation:
         wanted = [(asked.name, asked.scale) for asked in self.body.lora or ()]
+        limits = self.caller.limits
+        await self.appliance.check_allowed(limits, self.body.model, *(name for name, _ in wanted))
         selection = await self.appliance.pool.select(self.body.model, wanted)
-        await self.appliance.check_purpose(selection.model, self.operation)
+        self.known_model = await self.appliance.check_purpose(selection.model, self.operation, limits)
         host = await self.appliance.pool.ready(selection.model, timeout_s=min(READY_WAIT_S, self._left_s()))
         self._adopt(host, selection)
         params = self.body.params(host.model.details.sampling)
@@ -161,6 +171,12 @@ class Call:
         """What came last."""
         return self._last
 
+    @property
+    def tokens(self) -> tuple[int, int, int]:
+        """Of the prompt, those of it that were cached, and of the answer, so far."""
+        p = self._last
+        return (p.num_prompt, p.num_cached, p.num_output) if p else (0, 0, 0)
+
     def rows(self) -> tuple[bytes, tuple[int, ...]]:
         """What became of the texts of an `Embed`, and which were cut, once the answer is there."""
         p = self._last
@@ -186,6 +202,7 @@ class Call:
         if self._generation is not None:
             self._generation.cancel()
         p = self._last
+        self.error_type = _error_type(error, finished=bool(p and p.finish_reason))
         ended = time.perf_counter()
         self.appliance.record(
             RequestRecord(
@@ -203,12 +220,13 @@ class Call:
                 finish_reasons=(p.finish_reason,) if p and p.finish_reason else (),
                 response_id=self.id,
                 stream=self.stream,
-                error_type=_error_type(error, finished=bool(p and p.finish_reason)),
+                error_type=self.error_type,
                 temperature=self.body.temperature,
                 top_p=self.body.top_p,
                 max_tokens=self.max_tokens or None,
                 seed=self.body.seed,
                 trace_parent=self._trace_parent,
+                key_id=self.caller.id or None,
             )
         )
 

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from edge.errors import InvalidRequest
 from runtime import wire
+from runtime.api.access import needs
 from runtime.api.appliance import appliance_of
 from runtime.api.call import Call, HttpRequest, start_all, usage_of
 from runtime.api.openai import warning_headers, whole_answers
@@ -203,7 +204,7 @@ def _usage(call: Call) -> TextUsage:
     return TextUsage(prompt_tokens=tokens, total_tokens=tokens)
 
 
-@post("/v1/embeddings", status_code=200)
+@post("/v1/embeddings", opt=needs("embed"), status_code=200)
 async def embeddings(request: HttpRequest, state: State) -> Response[EmbeddingList]:
     """Make a vector of each text."""
     body, warnings = parse_body(await request.body(), EmbeddingRequest)
@@ -219,7 +220,7 @@ async def embeddings(request: HttpRequest, state: State) -> Response[EmbeddingLi
     return Response(answered, headers=warning_headers(warnings))
 
 
-@post("/v1/rerank", status_code=200)
+@post("/v1/rerank", opt=needs("embed"), status_code=200)
 async def rerank(request: HttpRequest, state: State) -> Response[RerankList]:
     """Sort documents by how well they answer a query."""
     body, warnings = parse_body(await request.body(), RerankRequest)

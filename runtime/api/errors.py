@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,11 @@ STATUS: dict[type[EdgeError], int] = {
     errors.InvalidRequest: 400,
     errors.ContextOverflow: 400,
     errors.AdapterMismatch: 400,
+    errors.Unauthorized: 401,
     errors.Forbidden: 403,
+    errors.KeyNotFound: 404,
+    errors.RateLimited: 429,
+    errors.AuditBroken: 500,
     errors.InvalidReference: 400,
     errors.ConfigError: 400,
     errors.RecipeError: 400,
@@ -131,10 +136,19 @@ def _http_fault(error: HTTPException) -> Fault:
     return Fault(error.status_code, code, f"{error.detail.rstrip('.')}.", hints.get(error.status_code))
 
 
+LONG_WAIT_S = 60.0
+"""OpenAI's clients wait no longer for a `Retry-After`, and would try again at once."""
+
+
 def _headers(fault: Fault) -> dict[str, str]:
-    if fault.retry_after_s is None:
-        return {}
-    return {"Retry-After": str(max(1, round(fault.retry_after_s)))}
+    headers: dict[str, str] = {}
+    if fault.status == 401:
+        headers["WWW-Authenticate"] = 'Bearer realm="slm-edge"'
+    if fault.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(fault.retry_after_s)))
+        if fault.retry_after_s > LONG_WAIT_S:
+            headers["x-should-retry"] = "false"
+    return headers
 
 
 def is_openai_path(path: str) -> bool:

@@ -15,9 +15,11 @@ from edge.store.models import StoredModel
 from edge.telemetry.span import Operation
 from runtime import wire
 from runtime.api import sse
+from runtime.api.access import needs
 from runtime.api.appliance import appliance_of
 from runtime.api.call import Call, HttpRequest, Make, Steps, merged, start_all, usage_of
 from runtime.api.errors import fault_of
+from runtime.api.guard import caller_of
 from runtime.api.logprobs import chat_logprobs, text_logprobs
 from runtime.api.openai_schema import (
     AssistantMessage,
@@ -200,7 +202,8 @@ def _generate(
         body.return_token_ids,
         cache_key=body.prompt_cache_key or "",
         constraint=calls[0].constraint,
-        priority=body.priority or 0,
+        tenant=calls[0].caller.id,
+        priority=max(body.priority or 0, calls[0].caller.limits.priority),
     )
 
 
@@ -213,7 +216,7 @@ def warning_headers(warnings: list[str]) -> dict[str, str]:
 _MESSAGE_FIELDS = frozenset(f.encode_name for f in msgspec.structs.fields(ChatMessage))
 
 
-@post("/v1/chat/completions", status_code=200)
+@post("/v1/chat/completions", opt=needs("chat"), status_code=200)
 async def chat_completions(request: HttpRequest, state: State) -> Response[ChatCompletion] | EventStream:
     """Answer a conversation."""
     content = await request.body()
@@ -260,7 +263,7 @@ def _wire_message(message: ChatMessage) -> wire.ChatMessage:
     return wire.ChatMessage(role, message.text())
 
 
-@post("/v1/completions", status_code=200)
+@post("/v1/completions", opt=needs("chat"), status_code=200)
 async def completions(request: HttpRequest, state: State) -> Response[Completion] | EventStream:
     """Continue a text, or token ids."""
     body, warnings = parse_body(await request.body(), CompletionRequest)
@@ -297,11 +300,11 @@ async def completions(request: HttpRequest, state: State) -> Response[Completion
     return Response(completion, headers=warning_headers(warnings))
 
 
-@get("/v1/models")
-async def list_models(state: State) -> Models:
-    """The models of the store, also with each adapter that fits. Listing loads nothing."""
-    appliance = appliance_of(state)
-    stored = await appliance.stored_models()
+@get("/v1/models", opt=needs("key"))
+async def list_models(request: HttpRequest, state: State) -> Models:
+    """The models of the store that the key may use, also with each adapter that fits. Listing loads nothing."""
+    appliance, limits = appliance_of(state), caller_of(request.scope).limits
+    stored = [m for m in await appliance.stored_models() if limits.may_use(str(m.ref))]
     adapted = [_adapted(base, adapter) for base, adapter in await appliance.pool.combinations(stored)]
     return Models(data=[_model(m) for m in stored if not m.is_adapter] + adapted)
 
@@ -315,11 +318,12 @@ def _adapted(base: StoredModel, adapter: StoredModel) -> Model:
     return Model(id=name, created=int(adapter.created), owned_by="slm-edge", parent=str(base.ref))
 
 
-@get("/v1/models/{model_id:path}")
-async def get_model(state: State, model_id: str) -> Model:
+@get("/v1/models/{model_id:path}", opt=needs("key"))
+async def get_model(request: HttpRequest, state: State, model_id: str) -> Model:
     """One model of the store, perhaps with adapters."""
-    appliance = appliance_of(state)
-    selection = await appliance.pool.select(model_id.lstrip("/"), [])
+    appliance, name = appliance_of(state), model_id.lstrip("/")
+    await appliance.check_allowed(caller_of(request.scope).limits, name)
+    selection = await appliance.pool.select(name, [])
     stored = await appliance.stored_model(selection.model)
     await asyncio.to_thread(refuse_adapter, stored, appliance.store)
     model = _model(stored)

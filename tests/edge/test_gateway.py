@@ -27,12 +27,12 @@ from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Histogram, HistogramDataPoint, Metric
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+from edge.database import NewerFormat
 from edge.errors import ConfigError, EdgeError, InvalidRequest, QueueFull, StoreError
 from edge.gateway.ingest import MAX_BODY_BYTES, MAX_UNPACKED_BYTES, Batch, Signal, parse_batch, unpacked
 from edge.gateway.ledger import MAX_WAITING, Ledger, Receipt
 from edge.gateway.server import bind
 from edge.telemetry import otlp
-from edge.telemetry.database import NewerFormat
 from edge.telemetry.instruments import RequestInstruments
 from edge.telemetry.metrics import Registry
 from edge.telemetry.span import span_of

@@ -18,8 +18,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from edge.database import CorruptDatabase, NewerFormat, set_aside, version_of
 from edge.errors import StoreError
-from edge.telemetry.database import CorruptDatabase, NewerFormat, set_aside, version_of
 from edge.telemetry.identity import OutboxLock, load_device_id
 from edge.telemetry.outbox import (
     LEASE_SHARE,

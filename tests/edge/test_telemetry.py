@@ -24,9 +24,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from edge.config import Settings
+from edge.database import NewerFormat
 from edge.errors import ConfigError, StoreError
 from edge.telemetry import otlp, writer
-from edge.telemetry.database import NewerFormat
 from edge.telemetry.identity import OutboxLock
 from edge.telemetry.outbox import Priority, read_rows
 from edge.telemetry.service import LOCK_NAME, OutboxState, Telemetry, read_state, without_password

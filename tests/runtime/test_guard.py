@@ -5,27 +5,48 @@ from __future__ import annotations
 import pytest
 
 from edge.errors import Forbidden
-from runtime.api.guard import check_caller, host_of
+from runtime.api.guard import check_host, check_origin, host_of
+
+LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
+LISTED = frozenset({"https://panel.example", "http://10.0.0.7:3000"})
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:8080", "localhost", "LOCALHOST:1", "[::1]:8080", None])
-@pytest.mark.parametrize("origin", [None, "http://localhost:3000", "https://127.0.0.1", "http://[::1]:80"])
-def test_programs_and_pages_of_this_machine_pass(host: str | None, origin: str | None) -> None:
-    check_caller(host=host, origin=origin, bound_to="127.0.0.1")
-
-
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:80", "", "192.168.1.2", "localhost.evil"])
-def test_a_rebound_name_is_refused(host: str) -> None:
-    with pytest.raises(Forbidden):
-        check_caller(host=host, origin=None, bound_to="127.0.0.1")
+def test_programs_of_this_machine_pass(host: str | None) -> None:
+    check_host(host, allowed=LOCAL)
 
 
 @pytest.mark.parametrize(
-    "origin", ["http://evil.example", "null", "file://", "", "http://localhost.evil.example", "http://[", "chrome://x"]
+    "host",
+    ["evil.example", "127.0.0.1.evil.example:80", "", "192.168.1.2", "localhost.evil", "127.0.0.1, evil.example"],
 )
+def test_a_rebound_name_is_refused(host: str) -> None:
+    with pytest.raises(Forbidden):
+        check_host(host, allowed=LOCAL)
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        None, "http://localhost:3000", "https://127.0.0.1", "http://[::1]:80", "https://panel.example",
+        "HTTPS://Panel.Example", "http://10.0.0.7:3000",
+    ],
+)  # fmt: skip
+def test_pages_of_this_machine_and_listed_ones_pass(origin: str | None) -> None:
+    check_origin(origin, hosts=LOCAL, listed_origins=LISTED)
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "http://evil.example", "null", "file://", "", "http://localhost.evil.example", "http://[", "chrome://x",
+        "http://panel.example", "https://panel.example:8443", "https://panel.example.evil", "http://10.0.0.7",
+        "https://panel.example, http://evil.example",
+    ],
+)  # fmt: skip
 def test_a_page_from_elsewhere_is_refused(origin: str) -> None:
     with pytest.raises(Forbidden):
-        check_caller(host="127.0.0.1", origin=origin, bound_to="127.0.0.1")
+        check_origin(origin, hosts=LOCAL, listed_origins=LISTED)
 
 
 def test_the_host_is_what_stands_before_the_port() -> None:
