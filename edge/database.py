@@ -23,6 +23,7 @@ class CorruptDatabase(StoreError):
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path} is damaged: {reason}.", hint=f"It is set aside as {path.name}.damaged.")
         self.path = path
+        self.reason = reason
 
 
 class NewerFormat(StoreError):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import sqlite3
 from pathlib import Path
 
-from edge.database import connect
+from edge.database import CorruptDatabase, connect
+from edge.errors import StoreError
 
 SCHEMA_VERSION = 1
 _MIGRATIONS = (
@@ -66,6 +67,12 @@ def open_state(path: Path) -> sqlite3.Connection:
 
     Raises:
         NewerFormat: A newer version of the appliance wrote it.
-        StoreError: It cannot be opened.
+        StoreError: It cannot be opened. A damaged one stays where it is: a new one in its place would have no keys.
     """
-    return connect(path, _MIGRATIONS)
+    try:
+        return connect(path, _MIGRATIONS)
+    except CorruptDatabase as e:
+        raise StoreError(
+            f"{path} is damaged: {e.reason}.",
+            hint="Restore it from a backup, or move it away and make new keys: edge key create.",
+        ) from e

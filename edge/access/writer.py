@@ -63,13 +63,17 @@ class StateWriter:
         return self._error
 
     def start(self) -> None:
-        """Open the file, or make it, and start the thread.
+        """Start the thread, and open the file or make it.
 
         Raises:
-            StoreError: It cannot be opened, or a newer version wrote it.
+            StoreError: It cannot be opened, or a newer version wrote it. The thread goes on to try.
         """
-        open_state(self.path).close()
         self._thread.start()
+        try:
+            open_state(self.path).close()
+        except StoreError as e:
+            self._error = str(e)
+            raise
 
     def meter(self, account: Account, used: Usage, day: SavedDay | None = None) -> None:
         """Count a request; on the disk at most a second later. Never blocks.
