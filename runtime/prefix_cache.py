@@ -158,11 +158,37 @@ class PrefixCache:
         if stored is not None and length >= here + MIN_SHARED_TOKENS:
             self.states.load(stored)
             return True
-        if not self._partial:
-            return False
         reading = [r for r in running if r.is_prefilling and scope_of(r.request) in scope.visible]
-        soon = max((r.shared_with(sequence) for r in reading), default=0)
-        return soon >= here + MIN_SHARED_TOKENS
+        soon = [(r, n) for r in reading if (n := r.shared_with(sequence)) >= here + MIN_SHARED_TOKENS]
+        return bool(soon) if self._partial else any(self._will_keep(r, n) for r, n in soon)
+
+    def _will_keep(self, running: Sequence, length: int) -> bool:
+        """Whether the state of a running sequence will be saved where another prompt parts from it. Of one that was
+        computed anew it is not: where memory lacks, the library takes no state back, and all would begin again."""
+        too_large = self.states.size_bytes(length) > self.states.limits.memory_bytes
+        if running.num_computed >= length or running.num_preemptions or too_large:
+            return False
+        running.checkpoints.add(length)
+        return True
+
+    def _add_checkpoint(self, sequence: Sequence, slot: Slot) -> None:
+        """Where a sequence parts from what was computed, and could not go on from there, have its state saved: the next
+        one that parts there can (R. Pan et al., "Marconi", arXiv:2411.19379)."""
+        if self.states.limits.may_cut_all:
+            return
+        scope, limit = scope_of(sequence.request), len(sequence.tokens) - 1
+        trees = [self._trees[s] for s in scope.visible if s in self._trees]
+        length = max((tree.find(sequence.tokens, limit=limit)[1] for tree in trees), default=0)
+        length = max(length, self.states.num_shared(sequence.tokens, scope, limit=limit))
+        if length >= len(slot.tokens) + MIN_SHARED_TOKENS:
+            sequence.checkpoints.add(length)
+
+    def keep_checkpoints(self, running: Iterable[Sequence]) -> None:
+        """Save the states of sequences that the last step brought to a checkpoint."""
+        for sequence in running:
+            if sequence.num_computed in sequence.checkpoints and sequence.slot is not None:
+                sequence.checkpoints.remove(sequence.num_computed)
+                self._save(self.slots[sequence.slot], uses=HOT_USES)
 
     def loaded(self, state: SavedState, *, is_good: bool) -> bool:
         """Book what came of reading a state from the disk: whether the backend is to hold it."""
@@ -284,6 +310,7 @@ class PrefixCache:
     def _occupy(self, slot: Slot, sequence: Sequence) -> Slot:
         self._clock += 1
         slot.is_busy, slot.last_used, slot.affinity = True, self._clock, sequence.request.cache_key
+        self._add_checkpoint(sequence, slot)
         return slot
 
     # ------------------------------------------------------------------ room

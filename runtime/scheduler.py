@@ -161,6 +161,7 @@ class Scheduler:
         Args:
             guess: Told of the sequences of the step; it may set the `draft` of each.
         """
+        self.cache.keep_checkpoints(self.running)
         self._admit()
         if self.running:
             self.cache.trim_idle()
@@ -364,7 +365,7 @@ class Scheduler:
     @staticmethod
     def _chunk(sequence: Sequence, length: int) -> Chunk:
         assert sequence.slot is not None
-        start = sequence.num_computed
+        start, length = sequence.num_computed, sequence.before_checkpoint(length)
         tokens = sequence.tokens[start : start + length]
         return Chunk(sequence, sequence.slot, start, tokens, num_logits=int(start + length == len(sequence.tokens)))
 

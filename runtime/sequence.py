@@ -36,6 +36,8 @@ class Sequence:
         forced: Places of tokens that a grammar left no choice about: they came for nothing, guessed or not.
         slot: Its place in the KV cache while it runs.
         arrival: Position in the order of arrival; kept over a preemption.
+        checkpoints: Lengths at which its state is saved while it is computed, since another text parts from it there;
+            steps end at them.
         num_charged: Tokens whose computing its tenant has paid for; ahead of `num_computed` while a prompt is read.
     """
 
@@ -50,6 +52,7 @@ class Sequence:
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     num_preemptions: int = 0
+    checkpoints: set[int] = field(default_factory=set[int])
     num_charged: int = 0
 
     def __post_init__(self) -> None:
@@ -77,6 +80,11 @@ class Sequence:
     @property
     def is_prefilling(self) -> bool:
         return self.num_pending > (MAX_STEP_TOKENS if self.num_output else 1)
+
+    def before_checkpoint(self, length: int) -> int:
+        """How many of the next `length` tokens a step may compute: a checkpoint ends it."""
+        ahead = (c - self.num_computed for c in self.checkpoints if c > self.num_computed)
+        return min(length, *ahead) if self.checkpoints else length
 
     def shared_with(self, other: Sequence) -> int:
         """Tokens that both begin with, of which the other has one more to compute."""

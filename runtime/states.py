@@ -76,6 +76,11 @@ class StateLimits:
     partial_reuse: bool = True
     window_tokens: int = 0
 
+    @property
+    def may_cut_all(self) -> bool:
+        """Whether every state and all cells serve prompts that share a part of them."""
+        return self.partial_reuse and not self.window_tokens
+
     def may_cut(self, num_tokens: int) -> bool:
         """Whether a state of so many tokens also serves prompts that share a part of it."""
         return self.partial_reuse and (not self.window_tokens or num_tokens <= self.window_tokens)
@@ -201,6 +206,10 @@ def _never(_num_tokens: int) -> bool:
     return False
 
 
+def _always(_num_tokens: int) -> bool:
+    return True
+
+
 def _worth(state: SavedState) -> tuple[bool, float]:
     return bool(state.pin), state.priority
 
@@ -264,6 +273,10 @@ class SavedStates:
         return (
             (state, length) if len(state.tokens) <= length * MAX_READ_RATIO and self._fits_memory(state) else (None, 0)
         )
+
+    def num_shared(self, tokens: list[TokenId], scope: Scope, *, limit: int) -> int:
+        """Length of the longest beginning that `tokens` share with a state, whether or not it can be cut there."""
+        return max(t.find(tokens, scope.visible, limit=limit, may_cut=_always)[1] for t in (self._memory, self._disk))
 
     def find_near(self, tokens: list[TokenId], scope: Scope, *, slack: int) -> SavedState | None:
         """A state that holds these tokens and nothing else, give or take a few at the end."""

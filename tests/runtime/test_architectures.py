@@ -138,3 +138,48 @@ def test_a_busy_engine_with_few_cells_answers_as_each_request_alone(law: GreedyL
     device.backend.close()
     equal = sum(check(law, tokens, num_prompt=n) for n, tokens in chats.done)
     assert equal >= 0.7 * len(chats.done) > 10, f"only {equal} of {len(chats.done)} answers are equal"
+
+
+def memory_of(law: GreedyLaw) -> str:
+    limits = law.backend.capabilities.states
+    return "window" if limits.window_tokens else "cells" if limits.partial_reuse else "recurrent"
+
+
+def test_what_can_be_reused_is(law: GreedyLaw) -> None:
+    rng, memory = random.Random(6), memory_of(law)
+    device = Device(open_backend(law, cells=2048, state_bytes=4 << 20))
+
+    def ask(prompt: list[TokenId], *, cached: int) -> list[TokenId]:
+        tokens = device.answer(prompt)
+        assert device.num_cached() == cached
+        check(law, tokens, num_prompt=len(prompt))
+        return tokens
+
+    document = text(rng, 2 * WINDOW + 40)
+    chat = ask(document, cached=0)
+    chat = ask(chat + text(rng, 9), cached=len(chat) - 1)
+    part = document[: 2 * WINDOW]
+    ask(part + text(rng, 20), cached=0 if memory == "recurrent" else len(part))
+    ask(part + text(rng, 20), cached=len(part))
+    device.end()
+    device = Device(open_backend(law, cells=2048, state_bytes=4 << 20), drive=device.drive)
+    ask(part + text(rng, 20), cached=len(part))
+    chat = ask(chat + text(rng, 9), cached=len(chat) - 1)
+    other = document[: 2 * WINDOW + 35]
+    ask(other + text(rng, 20), cached=len(other) if memory == "cells" else len(part))
+    ask(other + text(rng, 20), cached=len(other))
+    device.end()
+
+
+def test_prompts_that_come_together_compute_what_they_share_once(law: GreedyLaw) -> None:
+    rng = random.Random(7)
+    device = Device(open_backend(law, cells=2048, state_bytes=4 << 20))
+    shared = text(rng, 2 * WINDOW)
+    prompts = [shared + text(rng, 12) for _ in range(6)]
+    asked = [device.submit(p, max_tokens=4) for p in prompts]
+    while device.advance():
+        pass
+    for prompt, request in zip(prompts, asked, strict=True):
+        check(law, device.tokens(request), num_prompt=len(prompt))
+    assert device.engine.stats().prompt_tokens == len(shared) + 6 * 12
+    device.backend.close()
