@@ -203,6 +203,10 @@ class ModelHost:
         """Requests so far, each half as much after `HALF_LIFE_S`."""
         return self._uses * 0.5 ** ((time.monotonic() - self.last_used) / HALF_LIFE_S)
 
+    def _touch(self, *, uses: int = 0) -> None:
+        """Somebody wants it, or wanted it until now."""
+        self._uses, self.last_used = self.uses() + uses, time.monotonic()
+
     def worth(self) -> float:
         """What it is worth to stay loaded: the seconds of loading that it saves, for each byte that it takes."""
         load_s = self.ready.load_s if self.ready is not None else 0.0
@@ -229,7 +233,7 @@ class ModelHost:
             ModelLoading: It is not ready in time.
             EdgeError: The load failed.
         """
-        self.last_used = time.monotonic()
+        self._touch()
         self._check_room()
         self._num_waiting += 1
         try:
@@ -334,7 +338,7 @@ class ModelHost:
             raise WorkerDied(self.ref, reason="it is not running")
         self._check_room()
         frame = wire.encode_frame(message)
-        self._uses, self.last_used = self.uses() + 1, time.monotonic()
+        self._touch(uses=1)
         if not self._generations:
             self._last_progress = self.last_used  # the clock of a hang starts with work
         generation = Generation(message, self._cancel)
@@ -604,8 +608,10 @@ class ModelHost:
     def _take(self, request_id: int) -> Generation | None:
         """Let go of a request: it is over."""
         generation = self._generations.pop(request_id, None)
-        if generation is not None and generation.expiry is not None:
-            generation.expiry.cancel()
+        if generation is not None:
+            self._touch()
+            if generation.expiry is not None:
+                generation.expiry.cancel()
         if not self._generations:
             self._emptied.set()
         self._open_door(request_id)

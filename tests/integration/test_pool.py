@@ -13,7 +13,9 @@ import pytest
 from edge.config import Settings
 from edge.store.details import ModelDetails
 from edge.store.models import ModelStore, PackageFile
+from runtime import wire
 from runtime.pool import Pool
+from runtime.request import SamplingParams
 from runtime.tuning import tuning_path
 from tests.support import DEFAULT_MODEL, SEED, chat_body, running_appliance, sse_events
 
@@ -44,18 +46,36 @@ async def test_a_pinned_model_stays_and_an_idle_one_goes(pool: Pool, home: Path)
     assert second.state == "unloaded"
 
 
-async def test_what_was_asked_more_often_is_worth_more(pool: Pool) -> None:
-    from runtime import wire
-    from runtime.request import SamplingParams
+async def test_a_model_is_unused_since_its_last_answer_and_not_its_last_request(home: Path) -> None:
+    pool = Pool(Settings(home=home, keep_alive_s=60.0, context_tokens=1024), two_models(home))
+    try:
+        host = await pool.ready(DEFAULT_MODEL)
+        generation = await host.start(greeting, timeout_s=30, allowed_s=30)
+        before = host.uses()
+        host.last_used -= 3600  # the answer takes an hour
+        uses = host.uses()
+        assert uses < before / 2
+        assert [p async for p in generation.steps()]
+        await pool.unload_idle()
+        assert host.state == "ready"
+        assert abs(host.uses() - uses) < 0.01, "what it is worth goes on from there"
+        host.last_used -= 3600
+        await pool.unload_idle()
+        assert host.state == "unloaded"
+    finally:
+        await pool.close()
 
+
+def greeting(number: int) -> wire.Generate:
+    return wire.Generate(number, None, "Hi", SamplingParams(temperature=0), 1, [])
+
+
+async def test_what_was_asked_more_often_is_worth_more(pool: Pool) -> None:
     first, second = await pool.ready(DEFAULT_MODEL), await pool.ready(SECOND)
     assert first.worth() == second.worth() == 0
     for host, times in ((first, 3), (second, 1)):
         for _ in range(times):
-            generation = await host.start(
-                lambda i: wire.Generate(i, None, "Hi", SamplingParams(temperature=0), 1, []),
-                timeout_s=30, allowed_s=30,
-            )  # fmt: skip
+            generation = await host.start(greeting, timeout_s=30, allowed_s=30)
             assert [p async for p in generation.steps()]
     assert first.uses() > second.uses() > 0
 
