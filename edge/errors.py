@@ -228,20 +228,18 @@ class Cancelled(EdgeError):
 
 
 class DoesNotFit(EdgeError):
-    """A model needs more memory than there is."""
+    """A model needs more memory than there is. What is available is below 0 where more was promised already."""
 
     code = "does_not_fit"
 
     def __init__(self, what: str, *, required_bytes: int, available_bytes: int, fits: Sequence[str] = ()) -> None:
         options = "; ".join(fits) or "a smaller model or quantization"
         super().__init__(
-            f"{what} needs {required_bytes / 2**20:,.0f} MiB of memory and {available_bytes / 2**20:,.0f} MiB are "
-            f"available.",
+            f"{what} needs {required_bytes / 2**20:,.0f} MiB of memory and {max(0, available_bytes) / 2**20:,.0f} MiB "
+            f"are available.",
             hint=f"What would fit: {options}.",
         )
-        self.required_bytes = required_bytes
-        self.available_bytes = available_bytes
-        self.fits = tuple(fits)
+        self.missing_bytes = required_bytes - available_bytes
 
 
 class QueueFull(EdgeError):

@@ -31,6 +31,8 @@ def _rebuilt(kind: type[EdgeError], f: wire.Failed) -> EdgeError:
     EdgeError.__init__(error, f.message, hint=f.hint)
     if isinstance(error, errors.InvalidRequest):
         error.field = f.field
+    if isinstance(error, errors.DoesNotFit):
+        error.missing_bytes = f.missing_bytes
     return error
 
 

@@ -210,8 +210,12 @@ class ModelHost:
     def worth(self) -> float:
         """What it is worth to stay loaded: the seconds of loading that it saves, for each byte that it takes."""
         load_s = self.ready.load_s if self.ready is not None else 0.0
-        size_bytes = self.heartbeat.memory_bytes if self.heartbeat is not None else self.model.size_bytes
-        return self.uses() * load_s / max(1, size_bytes)
+        return self.uses() * load_s / max(1, self.memory_bytes)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What it takes, or its weights where it has not said so yet."""
+        return self.heartbeat.memory_bytes if self.heartbeat is not None else self.model.size_bytes
 
     @property
     def pid(self) -> int | None:

@@ -113,14 +113,16 @@ class Pool:
             try:
                 await host.wait_ready(timeout_s)
                 return host
-            except DoesNotFit:
-                if not await self._evict(keep=host):
+            except DoesNotFit as e:
+                if not await self.make_room(host, missing_bytes=e.missing_bytes):
                     raise
 
-    async def _evict(self, *, keep: ModelHost) -> bool:
+    async def make_room(self, keep: ModelHost, *, missing_bytes: int) -> bool:
+        """Unload the idle model that is worth the least, for another's sake. False where there is none, or where all of
+        them together would not be enough."""
         pins = await asyncio.to_thread(self._store.pins)
         idle = [h for h in self._hosts.values() if h is not keep and h.is_idle and h.ref not in pins]
-        if not idle:
+        if not idle or sum(h.memory_bytes for h in idle) < missing_bytes:
             return False
         victim = min(idle, key=lambda h: h.worth())
         log.info("unloading %s to make room for %s", victim.ref, keep.ref)

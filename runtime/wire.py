@@ -173,6 +173,8 @@ class Failed(msgspec.Struct, array_like=True, frozen=True):
     hint: str | None = None
     field: str | None = None
     retry_after_s: float | None = None
+    missing_bytes: int = 0
+    """Of what did not fit."""
 
 
 class Step(Message, frozen=True):

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from edge.errors import BackendError, ContextOverflow, EdgeError, InvalidRequest, QueueFull
+from edge.errors import BackendError, ContextOverflow, DoesNotFit, EdgeError, InvalidRequest, QueueFull
 from edge.formats.gguf import read_gguf
 from edge.formats.lora import check_finite, read_lora
 from edge.hardware.memory import available_bytes, cpu_quota, data_bytes, usable_cores
@@ -105,6 +105,7 @@ def failed(request_id: int, error: EdgeError) -> wire.Failed:
         error.hint,
         error.field if isinstance(error, InvalidRequest) else None,
         error.retry_after_s if isinstance(error, QueueFull) else None,
+        error.missing_bytes if isinstance(error, DoesNotFit) else 0,
     )
 
 
@@ -325,7 +326,7 @@ class Worker:
             num_slots=0,
             step_tokens=0,
             context_tokens=load.context_tokens,
-            available_bytes=max(0, available_bytes() - load.reserved_bytes),
+            available_bytes=available_bytes() - load.reserved_bytes,
         )
         try:
             backend = LlamaEncoder(Path(load.path), options, on_progress=self._reporter())
@@ -390,7 +391,7 @@ class Worker:
             num_slots=load.num_slots,
             step_tokens=max(load.step_tokens, load.num_slots),
             context_tokens=load.context_tokens,
-            available_bytes=max(0, available_bytes() - load.reserved_bytes),
+            available_bytes=available_bytes() - load.reserved_bytes,
             state_bytes=load.state_bytes or available_bytes() // 16,
             adapter_bytes=available_bytes() // 8,
             decode_threads=load.decode_threads,

@@ -90,7 +90,7 @@ def choose_cells(*, asked: int, trained: int, bytes_per_cell: int, room_bytes: i
         raise DoesNotFit(
             f"A KV cache of {least} cells",
             required_bytes=least * bytes_per_cell,
-            available_bytes=max(0, room_bytes),
+            available_bytes=room_bytes,
             fits=fits,
         )
     cells = wanted if asked else min(wanted, int(fitting * KV_SHARE) or fitting)
@@ -280,7 +280,7 @@ class LlamaBackend:
         self._decode_threads = options.decode_threads
         size = path.stat().st_size
         if size > options.available_bytes:
-            raise DoesNotFit(path.name, required_bytes=size, available_bytes=options.available_bytes)
+            raise DoesNotFit("The model", required_bytes=size, available_bytes=options.available_bytes)
         self._path = path
         self._may_settle = size * 2 <= options.available_bytes  # else they stay the kernel's to give back
         self._promised_bytes = options.state_bytes + options.adapter_bytes + PROCESS_BYTES

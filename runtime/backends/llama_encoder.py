@@ -39,9 +39,7 @@ def choose_window(*, asked: int, trained: int, bytes_for: Callable[[int], int], 
     window = min(asked or MAX_WINDOW, trained)
     while bytes_for(window) > room_bytes:
         if asked or window <= 128:
-            raise DoesNotFit(
-                f"Texts of {window} tokens", required_bytes=bytes_for(window), available_bytes=max(0, room_bytes)
-            )
+            raise DoesNotFit(f"Texts of {window} tokens", required_bytes=bytes_for(window), available_bytes=room_bytes)
         window //= 2
     return window
 
@@ -118,7 +116,7 @@ class LlamaEncoder:
         self._model: Any = None
         file = read_gguf(path)
         if file.size > options.available_bytes:
-            raise DoesNotFit(path.name, required_bytes=file.size, available_bytes=options.available_bytes)
+            raise DoesNotFit("The model", required_bytes=file.size, available_bytes=options.available_bytes)
         self._pooling = file.pooling or "mean"
         self._model = load_model(path, on_progress)
         vocab = lib.llama_model_get_vocab(self._model)

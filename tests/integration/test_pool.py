@@ -9,11 +9,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from typing_extensions import override
 
 from edge.config import Settings
+from edge.errors import DoesNotFit
 from edge.store.details import ModelDetails
 from edge.store.models import ModelStore, PackageFile
 from runtime import wire
+from runtime.host import ModelHost
 from runtime.pool import Pool
 from runtime.request import SamplingParams
 from runtime.tuning import tuning_path
@@ -78,6 +81,39 @@ async def test_what_was_asked_more_often_is_worth_more(pool: Pool) -> None:
             generation = await host.start(greeting, timeout_s=30, allowed_s=30)
             assert [p async for p in generation.steps()]
     assert first.uses() > second.uses() > 0
+
+
+class CrowdedPool(Pool):
+    """Where others are about to take all memory that there could be, whenever the second model is loaded."""
+
+    @override
+    def _loading_bytes(self, *, but: str) -> int:
+        return 1 << 50 if but == SECOND else 0
+
+
+async def test_idle_models_give_way_only_where_that_helps(home: Path) -> None:
+    pool = CrowdedPool(Settings(home=home, context_tokens=1024), two_models(home))
+    try:
+        first = await pool.ready(DEFAULT_MODEL)
+        await first_heartbeat(first)
+        with pytest.raises(DoesNotFit):
+            await pool.ready(SECOND)
+        second = await pool.host(SECOND)
+        assert (first.state, second.state) == ("ready", "failed")
+        assert not await pool.make_room(second, missing_bytes=first.memory_bytes + 1)
+        assert first.state == "ready"
+        assert await pool.make_room(second, missing_bytes=first.memory_bytes // 2)
+        assert first.state == "unloaded"
+        assert not await pool.make_room(second, missing_bytes=0)
+    finally:
+        await pool.close()
+
+
+async def first_heartbeat(host: ModelHost) -> None:
+    """Wait until it said what memory it takes."""
+    async with asyncio.timeout(30):
+        while host.heartbeat is None:
+            await asyncio.sleep(0.01)
 
 
 async def test_a_disk_that_does_not_answer_holds_nobody_else(pool: Pool, home: Path) -> None:
