@@ -20,7 +20,7 @@ from runtime.backends.base import Backend
 from runtime.batch import Batch, Chunk, Truncate
 from runtime.radix import common_prefix
 from runtime.request import TokenId
-from runtime.sequence import Sequence
+from runtime.sequence import Sequence, Status
 from runtime.speculate import MOST_DRAFTED, Drafted, Drafter, Guess
 
 log = logging.getLogger("edge.drafter")
@@ -29,6 +29,9 @@ SINK_TOKENS = 4
 """The first tokens of a text that stay in view."""
 MAX_WINDOW = 512
 """Tokens of a text in view at most; what comes next is seldom decided further back."""
+
+MIN_REUSED_TOKENS = 32
+"""A slot whose text is over is gone on with where that spares so many tokens."""
 
 
 @dataclass(slots=True)
@@ -85,12 +88,24 @@ class ModelDrafter(Drafter):
         """Tokens that it would compute for its first guess; None where it cannot guess for this text."""
         if self._is_broken or (self._is_narrow and max(sequence.tokens) >= self._vocab_size):
             return None
-        slot = next((s for s in self._slots if s.sequence is sequence), None)
-        slot = slot or _Slot(-1)
+        slot = self._find(sequence) or _Slot(-1)
         if self._is_full(slot, len(sequence.tokens)):
             return SINK_TOKENS + self._window // 2
+        return len(slot.view(sequence.tokens)) - self._num_held(slot, sequence)
+
+    def _find(self, sequence: Sequence) -> _Slot | None:
+        """The slot of a sequence, or one with a text that is over and that it goes on, as in a chat."""
+        for slot in self._slots:
+            if slot.sequence is sequence:
+                return slot
+        ended = [s for s in self._slots if s.sequence is not None and s.sequence.status is Status.FINISHED]
+        best = max(ended, key=lambda s: self._num_held(s, sequence), default=None)
+        return best if best is not None and self._num_held(best, sequence) >= MIN_REUSED_TOKENS else None
+
+    @staticmethod
+    def _num_held(slot: _Slot, sequence: Sequence) -> int:
         view = slot.view(sequence.tokens)
-        return len(view) - common_prefix(slot.cells, view, limit=len(view) - 1)
+        return common_prefix(slot.cells, view, limit=len(view) - 1)
 
     def _is_full(self, slot: _Slot, num_tokens: int) -> bool:
         return min(slot.start, SINK_TOKENS) + num_tokens - slot.start + MOST_DRAFTED > self._window
@@ -128,12 +143,13 @@ class ModelDrafter(Drafter):
         return num_tokens + sum(len(c.tokens) for c in chunks)
 
     def _place(self, sequence: Sequence, present: set[Sequence]) -> _Slot:
-        """The slot of a sequence: its own, or that which was unused for longest, begun anew."""
+        """The slot of a sequence; else that which was unused for longest, begun anew."""
         self._calls += 1
-        slot = next((s for s in self._slots if s.sequence is sequence), None)
+        slot = self._find(sequence)
         if slot is None:
             slot = min((s for s in self._slots if s.sequence not in present), key=lambda s: s.used)
-            slot.sequence, slot.start = sequence, 0
+            slot.start = 0
+        slot.sequence = sequence
         if self._is_full(slot, len(sequence.tokens)):
             slot.start = len(sequence.tokens) - self._window // 2
         slot.used = self._calls

@@ -71,6 +71,8 @@ PROBE_STEPS, PROBE_GAP = 256, 64
 """Steps after which a text is probed again; and least steps between two probes, once `KNOWN_OUTCOMES` have told that
 the draft model does not pay in general."""
 KNOWN_OUTCOMES = 64
+RECONSIDER_STEPS = 4
+"""Where asking a draft model does not pay, it is thought about again after so many steps: thinking takes 50 µs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +235,7 @@ class AdaptiveSpeculator(Speculator):
         self._texts: dict[Sequence, _Texts] = {}
         self._by_model: set[Sequence] = set()
         """Whose guesses in the step that was planned are the draft model's."""
-        self._steps = self._probed = 0
+        self._steps = self._probed = self._ask_at = 0
         self._stats = SpeculationStats()
 
     def stats(self) -> SpeculationStats:
@@ -260,7 +262,7 @@ class AdaptiveSpeculator(Speculator):
         prior = self._acceptance.rates(PRIOR, weight=PRIOR_WEIGHT)
         outlooks = [self._repeated(s, prior) for s in decoding]
         choice = prices.best(outlooks)
-        if self._drafter is not None:
+        if self._drafter is not None and self._steps >= self._ask_at:
             choice, outlooks = self._ask(self._drafter, decoding, outlooks, choice, prices, threads)
         for sequence, outlook, count in zip(decoding, outlooks, choice.counts, strict=True):
             sequence.draft = outlook.tokens[:count]
@@ -316,6 +318,7 @@ class AdaptiveSpeculator(Speculator):
         outlooks = [self._drafted(drafter, s, rates) or o for s, o in zip(decoding, repeated, strict=True)]
         other = prices.best(outlooks)
         if other.speed <= choice.speed:
+            self._ask_at = self._steps + RECONSIDER_STEPS
             if not any(choice.counts):
                 self._probe(drafter, decoding, prices, threads)
             return choice, repeated

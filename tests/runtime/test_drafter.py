@@ -17,7 +17,7 @@ from runtime.batch import Batch
 from runtime.drafter import ModelDrafter
 from runtime.engine import Engine
 from runtime.request import Request, RequestId, SamplingParams, TokenId
-from runtime.sequence import Sequence
+from runtime.sequence import Sequence, Status
 from runtime.speculate import ALLOWANCE, MOST_DRAFTED, START, AdaptiveSpeculator, SpeculationStats
 from tests.runtime.drafters import NearlyBackend
 from tests.support import CollectingSink, ScriptedBackend
@@ -76,6 +76,19 @@ def test_a_text_that_goes_on_is_read_once() -> None:
         assert drafted.guesses[0] is not None
         sequence.tokens.append(drafted.guesses[0].token)
     assert backend.num_computed == 40 + 19
+
+
+def test_a_chat_that_goes_on_is_read_from_where_it_ended() -> None:
+    drafter, backend = small_drafter()
+    first = Sequence(Request(RequestId(0), tuple(range(40)), 1000), 0)
+    drafter.draft([(first, [])], threads=1)
+    other = Sequence(Request(RequestId(1), tuple(range(50)), 1000), 1)
+    assert drafter.num_missing(other) == 50, "the first still needs its slot"
+    first.status = Status.FINISHED
+    assert drafter.num_missing(other) == 10
+    before = backend.num_computed
+    assert drafter.draft([(other, [])], threads=1).guesses[0] is not None
+    assert backend.num_computed - before == 10
 
 
 class BrokenBackend(NearlyBackend):
