@@ -436,29 +436,31 @@ class SavedStates:
     # ------------------------------------------------------------------ disk
 
     def adopt(self, tokens: list[TokenId], scope: Scope, *, uses: int, pin: str) -> SavedState | None:
-        """Take a file of an earlier run into the books; None where it cannot be used or is one too many."""
-        size = self.size_bytes(len(tokens))
-        if size > self.limits.memory_bytes or self._disk.used_bytes + size > self.limits.disk_bytes:
-            return None
+        """Take a file of an earlier run into the books, where less valuable ones give way; None where it cannot be
+        used or is one too many. Of equal ones the first goes: the longest unused is to be adopted first."""
         state = self._new(tokens, scope)
-        state.uses, state.pin, state.on_disk, state.is_written = uses, pin, True, True
-        self._disk.add(state)
+        state.uses, state.pin, state.is_written = uses, pin, True
         self._appraise(state)
+        if state.size_bytes > self.limits.memory_bytes or not self._make_disk(state):
+            return None
         return state
 
     def persist(self, state: SavedState) -> None:
         """Have a state in memory written to the disk, where less valuable ones give way for it."""
-        if state.on_disk or not state.in_memory:
-            return
+        if not state.on_disk and state.in_memory and self._make_disk(state):
+            self._disk_ops.append(StoreState(state))
+
+    def _make_disk(self, state: SavedState) -> bool:
+        """Book a state on the disk, where it fits once less valuable ones have gone."""
         victims = self._disk.victims(state.size_bytes)
         if victims is None or (not state.pin and any(v.priority > state.priority for v in victims)):
-            return
+            return False
         for victim in victims:
             self._disk.floor = max(self._disk.floor, victim.priority)
             self.remove(victim)
         state.on_disk = True
         self._disk.add(state)
-        self._disk_ops.append(StoreState(state))
+        return True
 
     def written(self, state: SavedState, *, is_good: bool) -> None:
         """Book what came of a write."""

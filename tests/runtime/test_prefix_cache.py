@@ -286,3 +286,15 @@ def test_pins_in_memory_leave_the_rest_to_what_is_read() -> None:
     assert states.find_on_disk([*range(100, 190), 7], OWN, limit=90) == (None, 0)
     states.unpin("p")
     assert states.find_on_disk([*range(100, 190), 7], OWN, limit=90) == (large, 90)
+
+
+def test_where_the_budget_shrank_the_longest_unused_files_go() -> None:
+    states = SavedStates(StateLimits(memory_bytes=500, disk_bytes=150))
+    found = [states.adopt(list(range(100 * i, 100 * i + 50)), OWN, uses=1, pin="") for i in range(5)]
+    assert [s is not None and s.on_disk for s in found] == [False, False, True, True, True]
+    assert [op.state for op in states.take_disk_ops() if isinstance(op, RemoveState)] == found[:2]
+    assert states.adopt(list(range(900, 950)), OWN, uses=9, pin="") is not None
+    assert states.adopt([1] * 50, OWN, uses=1, pin="p") is not None
+    assert states.adopt([2] * 120, OWN, uses=1, pin="") is None, (
+        "it is worth less for each byte than what it would push out"
+    )
