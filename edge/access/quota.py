@@ -36,9 +36,10 @@ class RequestWindow:
 class TokenDay:
     """At most `limit` tokens in 24 hours, which begin with the first request.
 
-    A request's tokens are known when it ends, so it is let in while any are left and may take more; what is over the
-    limit then counts against nobody's next day. The 24 hours are those that the device ran, or those that its clock
-    saw pass, whichever are more: a board that boots in 1970 locks nobody out for ever.
+    A request's tokens are known when it ends. Until then it holds what it may take, and others beside it are let in as
+    far as that leaves room; the first is, while any are left. So a day has at most one request too much, and that
+    counts against nobody's next day. The 24 hours are those that the device ran, or those that its clock saw pass,
+    whichever are more: a board that boots in 1970 locks nobody out for ever.
 
     Args:
         used_tokens: Of the day that is under way.
@@ -49,6 +50,19 @@ class TokenDay:
         self.limit = limit
         self._used = used_tokens
         self._began_s = now_s - elapsed_s
+        self._held = 0
+
+    def hold(self, tokens: int, own: int, now_s: float) -> bool:
+        """Set aside what a request may take, beside its `own` that it holds already; False if others hold too much."""
+        others = self._held - own
+        if others and self._held + tokens > self.left(now_s):
+            return False
+        self._held += tokens
+        return True
+
+    def release(self, tokens: int) -> None:
+        """Give back what a request held."""
+        self._held -= tokens
 
     def left(self, now_s: float) -> int:
         """Tokens that are left of this day."""

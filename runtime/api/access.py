@@ -26,6 +26,10 @@ log = logging.getLogger("edge.access")
 Need = Scope | Literal["nothing", "key"]
 """What a route asks of its caller: nothing at all, any valid key, or a key of this scope."""
 METERED: frozenset[Need] = frozenset({"chat", "embed"})
+BYTES_PER_TOKEN = 4
+"""About what a token of a body takes."""
+UNSTATED_TOKENS = 512
+"""What an answer is taken to be that may be as long as it likes."""
 LOG_INTERVAL_S = 10.0
 """Refused callers are logged together: nobody shall fill the log by being refused."""
 
@@ -98,11 +102,37 @@ class Answered(Protocol):
 
 @dataclass(slots=True)
 class Meter:
-    """One request and what it used."""
+    """One request and what it used.
+
+    Attributes:
+        day: Where its tokens count, if its key's are limited.
+    """
 
     caller: Caller
     answers: list[Answered] = field(default_factory=list[Answered])
     status: int | None = None
+    day: TokenDay | None = None
+    _held: int = 0
+
+    def hold(self, tokens: int) -> None:
+        """Set aside what it may take of its key's day, until it ends.
+
+        Raises:
+            RateLimited: Requests that are under way may use up the day.
+        """
+        if self.day is None:
+            return
+        if not self.day.hold(tokens, self._held, time.monotonic()):
+            raise RateLimited(
+                f"{self.day.limit:,} tokens a day, if what is under way takes all it may", retry_after_s=5
+            )
+        self._held += tokens
+
+    def release(self) -> None:
+        """Give that back."""
+        if self.day is not None:
+            self.day.release(self._held)
+            self._held = 0
 
     def usage(self) -> Usage:
         """What to count. The answers to a request share its prompt, and what they found cached of it."""
@@ -191,16 +221,22 @@ class Access:
         """Whether its key still holds."""
         return caller.key is None or self._open_reader().is_valid(caller.key)
 
-    def admit(self, caller: Caller) -> None:
+    def admit(self, meter: Meter, *, num_bytes: int) -> None:
         """Count a request against the caller's limits.
+
+        Args:
+            num_bytes: Of its body.
 
         Raises:
             RateLimited: They are used up.
         """
-        now_s = time.monotonic()
+        now_s, caller = time.monotonic(), meter.caller
         day, window = self._day(caller, now_s), self._window(caller)
-        if day is not None and day.left(now_s) == 0:
-            raise RateLimited(f"{day.limit:,} tokens a day", retry_after_s=day.reset_s(now_s))
+        if day is not None:
+            if day.left(now_s) == 0:
+                raise RateLimited(f"{day.limit:,} tokens a day", retry_after_s=day.reset_s(now_s))
+            meter.day = day
+            meter.hold(num_bytes // BYTES_PER_TOKEN)
         if window is not None and (wait_s := window.take(now_s)) is not None:
             raise RateLimited(f"{window.limit:,} requests a minute", retry_after_s=wait_s)
 
@@ -216,11 +252,12 @@ class Access:
 
     def settle(self, meter: Meter) -> None:
         """Count a request that ended."""
-        used, caller = meter.usage(), meter.caller
-        now_s, saved = time.monotonic(), None
-        if (day := self._day(caller, now_s)) is not None:
-            day.take(used.tokens, now_s)
-            saved = SavedDay(*day.state(now_s))
+        used, caller, saved = meter.usage(), meter.caller, None
+        meter.release()
+        if meter.day is not None:
+            now_s = time.monotonic()
+            meter.day.take(used.tokens, now_s)
+            saved = SavedDay(*meter.day.state(now_s))
         model = next((a.known_model for a in meter.answers if a.known_model), "")
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
         self._writer.meter(Account(today, caller.id, model), used, saved)

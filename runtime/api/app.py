@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from litestar import Litestar, Response, get
+from litestar import Litestar, Response, Router, get
 from litestar.datastructures import State
 from litestar.openapi import OpenAPIConfig
 
@@ -70,7 +70,7 @@ def create_app(appliance: Appliance) -> Litestar:
         openapi_config=OpenAPIConfig(
             title="slm-edge",
             version=__version__,
-            path="/docs",
+            openapi_router=Router("/docs", route_handlers=[], opt=needs("nothing")),
             render_plugins=PLUGINS,
             use_handler_docstrings=True,
         ),

@@ -93,8 +93,7 @@ class Appliance:
         """Begin to keep house. The API may be used before."""
         psutil.cpu_percent()
         self._add_gauges()
-        await asyncio.to_thread(self.access.start)
-        await asyncio.to_thread(self.telemetry.start)
+        await asyncio.gather(asyncio.to_thread(self.access.start), asyncio.to_thread(self.telemetry.start))
         self._tasks = [
             asyncio.create_task(self._broadcast(), name="status"),
             asyncio.create_task(self._keep_house(), name="housekeeping"),

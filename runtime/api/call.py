@@ -18,6 +18,7 @@ from litestar.types import Receive
 from edge.errors import EdgeError, InvalidRequest, WorkerDied
 from edge.telemetry.span import Operation, RequestRecord
 from runtime import wire
+from runtime.api.access import UNSTATED_TOKENS
 from runtime.api.appliance import Appliance
 from runtime.api.guard import meter_of
 from runtime.api.openai_schema import SamplingFields, TokenDetails, Usage
@@ -61,6 +62,8 @@ class Call:
         self.index = index
         meter = meter_of(http.scope)
         meter.answers.append(self)
+        if operation in ("chat", "text_completion"):
+            meter.hold(max_tokens or UNSTATED_TOKENS)
         self.caller = meter.caller
         self.error_type: str | None = None
         """Code of what ended it before its end; set when it is over."""

@@ -122,7 +122,7 @@ class _Gate:
                 is_metered = need in METERED and scope["method"] == "POST"
                 caller.check(need)
                 if is_metered:
-                    self._access.admit(caller)
+                    self._access.admit(meter, num_bytes=_body_bytes(scope))
                 headers |= self._access.limit_headers(caller)
             await app(scope, receive, with_headers)
         except EdgeError as e:  # the page that asks is told why, so the answer goes through the same door
@@ -146,6 +146,9 @@ class _Gate:
         origin = _header(scope, b"origin")
         check_origin(origin, hosts=own if not self._access.keys_required else _LOCAL, listed_origins=self._origins)
         if origin is None:
+            # A foreign page's images and links tell no origin, but that they are a foreign page's.
+            if _need(scope) != "nothing" and _header(scope, b"sec-fetch-site") in ("cross-site", "same-site"):
+                raise Forbidden("Pages of other sites may not use this appliance.", hint="Ask from a program.")
             return {}
         # Never with credentials: cookies are nobody's key here.
         return {"access-control-allow-origin": origin, "vary": "Origin", "access-control-expose-headers": _EXPOSED}
@@ -160,9 +163,13 @@ class _Gate:
         return self._access.identify(scope["headers"], address=address, is_local=is_local), need
 
 
+def _body_bytes(scope: HTTPScope) -> int:
+    """Of the body, as it is announced; 0 where it is not."""
+    length = _header(scope, b"content-length") or ""
+    return int(length) if length.isdecimal() and len(length) < 12 else 0
+
+
 def _need(scope: HTTPScope) -> Need:
-    if scope["path"] == "/docs" or scope["path"].startswith("/docs/"):
-        return "nothing"  # the page that tells how to ask
     need: Need = scope["route_handler"].opt.get("needs", "admin")
     return need
 

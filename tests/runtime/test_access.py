@@ -1,0 +1,144 @@
+"""What routes need, and what requests hold of their key's day."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from litestar import Litestar
+
+from edge.access.keys import Key, Limits
+from edge.access.quota import TokenDay
+from edge.access.usage import Usage
+from edge.config import Settings, client_key, load_settings
+from edge.errors import ConfigError, RateLimited
+from edge.store.models import ModelStore
+from edge.telemetry.service import Telemetry
+from runtime.api.access import Caller, Meter
+from runtime.api.app import create_app
+from runtime.api.appliance import Appliance
+from runtime.logs import RecentLines
+from runtime.pool import Pool
+from runtime.server import check_bind
+
+
+def app_of(home: Path) -> Litestar:
+    settings = Settings(home=home)
+    store = ModelStore(settings.store_dir)
+    return create_app(Appliance(settings, store, Pool(settings, store), Telemetry(settings), RecentLines()))
+
+
+def test_every_route_says_what_it_needs_and_only_these_need_nothing(tmp_path: Path) -> None:
+    needed: dict[str, object] = {}
+    for route in app_of(tmp_path).routes:
+        for handler in getattr(route, "route_handlers", []):
+            for method in handler.http_methods - {"OPTIONS"}:
+                needed[f"{method} {route.path}"] = handler.opt.get("needs")
+    assert None not in needed.values(), needed
+    open_routes = {name.partition(" ")[2] for name, need in needed.items() if need == "nothing"}
+    assert {p for p in open_routes if not p.startswith("/docs")} == {"/livez", "/readyz", "/health"}
+    for name, need in needed.items():
+        method, _, path = name.partition(" ")
+        if path.startswith("/edge/v1/"):
+            assert need in (("view",) if method == "GET" else ("operate", "admin")), name
+        elif path.startswith("/v1/") and method == "POST":
+            assert need in ("chat", "embed"), name
+
+
+class Answer:
+    def __init__(self, prompt: int, cached: int, output: int, error: str | None = None) -> None:
+        self.known_model = "m"
+        self.error_type = error
+        self.tokens = (prompt, cached, output)
+
+
+@pytest.mark.parametrize(
+    ("answers", "status", "used"),
+    [
+        ([Answer(10, 4, 3)], 200, Usage(1, 0, 0, 10, 3, 4, 0)),
+        ([Answer(10, 9, 3), Answer(10, 4, 2)], 200, Usage(1, 0, 0, 10, 5, 4, 0)),
+        ([Answer(10, 4, 3, "worker_died")], 200, Usage(1, 1, 0, 0, 0, 0, 13)),
+        ([Answer(10, 4, 3), Answer(0, 0, 0, "worker_died")], 500, Usage(1, 1, 0, 0, 0, 0, 13)),
+        ([Answer(10, 4, 3, "cancelled")], 200, Usage(1, 0, 1, 0, 0, 0, 13)),
+        ([Answer(10, 4, 3, "client_closed")], 499, Usage(1, 0, 1, 0, 0, 0, 13)),
+        ([], 400, Usage(1, 1, 0, 0, 0, 0, 0)),
+        ([], None, Usage(1, 0, 1, 0, 0, 0, 0)),
+    ],
+)
+def test_a_request_is_charged_what_its_client_was_told(answers: list[Answer], status: int | None, used: Usage) -> None:
+    assert Meter(Caller(None, "unix"), [*answers], status).usage() == used
+
+
+def test_requests_at_once_cannot_take_more_than_the_day_and_one(tmp_path: Path) -> None:
+    key = Key(id="k", name="k", limits=Limits(tokens_per_day=100), created_s=0.0, digest=b"")
+    day = TokenDay(100, now_s=0.0)
+    meters = [Meter(Caller(key, "unix"), day=day) for _ in range(3)]
+    meters[0].hold(10)
+    meters[0].hold(5000)  # the first may, with all that it asks for
+    with pytest.raises(RateLimited):
+        meters[1].hold(1)
+    meters[0].release()
+    meters[1].hold(60)
+    meters[2].hold(30)
+    with pytest.raises(RateLimited):
+        meters[2].hold(30)
+    meters[1].release()
+    meters[2].hold(30)
+
+
+def settings_of(tmp_path: Path, **fields: object) -> Settings:
+    return load_settings({"EDGE_HOME": str(tmp_path)}, fields)
+
+
+def wide(**fields: object) -> Callable[[Path], Settings]:
+    return lambda home: settings_of(home, host="192.0.2.1", **fields)
+
+
+def test_a_wide_address_is_refused_without_keys_and_tls(tmp_path: Path) -> None:
+    for host in ("127.0.0.1", "127.0.0.2", "::1", "localhost"):
+        settings = settings_of(tmp_path, host=host)
+        check_bind(settings)
+        assert not settings.needs_keys
+    for host in ("0.0.0.0", "::", "192.0.2.1", "::ffff:127.0.0.1"):
+        settings = settings_of(tmp_path, host=host)
+        assert settings.needs_keys
+        with pytest.raises(ConfigError) as refused:
+            check_bind(settings)
+        assert "edge key create" in str(refused.value)
+        assert "--tls-cert" in str(refused.value)
+    with pytest.raises(ConfigError, match="edge key create"):
+        check_bind(wide(tls_by_proxy="nginx")(tmp_path))
+    for host in ("edge.example", "127.1", "0", ""):
+        with pytest.raises(ConfigError):
+            check_bind(settings_of(tmp_path, host=host))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"cors_origins": "*"},
+        {"cors_origins": "https://panel.example/"},
+        {"cors_origins": "panel.example"},
+        {"cors_origins": "https://a@b.example"},
+        {"cors_origins": "https://[oops"},
+        {"tls_cert": "only.pem"},
+        {"require_keys": "off"},
+    ],
+)
+def test_settings_that_would_open_a_door_by_mistake_are_refused(tmp_path: Path, fields: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        settings_of(tmp_path, **fields)
+
+
+def test_a_proxy_that_ends_tls_makes_keys_needed_on_loopback(tmp_path: Path) -> None:
+    assert settings_of(tmp_path, tls_by_proxy="nginx").needs_keys
+    assert settings_of(tmp_path, require_keys="on").needs_keys
+
+
+def test_the_key_of_commands_is_checked_and_not_told() -> None:
+    assert client_key({}) is None
+    assert client_key({"EDGE_API_KEY": " edge_x \n"}) == "edge_x"
+    with pytest.raises(ConfigError) as refused:
+        client_key({"EDGE_API_KEY": "edge_s3cret\r\nHost: x"})
+    assert "s3cret" not in str(refused.value)
