@@ -109,6 +109,15 @@ def connect_read_only(path: Path, *, version: int) -> sqlite3.Connection:
     return connection
 
 
+def file_of(path: Path) -> tuple[int, int] | None:
+    """Which file has this name at present; None where none has. One that was put in another's place is another."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def version_of(connection: sqlite3.Connection) -> int:
     """The version that the file states."""
     return int(connection.execute("PRAGMA user_version").fetchone()[0])

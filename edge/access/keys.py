@@ -23,7 +23,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, get_args
 
-from edge.database import connect_read_only, errors_of, transaction
+from edge.database import connect_read_only, errors_of, file_of, transaction
 from edge.errors import InvalidRequest, KeyNotFound
 
 from . import audit
@@ -141,7 +141,13 @@ class KeyReader:
             StoreError: It cannot be read.
         """
         self._path = path
+        self._file = file_of(path)
         self._db = connect_read_only(path, version=SCHEMA_VERSION)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the file is still the one of that name: somebody may have removed it, or put back an older one."""
+        return self._file == file_of(self._path)
 
     def close(self) -> None:
         """Close the file."""

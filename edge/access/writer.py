@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge.database import errors_of, transaction
+from edge.database import errors_of, file_of, transaction
 from edge.errors import EdgeError, StoreError
 
 from . import audit, usage
@@ -55,6 +55,7 @@ class StateWriter:
         self._retry_at_s = 0.0
         self._db: sqlite3.Connection | None = None
         """The thread's own."""
+        self._file: tuple[int, int] | None = None
         self._thread = threading.Thread(target=self._run, name="state-writer", daemon=True)
 
     @property
@@ -153,7 +154,11 @@ class StateWriter:
         self, used: Mapping[Account, Usage], days: Mapping[str, SavedDay], acts: list[tuple[Act, Future[Head]]]
     ) -> None:
         now_s = time.time()
-        self._db = self._db or open_state(self.path)
+        if self._file != file_of(self.path):  # removed, or another put in its place
+            self._drop_connection()
+        if self._db is None:
+            self._db = open_state(self.path)
+            self._file = file_of(self.path)
         with errors_of(self.path), transaction(self._db) as db:
             usage.add(db, used)
             _save_days(db, days, now_s=now_s)

@@ -279,8 +279,10 @@ class Access:
         return read_head(self._path)
 
     def _open_reader(self) -> KeyReader:
-        if self._reader is None:
-            self._reader = KeyReader(self._path)
+        if self._reader is not None and not self._reader.is_current:
+            self._reader.close()
+            self._reader = None
+        self._reader = self._reader or KeyReader(self._path)
         return self._reader
 
     def _window(self, caller: Caller) -> RequestWindow | None:

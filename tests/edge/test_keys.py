@@ -195,6 +195,17 @@ def test_a_newer_database_is_refused(path: Path) -> None:
         KeyReader(path)
 
 
+def test_a_reader_knows_when_its_file_is_no_longer_the_one(path: Path) -> None:
+    _, key = make(path)
+    with closing(KeyReader(path)) as reader:
+        assert reader.is_current
+        path.unlink()
+        assert not reader.is_current
+        make(path)
+        assert not reader.is_current
+    assert find(path, key) is None
+
+
 # ---------------------------------------------------------------- quotas
 
 
@@ -289,6 +300,17 @@ def test_what_the_disk_refuses_waits_and_is_counted_once(path: Path) -> None:
     assert writer.error is None
     (row,) = read_usage(path, ("key",))
     assert row.usage.requests == 3
+
+
+def test_a_file_that_is_removed_is_made_anew(path: Path) -> None:
+    writer = StateWriter(path)
+    writer.start()
+    writer.note(Act("me", "x")).result(10)
+    for file in path.parent.iterdir():
+        file.unlink()
+    assert writer.note(Act("me", "y")).result(10).seq == 1
+    writer.close()
+    assert [line.act.act for line in audit.read_lines(path)] == ["y"]
 
 
 def test_a_closed_writer_takes_no_lines(path: Path) -> None:

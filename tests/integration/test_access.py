@@ -188,6 +188,20 @@ def test_loopback_lets_pass_what_clients_always_send(appliance: RunningAppliance
         assert http.get("/v1/models", headers=ours).status_code == 401, "it does not turn into nobody, who may all"
 
 
+def test_keys_end_with_their_file(home: Path) -> None:
+    home.mkdir()
+    with running_appliance(home, "--require-keys", "on") as appliance:
+        _, key = make(appliance)
+        with client(appliance, key) as http:
+            assert http.get("/v1/models").status_code == 200
+            for path in home.glob("state.db*"):
+                path.unlink()
+            assert http.get("/v1/models").status_code >= 400
+            _, second = make(appliance)
+            assert http.get("/v1/models").status_code == 401
+            assert http.get("/v1/models", headers={"authorization": f"Bearer {second}"}).status_code == 200
+
+
 # ---------------------------------------------------------------- what a key may do
 
 
@@ -296,12 +310,18 @@ def test_usage_is_what_clients_were_told(guarded: RunningAppliance) -> None:
                         http.post("/v1/chat/completions", json=body, timeout=httpx.Timeout(20, read=1.0))
                     return "left", {}
 
+    def embed() -> dict[str, Any]:
+        with client(guarded, key) as http:
+            body = {"model": "minilm:l6-v2", "input": ["A boat.", "The sea."]}
+            return http.post("/v1/embeddings", json=body).raise_for_status().json()["usage"]
+
+    embedded = embed()
     num = 36
     with ThreadPoolExecutor(6) as pool:
         outcomes = list(pool.map(ask, range(num)))
-    used = wait_for_usage(guarded, made, num)
+    used = wait_for_usage(guarded, made, num + 1)
     told = [usage for what, usage in outcomes if what == "told"]
-    assert used["input_tokens"] == sum(u["prompt_tokens"] for u in told)
+    assert used["input_tokens"] == sum(u["prompt_tokens"] for u in [*told, embedded])
     assert used["output_tokens"] == sum(u["completion_tokens"] for u in told)
     assert used["cached_tokens"] == sum(u["prompt_tokens_details"]["cached_tokens"] for u in told)
     assert used["failures"] == sum(what == "failed" for what, _ in outcomes)
@@ -409,6 +429,11 @@ def test_pages_of_this_machine_and_listed_ones_may_ask_and_no_others(guarded: Ru
                 assert reply.headers["access-control-allow-origin"] == origin, "of refusals too, or no page could tell"
                 assert reply.headers["vary"] == "Origin"
                 assert "access-control-allow-credentials" not in reply.headers
+        for site in ("cross-site", "same-site"):
+            image = http.get("/edge/v1/jobs", headers={"sec-fetch-site": site})
+            assert image.status_code == 403, "an image of a foreign page tells no origin"
+        for site in ("none", "same-origin"):
+            assert http.get("/v1/models", headers={"sec-fetch-site": site}).status_code == 200
         for origin in ("https://evil.example", "null", "https://panel.example.evil", "http://panel.example"):
             page = {"origin": origin}
             for reply in (nobody.options("/v1/models", headers=page | ask), http.get("/v1/models", headers=page)):

@@ -29,6 +29,7 @@ def app_of(home: Path) -> Litestar:
     return create_app(Appliance(settings, store, Pool(settings, store), Telemetry(settings), RecentLines()))
 
 
+@pytest.mark.filterwarnings("ignore::litestar.exceptions.LitestarDeprecationWarning")
 def test_every_route_says_what_it_needs_and_only_these_need_nothing(tmp_path: Path) -> None:
     needed: dict[str, object] = {}
     for route in app_of(tmp_path).routes:
