@@ -86,6 +86,31 @@ class AdapterMismatch(InvalidRequest):
         self.reason = reason
 
 
+class InvalidImage(InvalidRequest):
+    """An image that is not read; `reason` says why, as the end of a sentence about it."""
+
+    code = "invalid_image"
+
+    def __init__(self, reason: str, *, field: str | None = None, hint: str | None = None) -> None:
+        super().__init__(f"The image cannot be read: {reason}.", field=field, hint=hint)
+        self.reason = reason
+
+
+class VisionUnsupported(InvalidRequest):
+    """An image for a model that reads text only."""
+
+    code = "vision_unsupported"
+
+    def __init__(self, model: str, *, field: str, known: Sequence[str]) -> None:
+        seeing = f"Models here that see: {', '.join(known)}. " if known else ""
+        super().__init__(
+            f"The model '{model}' reads no images: its package has no projector.",
+            field=field,
+            hint=f"{seeing}Where there is a projector for it, pull both: edge pull MODEL.gguf --projector MMPROJ.gguf.",
+        )
+        self.model = model
+
+
 class Forbidden(EdgeError):
     """Somebody who may not do this."""
 

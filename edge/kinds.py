@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 ModelKind = Literal["text", "embeddings", "reranking", "adapter"]
 """An adapter is no model: it changes one, is named with it (``model+adapter``) and never loaded by itself."""
+
+CAPABILITIES: Mapping[ModelKind, list[str]] = {
+    "text": ["completion"], "embeddings": ["embedding"], "reranking": ["rerank"], "adapter": [],
+}  # fmt: skip
+"""What models of a kind do, for clients that ask before they send."""

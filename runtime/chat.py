@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from edge.errors import InvalidRequest, UnsupportedFormat
@@ -12,7 +14,14 @@ from runtime.tokenizer import Tokenizer
 
 # A noncharacter (Unicode 16, section 23.7): never in interchanged text, so it can break up what spells a control token.
 _BREAK = "\ufdd0"
+_IMAGE = "\ufdd1"
+"""Around the number of an image in a rendered prompt; another noncharacter."""
 MAX_PROMPT_CHARS = 64 << 20
+
+Content = str | list[str | int]
+"""Of a message: a text, or texts and the numbers of images, counted through the conversation."""
+Messages = Sequence[tuple[str, Content]]
+"""Roles and contents."""
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -47,17 +56,29 @@ class ChatTemplate:
         except (TemplateError, RecursionError, MemoryError) as e:
             raise UnsupportedFormat(f"The model's chat template does not compile: {e or type(e).__name__}.") from e
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt's text, in which only the template's own markers spell control tokens.
+    def render(self, messages: Messages) -> str:
+        """The prompt's text, in which only the template's own markers spell control tokens; see `split_images`.
 
         Raises:
             InvalidRequest: The template refuses these messages.
         """
+        safe = [(self._defuse(role), self._content(content)) for role, content in messages]
+        return self._render(safe, as_parts=self._wants_parts)
+
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """Whether a content that is a text gets lost: some templates of models that see look for parts only."""
+        try:
+            return "lighthouse" not in self._render([("user", "lighthouse")], as_parts=False)
+        except InvalidRequest:
+            return False
+
+    def _render(self, messages: Sequence[tuple[str, str]], *, as_parts: bool) -> str:
         from jinja2.exceptions import TemplateError
 
-        safe = [{k: self._defuse(v) for k, v in m.items()} for m in messages]
+        given = [{"role": r, "content": [{"type": "text", "text": c}] if as_parts else c} for r, c in messages]
         try:
-            text = self._template.render(messages=safe, add_generation_prompt=True, **self._tokens)
+            text = self._template.render(messages=given, add_generation_prompt=True, **self._tokens)
         except (
             TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError,
             MemoryError,
@@ -71,18 +92,36 @@ class ChatTemplate:
             raise InvalidRequest("The model's chat template makes too long a text.", field="messages")
         return text
 
+    def _content(self, content: Content) -> str:
+        if isinstance(content, str):
+            return self._defuse(content)
+        return "".join(self._defuse(c) if isinstance(c, str) else f"{_IMAGE}{c}{_IMAGE}" for c in content)
+
     def _defuse(self, text: str) -> str:
-        text = text.replace(_BREAK, "\ufffd")
+        text = text.replace(_BREAK, "\ufffd").replace(_IMAGE, "\ufffd")
         for marker in self._markers:
             if marker in text:
                 text = text.replace(marker, marker[0] + _BREAK + marker[1:])
         return text
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[TokenId]:
-    """Tokens of a rendered prompt. A text of the user that spells a control token becomes plain text."""
+def split_images(text: str, *, num_images: int) -> list[str]:
+    """The texts before, between and behind the images of a rendered prompt.
+
+    Raises:
+        InvalidRequest: The template lost an image, or turned their order.
+    """
+    texts = re.split(f"{_IMAGE}([0-9]+){_IMAGE}", text)
+    if texts[1::2] != [str(i) for i in range(num_images)]:
+        raise InvalidRequest("The model's chat template does not leave the images in their places.", field="messages")
+    return texts[::2]
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, *, is_first: bool = True) -> list[TokenId]:
+    """Tokens of a rendered prompt, or of what follows an image in it. A text of the user that spells a control token
+    becomes plain text."""
     first, *rest = text.split(_BREAK)
-    tokens = tokenizer.encode(first, add_special=True, parse_special=True)
+    tokens = tokenizer.encode(first, add_special=is_first, parse_special=True)
     for part in rest:
         tokens += tokenizer.encode(part, add_special=False, parse_special=True)
     return tokens

@@ -85,8 +85,9 @@ class ModelDrafter(Drafter):
         return self._relative_cost
 
     def num_missing(self, sequence: Sequence) -> int | None:
-        """Tokens that it would compute for its first guess; None where it cannot guess for this text."""
-        if self._is_broken or (self._is_narrow and max(sequence.tokens) >= self._vocab_size):
+        """Tokens that it would compute for its first guess; None where it cannot guess for this text, as for one with
+        images, which it cannot see."""
+        if self._is_broken or sequence.request.tiles or (self._is_narrow and max(sequence.tokens) >= self._vocab_size):
             return None
         slot = self._find(sequence) or _Slot(-1)
         if self._is_full(slot, len(sequence.tokens)):

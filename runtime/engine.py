@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from runtime.backends.base import Backend, StateRefused
 from runtime.batch import Batch, Chunk
 from runtime.governor import Governor
 from runtime.grammar import Guide
+from runtime.images import Tile, cut, next_unencoded, shown_ids
 from runtime.logprobs import Logprobs
 from runtime.loop import Inbox, Observer, StepGuard
 from runtime.request import FinishReason, Pin, Request, RequestId, TokenId, TokenLogprob
@@ -33,6 +34,9 @@ from runtime.tokenizer import Detokenizer, StopMatcher
 
 log = logging.getLogger("edge.engine")
 
+ENCODING_TOKENS = 1 << 20
+"""As how wide a step the encoding of a tile counts: what an encoder takes does not follow from what tokens take, so it
+has all the time that any step may have."""
 STEPS_PER_CHORE = 8
 """Under load, a chore of some milliseconds comes between so many steps."""
 
@@ -392,6 +396,7 @@ class Engine:
 
     def _compute(self, batch: Batch) -> None:
         now = self._clock()
+        batch = self._with_images(batch)
         self._guard.begin([c.sequence.request.id for c in batch.chunks], batch.num_tokens)
         for chunk in batch.chunks:
             answer = self._answers[chunk.sequence.request.id]
@@ -423,6 +428,24 @@ class Engine:
         for state_id in self._backend.take_unsaved():
             self._scheduler.cache.states.unsaved(state_id)
         return logits
+
+    def _with_images(self, batch: Batch) -> Batch:
+        """The batch without what waits for the encoder, which takes one tile before each step: so who reads images
+        delays the others by one tile a step."""
+        found = next_unencoded(batch)
+        if found is None:
+            return batch
+        chunk, tile = found
+        vision = self._backend.vision
+        assert vision is not None, "without one nobody makes tiles"
+        # As a step of its request alone, as with an adapter that is loaded.
+        self._guard.begin([chunk.sequence.request.id], ENCODING_TOKENS)
+        try:
+            vision.encode(tile)
+        except EdgeError as e:
+            self._fail(chunk.sequence, e)
+            batch = replace(batch, chunks=tuple(c for c in batch.chunks if c is not chunk))
+        return cut(batch)
 
     def _start_anew(self, error: StateRefused) -> None:
         """A state that the library does not take back is forgotten, its file too, and everybody is computed anew:
@@ -626,7 +649,7 @@ class Engine:
         wants_tokens = reason is not None and sequence.request.return_tokens
         return Delta(
             sequence.request.id, text, sequence.num_output, sequence.num_prompt, sequence.num_cached, reason, timings,
-            tuple(sequence.tokens) if wants_tokens else None, logprobs,
+            shown_ids(sequence.tokens) if wants_tokens else None, logprobs,
         )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ def error_from_wire(f: wire.Failed, *, ref: str) -> EdgeError:
         return errors.QueueFull(retry_after_s=f.retry_after_s or 5)
     for kind in (
         errors.InvalidRequest, errors.ConstraintFailed, errors.InvalidModelFile, errors.DoesNotFit,
-        errors.UnsupportedFormat, errors.NoRoomToPin,
+        errors.UnsupportedFormat, errors.NoRoomToPin, errors.InvalidImage,
     ):  # fmt: skip
         if f.code == kind.code:
             return _rebuilt(kind, f)

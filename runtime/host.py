@@ -511,6 +511,7 @@ class ModelHost:
             pooling=self.model.details.pooling or "", draft=draft.name if draft is not None else "",
             draft_path=str(guesser.weights) if guesser is not None else "",
             draft_problem=draft.problem if draft is not None else "",
+            projector=str(self.model.projector or ""),
         )  # fmt: skip
 
     async def _watch(self, stop: asyncio.Event) -> Ending:

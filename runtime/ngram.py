@@ -7,6 +7,7 @@ also over a single token that differs.
 from __future__ import annotations
 
 from collections.abc import Container
+from itertools import takewhile
 
 from runtime.request import TokenId
 
@@ -55,7 +56,7 @@ class Lookup:
         found = tokens[self._source : self._source + limit]
         while 0 < len(found) < limit:
             found += found[: limit - len(found)]
-        return found
+        return list(takewhile(lambda t: t >= 0, found))  # an image is no text to say again
 
     def _read_prompt(self, tokens: list[TokenId]) -> None:
         start = max(0, len(tokens) - MAX_NGRAMS)

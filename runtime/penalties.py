@@ -90,9 +90,10 @@ class Penalties:
         np.add.at(logits, ids[known], bias[known].astype(np.float32))
 
     def _catch_up(self, tokens: list[TokenId], vocab_size: int) -> None:
-        new, self._seen = tokens[self._seen :], len(tokens)
+        start, self._seen = self._seen, len(tokens)
+        new = [t for t in tokens[start:] if t >= 0]  # an image is no text to repeat
         if self._counts:
-            self._count(tokens[max(self._seen - len(new), self._num_prompt) :], vocab_size)
+            self._count(tokens[max(start, self._num_prompt) :], vocab_size)
         if not self._dry:
             self._history = np.append(self._history, np.asarray(new, np.int32))
             self._history = _last(self._history, self._params.repeat_last_n)

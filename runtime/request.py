@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, NewType
 
 if TYPE_CHECKING:
     from runtime.grammar import Grammar
+    from runtime.images import PlacedTile
 
 RequestId = NewType("RequestId", int)
 TokenId = int
@@ -168,7 +169,7 @@ class Request:
 
     Attributes:
         id: Unique within the engine.
-        prompt: Token ids; at least one.
+        prompt: Token ids; at least one. Negative ones are placeholders (`runtime.images`).
         max_tokens: Most tokens to generate, at least one.
         stop: Strings that end the answer and are not part of it.
         ignore_eos: Go on past the model's own end, up to `max_tokens` (benchmarks).
@@ -182,6 +183,7 @@ class Request:
         cache_key: The client's `prompt_cache_key`: of equal prefixes, it goes on from that of a request with the same.
         pin: Keep the prompt's keys and values for all, under this name, until it is unpinned. The answer is for
             nobody: `max_tokens` is 1.
+        tiles: Parts of images, by position; the prompt holds their placeholders there.
     """
 
     id: RequestId
@@ -199,3 +201,4 @@ class Request:
     adapters: AdapterSet = ()
     cache_key: str = ""
     pin: str = ""
+    tiles: tuple[PlacedTile, ...] = ()

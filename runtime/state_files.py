@@ -4,7 +4,7 @@ A state is what users wrote, and native code parses it. So a file is readable by
 key of the device, and believed only when every byte was checked: one that is damaged, cut short, or of another device,
 model or build is ignored and removed. Nothing fails for want of the disk: the tier then switches itself off.
 
-Format, version 2: magic, header length (four bytes, little-endian), header (msgpack), HMAC-SHA256 of all that; then the
+Format, version 3: magic, header length (four bytes, little-endian), header (msgpack), HMAC-SHA256 of all that; then the
 state, whose HMAC stands in the header. Header, state and name have keys of their own, made from the device's. So the
 start reads headers only, and the state when a prompt wants it.
 """
@@ -46,7 +46,7 @@ UNUSED_S = 30 * 86400.0
 """States of settings that a model was tuned away from are kept for so long."""
 _MAC_BYTES = 32
 _START = struct.Struct("<8sI")
-_MAGIC = b"EDGEKV\x00\x02"
+_MAGIC = b"EDGEKV\x00\x03"
 _SUFFIX = ".state"
 
 
@@ -59,8 +59,8 @@ class _Header(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_field
     adapters: str
     pin: str
     uses: _Count
-    tokens: Annotated[bytes, msgspec.Meta(min_length=4)]
-    """Little-endian int32."""
+    tokens: Annotated[bytes, msgspec.Meta(min_length=8)]
+    """Little-endian int64: placeholders of images are of 62 bits."""
     state_bytes: _Count
     state_mac: bytes
 
@@ -410,9 +410,9 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _packed(tokens: list[TokenId]) -> bytes:
-    return np.array(tokens, "<i4").tobytes()
+    return np.array(tokens, "<i8").tobytes()
 
 
 def _found(header: _Header) -> Found:
-    tokens: list[TokenId] = np.frombuffer(header.tokens, "<i4").tolist()
+    tokens: list[TokenId] = np.frombuffer(header.tokens, "<i8").tolist()
     return Found(tokens, Scope(header.tenant, header.adapters), header.uses, header.pin)

@@ -28,7 +28,8 @@ class ChatMessage(msgspec.Struct, array_like=True, frozen=True):
     """One message of a conversation."""
 
     role: str
-    content: str
+    content: str | list[str | int]
+    """A text; or texts and the numbers of images, counted through the conversation."""
 
 
 class Generate(Message, frozen=True):
@@ -51,6 +52,8 @@ class Generate(Message, frozen=True):
     cache_key: str = ""
     priority: int = 0
     pin: str = ""
+    images: tuple[bytes, ...] = ()
+    """Files, as they came; nobody has looked into them."""
 
 
 class Embed(Message, frozen=True):
@@ -111,6 +114,8 @@ class Load(Message, frozen=True):
     draft_path: str = ""
     draft_problem: str = ""
     """Why there is no such file."""
+    projector: str = ""
+    """What encodes images for the model; empty for text alone."""
     pooling: str = ""
     """Of a model that makes embeddings or scores; empty for one that makes text."""
 

@@ -32,11 +32,13 @@ from runtime import wire
 from runtime.adapters import adapter_set
 from runtime.backends.base import Backend
 from runtime.blackbox import BlackBox
-from runtime.chat import CHATML, ChatTemplate, encode_prompt
+from runtime.chat import CHATML, ChatTemplate, encode_prompt, split_images
 from runtime.embedding import Embedded, EmbedEngine, EmbedSink
 from runtime.engine import Delta, Engine, Failure, Sink
 from runtime.governor import Governor
 from runtime.grammar import Grammars
+from runtime.image_prompts import DECODING_BYTES, ImagePlacer
+from runtime.images import PlacedTile
 from runtime.penalties import find_breakers
 from runtime.radix import common_prefix
 from runtime.request import NO_BREAKERS, Adapter, AdapterSet, Breakers, Pin, Request, RequestId, SamplingParams
@@ -59,6 +61,8 @@ MAX_DISK_BYTES = 1 << 30
 """What states take on the disk without being told."""
 MAX_CHARS_PER_TOKEN = 32
 """A prompt with more characters than this for each token of context is refused without being tokenized."""
+MAX_WAITING_IMAGE_BYTES = 512 << 20
+"""What images that wait for the encoder may take, as far as there is memory."""
 MAX_GROWTH_BYTES = 1 << 30
 """Memory of its own that a worker may take beyond what it has after the load and what saved states and adapters may
 take; or half of what is left, where that is less, so that a request that eats memory meets this limit and not the
@@ -158,9 +162,13 @@ def _vectors(r: Embedded) -> wire.Piece:
 
 
 class PromptMaker:
-    """Requests off the wire to requests of the engine."""
+    """Requests off the wire to requests of the engine.
 
-    def __init__(self, backend: Backend) -> None:
+    Args:
+        image_bytes: What images may take until they are encoded, of all requests together.
+    """
+
+    def __init__(self, backend: Backend, *, image_bytes: int = 0) -> None:
         facts = backend.facts
         self._tokenizer = backend.tokenizer
         self._context_tokens = backend.capabilities.context_tokens
@@ -172,6 +180,7 @@ class PromptMaker:
         self._breakers_of: dict[tuple[str, ...], Breakers] = {}
         self._grammars = Grammars(backend.tokenizer, facts.vocab_size)
         self._sound_adapters: set[str] = set()
+        self._images = ImagePlacer(backend.vision, context_tokens=self._context_tokens, room_bytes=image_bytes)
 
     def request(self, message: wire.Generate) -> Request:
         """The tokens and limits of one request.
@@ -182,7 +191,7 @@ class PromptMaker:
             ContextOverflow: The prompt, or the prompt and `max_tokens`, exceed the context.
             InvalidModelFile: An adapter's file is damaged.
         """
-        tokens = self._prefix(message) if message.pin else self._tokens(message)
+        tokens, tiles = (self._prefix(message), ()) if message.pin else self._prompt(message)
         if not tokens:
             raise InvalidRequest("The prompt is empty.", field="prompt", hint="Send at least one character.")
         room = self._context_tokens - len(tokens)
@@ -196,7 +205,7 @@ class PromptMaker:
             RequestId(message.id), tuple(tokens), max_tokens, message.params, tuple(message.stop), message.ignore_eos,
             message.return_tokens, self._breakers(message.params), tenant=message.tenant, cache_key=message.cache_key,
             grammar=grammar, adapters=self._checked(message.adapters), priority=message.priority,
-            pin=message.pin,
+            pin=message.pin, tiles=tiles,
         )  # fmt: skip
 
     def _breakers(self, params: SamplingParams) -> Breakers:
@@ -234,19 +243,31 @@ class PromptMaker:
             )  # fmt: skip
         return prefix
 
+    def _prompt(self, message: wire.Generate) -> tuple[list[int], tuple[PlacedTile, ...]]:
+        if not message.images:
+            return self._tokens(message), ()
+        texts = split_images(self._render(message.messages or []), num_images=len(message.images))
+        return self._images.place(message.images, [
+            encode_prompt(self._tokenizer, text, is_first=not i) for i, text in enumerate(texts)
+        ])  # fmt: skip
+
+    def _render(self, messages: list[wire.ChatMessage]) -> str:
+        if len(messages) > self._context_tokens:  # each takes a token at least
+            raise ContextOverflow(
+                limit_tokens=self._context_tokens, prompt_tokens=len(messages), completion_tokens=0
+            )  # fmt: skip
+        self._check_length(sum(len(m.content) if isinstance(m.content, str) else sum(
+            len(part) for part in m.content if isinstance(part, str)
+        ) for m in messages))  # fmt: skip
+        text = self._template.render([(m.role, m.content) for m in messages])
+        self._check_length(len(text))
+        if self._bos and text.startswith(self._bos):
+            text = text[len(self._bos) :] if self._adds_bos() else text
+        return text
+
     def _tokens(self, message: wire.Generate) -> list[int]:
         if message.messages is not None:
-            if len(message.messages) > self._context_tokens:  # each takes a token at least
-                raise ContextOverflow(
-                    limit_tokens=self._context_tokens, prompt_tokens=len(message.messages), completion_tokens=0
-                )
-            self._check_length(sum(len(m.content) for m in message.messages))
-            messages = [{"role": m.role, "content": m.content} for m in message.messages]
-            text = self._template.render(messages)
-            self._check_length(len(text))
-            if self._bos and text.startswith(self._bos):
-                text = text[len(self._bos) :] if self._adds_bos() else text
-            return encode_prompt(self._tokenizer, text)
+            return encode_prompt(self._tokenizer, self._render(message.messages))
         if isinstance(message.prompt, list):
             if bad := [t for t in message.prompt if not 0 <= t < self._vocab_size]:
                 raise InvalidRequest(f"There is no token {bad[0]}.", field="prompt")
@@ -285,7 +306,7 @@ class Worker:
         try:
             files = _state_files(load)
             backend = self._open(load, disk_bytes=_disk_bytes(load) if files else 0)
-            self._prompts = PromptMaker(backend)
+            self._prompts = PromptMaker(backend, image_bytes=self._image_bytes)
         except EdgeError as e:
             self._connection.send(wire.Step([], [failed(0, e)]))
             sys.exit(1)
@@ -398,8 +419,13 @@ class Worker:
             ubatch_tokens=load.ubatch_tokens or UBATCH_TOKENS,
             flash_attention=load.flash_attention,
             state_disk_bytes=disk_bytes,
+            projector=Path(load.projector) if load.projector else None,
+            projector_id=Path(load.projector).name,
         )
+        self._image_bytes = min(MAX_WAITING_IMAGE_BYTES, available_bytes() // 8) if load.projector else 0
         self._budget_bytes = options.state_bytes + options.adapter_bytes
+        if load.projector:
+            self._budget_bytes += self._image_bytes + DECODING_BYTES
         return LlamaBackend(Path(load.path), options, on_progress=self._reporter())
 
     def _reporter(self) -> Callable[[float], None]:

@@ -33,6 +33,7 @@ def model_json(model: StoredModel) -> dict[str, object]:
         "digest": str(model.digest),
         "size_bytes": model.size_bytes,
         "kind": model.kind,
+        "capabilities": model.capabilities,
         "architecture": model.architecture,
         "quantization": model.quantization,
         "num_parameters": model.num_parameters,
@@ -236,7 +237,7 @@ def _made_by(model: StoredModel) -> str:
         case "adapter":
             return "other answers of a model"
         case "text":
-            return "text"
+            return "text, also about images" if model.projector else "text"
         case "reranking":
             return "scores of pairs of texts (/v1/rerank)"
         case "embeddings":

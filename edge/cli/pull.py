@@ -32,6 +32,7 @@ def complete_sources(_ctx: click.Context, _param: click.Parameter, incomplete: s
 @click.argument("source", shell_complete=complete_sources)
 @click.option("--name", metavar="NAME[:TAG]", help="What to call the model; by default made of the file's name.")
 @click.option("--base", metavar="MODEL", help="The model of the store that an adapter directory was trained for.")
+@click.option("--projector", metavar="SOURCE", help="What lets the model see images (mmproj), a GGUF as well.")
 @click.option("--sha256", metavar="HEX", help="What the model file must be; anything else is refused.")
 @click.option("--dry-run", is_flag=True, help="Say what would be fetched, and fetch nothing.")
 @store_option
@@ -41,6 +42,7 @@ def pull(
     *,
     name: str | None,
     base: str | None,
+    projector: str | None,
     sha256: str | None,
     dry_run: bool,
     store_dir: Path | None,
@@ -57,6 +59,7 @@ def pull(
       ./model.gguf                        a file
       ./checkpoint                        a checkpoint directory (Llama, Mistral, BERT), converted to F16
       ./my-lora                           a LoRA adapter as PEFT saves it, a directory
+      ./model-that-sees                   a directory with two GGUFs, a model and its projector
 
     \b
     Examples:
@@ -65,21 +68,26 @@ def pull(
       edge pull https://example.org/m.gguf --sha256 9f86d0…
       edge pull ./m.gguf --dry-run
       edge pull ./my-lora --base smollm2:135m-instruct --name polite
+      edge pull ./smolvlm.gguf --projector ./mmproj-smolvlm.gguf
     """
     store = open_store(store_dir, create=True)
     if is_adapter_directory(Path(source)):
-        if sha256 or dry_run:
-            raise click.UsageError("--sha256 and --dry-run are for what is fetched; a directory is converted.")
+        if sha256 or dry_run or projector:
+            raise click.UsageError("--sha256, --projector and --dry-run are not for a directory that is converted.")
         model = add_adapter(store, Path(source), base=base, name=name)
         _show_pulled(model, as_json=as_json)
         return
     if base:
         raise click.UsageError("--base is for a LoRA adapter's directory, with adapter_config.json in it.")
     if dry_run:
+        if projector:
+            raise click.UsageError("--dry-run looks at one file: try it with each.")
         show_plan(plan(store, source, name=name, sha256=sha256), as_json=as_json)
         return
     with progress_on_stderr() as report:
-        model = pull_model(store, source, name=name, sha256=sha256, converter=convert_checkpoint, progress=report)
+        model = pull_model(
+            store, source, name=name, sha256=sha256, projector=projector, converter=convert_checkpoint, progress=report
+        )
     _show_pulled(model, as_json=as_json)
 
 

@@ -161,6 +161,11 @@ class GgufFile:
         return "mean" if self.metadata.get(f"{self.architecture}.attention.causal") is False else None
 
     @property
+    def is_projector(self) -> bool:
+        """Whether it makes images or sounds readable for a model, and is none itself (``mmproj``)."""
+        return self.architecture == "clip"
+
+    @property
     def dominant_type(self) -> str | None:
         """The type that most bytes of the matrices have; None in a file without matrices."""
         sizes: Counter[str] = Counter()

@@ -96,6 +96,31 @@ def bindings() -> Any:
         return _load()
 
 
+@cache
+def _load_vision() -> Any:
+    llama = _load()
+    try:
+        lib = importlib.import_module("llama_cpp.mtmd_cpp")
+    except (ImportError, OSError, RuntimeError) as e:
+        raise BackendError(
+            f"The library for images (libmtmd) cannot be loaded: {e}.", hint="Reinstall llama-cpp-python."
+        ) from e
+    callback = llama.llama_log_callback(_on_log)
+    _keep_alive.append(callback)
+    lib.mtmd_helper_log_set(callback, ctypes.c_void_p(0))
+    return lib
+
+
+def vision_bindings() -> Any:
+    """The module `llama_cpp.mtmd_cpp`; asked for only by models that have a projector.
+
+    Raises:
+        BackendError: The library is absent or does not load.
+    """
+    with _lock:
+        return _load_vision()
+
+
 def build_info() -> str:
     """Version and CPU features of the library, as it states them itself."""
     return f"llama-cpp-python {EXPECTED_VERSION}; {bindings().llama_print_system_info().decode()}"

@@ -21,6 +21,7 @@ ARCHITECTURE = f"{OURS}architecture"
 PARAMETERS = f"{OURS}parameters"
 CONTEXT = f"{OURS}context-tokens"
 POOLING = f"{OURS}pooling"
+PROJECTOR = f"{OURS}projector"
 SOURCE = f"{OURS}source"
 SAMPLING = f"{OURS}sampling"
 DRAFT = f"{OURS}draft"
@@ -65,6 +66,8 @@ class ModelDetails:
     pooling: str | None = None
     """As `GgufFile.pooling`: the model makes vectors (``mean``, ``cls``, ``last``) or ranks pairs (``rank``), and no
     text."""
+    projector: str | None = None
+    """The file of the package that makes images readable for the model (``mmproj``), a GGUF as well."""
     license: str | None = None
     """SPDX expression where possible."""
     source: str | None = None
@@ -153,6 +156,7 @@ def annotations_of(details: ModelDetails) -> dict[str, str]:
         PARAMETERS: details.num_parameters,
         CONTEXT: details.context_tokens,
         POOLING: details.pooling,
+        PROJECTOR: details.projector,
         SOURCE: details.source,
         DRAFT: details.draft,
         ADAPTER_TYPE: details.adapter and details.adapter.type,
@@ -172,6 +176,7 @@ def details_from(manifest: Manifest, config: ModelConfig) -> ModelDetails:
         num_parameters=_whole_number(notes.get(PARAMETERS)),
         context_tokens=_whole_number(notes.get(CONTEXT)),
         pooling=_clean(notes.get(POOLING)),
+        projector=notes.get(PROJECTOR),
         license=_clean(" AND ".join(config.descriptor.licenses) or None),
         source=_clean(notes.get(SOURCE) or config.descriptor.source_url),
         title=_clean(config.descriptor.title),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import assert_never
@@ -14,7 +14,7 @@ from edge.formats.gguf import FILE_TYPES, GgufFile, read_gguf
 from edge.formats.lora import check_finite, is_adapter, read_lora
 
 from .catalog import CatalogEntry, catalog
-from .checkpoints import Converter
+from .checkpoints import Converter, is_checkpoint
 from .details import Sampling, details_of
 from .digest import Digest
 from .http import HttpFetcher
@@ -64,6 +64,7 @@ def pull(
     *,
     name: str | None = None,
     sha256: str | None = None,
+    projector: str | None = None,
     converter: Converter | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
     cancelled: Callable[[], bool] = lambda: False,
@@ -74,6 +75,8 @@ def pull(
         source: A catalog name, or any form of `edge.store.sources`.
         name: The model's name; by default the catalog's, or one made of the file's name.
         sha256: What the model file must be, 64 hexadecimal digits.
+        projector: Where what makes images readable for the model comes from, in any form that `source` has. A directory
+            that holds both brings it by itself.
         converter: Makes a GGUF of a checkpoint directory; without one such a source is refused.
         progress: Called often, from this thread.
         cancelled: Asked often; once it is true the pull stops, and a later one goes on from there.
@@ -90,18 +93,58 @@ def pull(
         Cancelled: `cancelled` said so.
         StoreError: The store cannot be written.
     """
+    if not projector and (pair := _pair_in(source)) is not None:
+        source, projector = pair
     wanted = _resolve(source, name, sha256, converter)
+    beside = _resolve(projector, None, None) if projector else None
     control = Control(progress, cancelled)
     # Looked at first, so that a store that cannot take the model says so before it is fetched.
     store.refs()
-    offer, present = _locate(store, wanted, control)
-    with _in_store(store, offer, present) if present else _fetched(store, wanted, offer, control) as file:
-        control.report(0, None, "checking the file")
+    with ExitStack() as stack:
+        extra = _projector(store, beside, control, stack) if beside else None
+        file, offer = _got(store, wanted, control, stack)
         gguf = _checked(file.path, offer.file_name)
         ref = wanted.ref or derived_ref(offer.file_name, gguf.quantization)
-        return store.add(
-            ref, [file], details_of(gguf, source=offer.source, license=wanted.license, sampling=wanted.sampling)
-        )
+        details = details_of(gguf, source=offer.source, license=wanted.license, sampling=wanted.sampling)
+        if extra is None:
+            return store.add(ref, [file], details)
+        if details.kind != "text":
+            raise InvalidModelFile(offer.file_name, f"it is for {details.kind}, and a projector is of no use to it")
+        if extra.name == file.name:
+            extra = replace(extra, name=f"mmproj-{extra.name}")
+        return store.add(ref, [file, extra], replace(details, projector=extra.name))
+
+
+def _projector(store: ModelStore, wanted: _Wanted, control: Control, stack: ExitStack) -> PackageFile:
+    """The smaller file of the two: where it is not what it should be, the model is not fetched."""
+    file, offer = _got(store, wanted, control, stack)
+    gguf = read_gguf(file.path, what=offer.file_name)
+    if not gguf.is_projector:
+        raise InvalidModelFile(offer.file_name, "it is no projector (its architecture is not 'clip')")
+    if gguf.metadata.get("clip.has_vision_encoder") is not True:
+        raise InvalidModelFile(offer.file_name, "it is a projector for other things than images")
+    return file
+
+
+def _got(store: ModelStore, wanted: _Wanted, control: Control, stack: ExitStack) -> tuple[PackageFile, Offer]:
+    """A file, there for as long as the stack is open."""
+    offer, present = _locate(store, wanted, control)
+    getting = _in_store(store, offer, present) if present else _fetched(store, wanted, offer, control)
+    file = stack.enter_context(getting)
+    control.report(0, None, "checking the file")
+    return file, offer
+
+
+def _pair_in(source: str) -> tuple[str, str] | None:
+    """A model and its projector, where a directory holds these two GGUFs."""
+    directory = Path(source).expanduser()
+    if "://" in source or not directory.is_dir() or is_checkpoint(directory):
+        return None
+    files = sorted(path for path in directory.iterdir() if path.suffix.lower() == ".gguf")
+    if len(files) != 2:
+        return None
+    model, projector = sorted(files, key=lambda path: read_gguf(path).is_projector)
+    return str(model), str(projector)
 
 
 def plan(store: ModelStore, source: str, *, name: str | None = None, sha256: str | None = None) -> PullPlan:
@@ -210,6 +253,8 @@ def _checked(path: Path, what: str) -> GgufFile:
     gguf = read_gguf(path, what=what)
     if not gguf.tensors:
         raise InvalidModelFile(what, "it holds a vocabulary and no tensors")
+    if gguf.is_projector:
+        raise InvalidModelFile(what, "it is a projector: edge pull MODEL.gguf --projector FILE")
     if is_adapter(gguf):
         check_finite(read_lora(gguf, what=what), what=what)
     return gguf

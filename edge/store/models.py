@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from edge.errors import DigestMismatch, InvalidModelFile, InvalidReference, ModelNotFound, StoreError, UnsupportedFormat
-from edge.kinds import ModelKind
+from edge.kinds import CAPABILITIES, ModelKind
 
 from .blobs import BlobStore, Staged
 from .details import ModelDetails, annotations_of, config_of, details_from
@@ -149,15 +149,27 @@ class StoredModel:
 
     @property
     def weights(self) -> Path:
-        """The one weight file, in ``blobs/``.
+        """The one weight file beside a projector, in ``blobs/``.
 
         Raises:
             UnsupportedFormat: The model has none, or several.
         """
-        paths = [file.path for file in self.files if file.media_type == WEIGHT_TYPE]
+        weights = [file for file in self.files if file.media_type == WEIGHT_TYPE]
+        paths = [file.path for file in weights if file.name != self.details.projector]
         if len(paths) != 1:
             raise UnsupportedFormat(f"The model '{self.ref}' has {len(paths)} weight files; one is supported.")
         return paths[0]
+
+    @property
+    def projector(self) -> Path | None:
+        """What makes images readable for the model, in ``blobs/``; None where it reads text only."""
+        name = self.details.projector
+        return next((file.path for file in self.files if file.name == name), None) if name else None
+
+    @property
+    def capabilities(self) -> Sequence[str]:
+        """What it does, in the words that Ollama has for it."""
+        return CAPABILITIES[self.kind] + (["vision"] if self.projector else [])
 
     @property
     def kind(self) -> ModelKind:

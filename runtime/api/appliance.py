@@ -22,7 +22,7 @@ from litestar.datastructures import State
 from edge import __version__
 from edge.access.keys import Limits
 from edge.config import Settings
-from edge.errors import InvalidRequest, ModelNotFound, PinNotFound, QueueFull
+from edge.errors import InvalidRequest, ModelNotFound, PinNotFound, QueueFull, VisionUnsupported
 from edge.hardware.memory import available_bytes, total_bytes, usable_cores
 from edge.kinds import ModelKind
 from edge.store.models import ModelStore, StoredModel
@@ -190,6 +190,21 @@ class Appliance:
                 hint=f"Models here that are: {', '.join(others) or 'none'}.",
             )
         return str(model.ref)
+
+    async def check_vision(self, ref: str, limits: Limits, *, field: str) -> None:
+        """See that a model reads images, without loading it.
+
+        Args:
+            limits: Other models are named as far as these go.
+
+        Raises:
+            ModelNotFound: There is none of that name.
+            VisionUnsupported: It has no projector.
+        """
+        model = (await self.pool.host(ref)).model
+        if model.projector is None:
+            names = [str(m.ref) for m in await self.stored_models() if m.projector is not None]
+            raise VisionUnsupported(str(model.ref), field=field, known=[n for n in names if limits.may_use(n)])
 
     async def model_infos(self) -> list[ModelInfo]:
         """Every model of the store, with what the runtime does with it; those that make text first."""
@@ -422,6 +437,7 @@ def _model_info(model: StoredModel, host: ModelHost | None, pins: frozenset[str]
         size_bytes=model.size_bytes,
         state="unloaded",
         kind=model.kind,
+        capabilities=model.capabilities,
         architecture=model.architecture,
         quantization=model.quantization,
         num_parameters=model.num_parameters,

@@ -50,13 +50,15 @@ class Call:
 
     Args:
         index: Which of the answers.
+        first_image: Where in the request its first image stands; empty where it has none.
     """
 
     def __init__(
         self, appliance: Appliance, http: HttpRequest, body: SamplingFields, *, operation: Operation, max_tokens: int,
-        index: int = 0, structure: Structure | None = None,
+        index: int = 0, structure: Structure | None = None, first_image: str = "",
     ) -> None:  # fmt: skip
         self._structure = structure
+        self._first_image = first_image
         self.appliance = appliance
         self.body = body
         self.index = index
@@ -142,6 +144,8 @@ class Call:
         await self.appliance.check_allowed(limits, self.body.model, *(name for name, _ in wanted))
         selection = await self.appliance.pool.select(self.body.model, wanted)
         self.known_model = await self.appliance.check_purpose(selection.model, self.operation, limits)
+        if self._first_image:
+            await self.appliance.check_vision(selection.model, limits, field=self._first_image)
         host = await self.appliance.pool.ready(selection.model, timeout_s=min(READY_WAIT_S, self._left_s()))
         self._adopt(host, selection)
         params = self.body.params(host.model.details.sampling)

@@ -25,6 +25,8 @@ STATUS: dict[type[EdgeError], int] = {
     errors.InvalidRequest: 400,
     errors.ContextOverflow: 400,
     errors.AdapterMismatch: 400,
+    errors.InvalidImage: 400,
+    errors.VisionUnsupported: 400,
     errors.Unauthorized: 401,
     errors.Forbidden: 403,
     errors.KeyNotFound: 404,

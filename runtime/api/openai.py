@@ -20,6 +20,7 @@ from runtime.api.appliance import appliance_of
 from runtime.api.call import Call, HttpRequest, Make, Steps, merged, start_all, usage_of
 from runtime.api.errors import fault_of
 from runtime.api.guard import caller_of
+from runtime.api.images import Conversation, conversation_of
 from runtime.api.logprobs import chat_logprobs, text_logprobs
 from runtime.api.openai_schema import (
     AssistantMessage,
@@ -172,12 +173,24 @@ def _stream(
     return EventStream(events, on_close=lambda: _finish(calls, None), headers=warning_headers(warnings))
 
 
-def _calls(state: State, http: HttpRequest, body: SamplingFields, operation: Operation, max_tokens: int) -> list[Call]:
+def _calls(
+    state: State, http: HttpRequest, body: SamplingFields, operation: Operation, max_tokens: int, *,
+    first_image: str = "",
+) -> list[Call]:  # fmt: skip
     """One for each of the answers that are asked for."""
     body.check()
     appliance, structure = appliance_of(state), body.structure()
     return [
-        Call(appliance, http, body, operation=operation, max_tokens=max_tokens, index=i, structure=structure)
+        Call(
+            appliance,
+            http,
+            body,
+            operation=operation,
+            max_tokens=max_tokens,
+            index=i,
+            structure=structure,
+            first_image=first_image,
+        )
         for i in range(body.n or 1)
     ]
 
@@ -187,13 +200,13 @@ def _generate(
     body: SamplingFields,
     max_tokens: int,
     *,
-    messages: list[wire.ChatMessage] | None = None,
+    conversation: Conversation | None = None,
     prompt: str | list[int] | None = None,
 ) -> Make:
     """What the engine is asked, but for the id and the sampling of each answer."""
     return lambda i, params: wire.Generate(
         i,
-        messages,
+        conversation.messages if conversation else None,
         prompt,
         params,
         max_tokens,
@@ -204,6 +217,7 @@ def _generate(
         constraint=calls[0].constraint,
         tenant=calls[0].caller.id,
         priority=max(body.priority or 0, calls[0].caller.limits.priority),
+        images=tuple(conversation.images) if conversation else (),
     )
 
 
@@ -223,12 +237,12 @@ async def chat_completions(request: HttpRequest, state: State) -> Response[ChatC
     body, warnings = parse_body(content, ChatRequest)
     warnings += check_items(content, "messages", _MESSAGE_FIELDS, frozenset({"tool_calls", "function_call"}))
     max_tokens = body.max_completion_tokens or body.max_tokens or 0
-    calls = _calls(state, request, body, "chat", max_tokens)
-    messages = [_wire_message(m) for m in body.messages]
+    conversation = conversation_of(body.messages)
+    calls = _calls(state, request, body, "chat", max_tokens, first_image=conversation.first_image)
     streams = await start_all(
         calls,
         request.receive,
-        _generate(calls, body, max_tokens, messages=messages),
+        _generate(calls, body, max_tokens, conversation=conversation),
     )
     if body.stream:
         role = b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
@@ -256,11 +270,6 @@ async def chat_completions(request: HttpRequest, state: State) -> Response[ChatC
         warnings=warnings or msgspec.UNSET,
     )
     return Response(completion, headers=warning_headers(warnings))
-
-
-def _wire_message(message: ChatMessage) -> wire.ChatMessage:
-    role = "system" if message.role == "developer" else message.role
-    return wire.ChatMessage(role, message.text())
 
 
 @post("/v1/completions", opt=needs("chat"), status_code=200)
@@ -310,12 +319,13 @@ async def list_models(request: HttpRequest, state: State) -> Models:
 
 
 def _model(stored: StoredModel) -> Model:
-    return Model(id=str(stored.ref), created=int(stored.created), owned_by="slm-edge")
+    return Model(id=str(stored.ref), created=int(stored.created), owned_by="slm-edge", capabilities=stored.capabilities)
 
 
 def _adapted(base: StoredModel, adapter: StoredModel) -> Model:
     name = combined_name(base, [adapter])
-    return Model(id=name, created=int(adapter.created), owned_by="slm-edge", parent=str(base.ref))
+    model = _model(base)
+    return msgspec.structs.replace(model, id=name, created=int(adapter.created), parent=model.id)
 
 
 @get("/v1/models/{model_id:path}", opt=needs("key"))

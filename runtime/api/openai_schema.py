@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
@@ -35,24 +36,36 @@ Seed = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
 class TextPart(msgspec.Struct, tag="text", tag_field="type"):
-    """A content part. Only text is read by the models of this version."""
+    """A content part that is text."""
 
     text: str
+
+
+class ImageUrl(msgspec.Struct, kw_only=True):
+    """Where an image is: in the URL itself."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+    """Taken without effect: the model's own settings decide how closely it looks."""
+
+
+class ImagePart(msgspec.Struct, tag="image_url", tag_field="type"):
+    """A content part that is an image, for models that see."""
+
+    image_url: ImageUrl | str
+
+    @property
+    def url(self) -> str:
+        return self.image_url if isinstance(self.image_url, str) else self.image_url.url
 
 
 class ChatMessage(msgspec.Struct, kw_only=True):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] | None = None
+    content: str | list[TextPart | ImagePart] | None = None
     name: str | None = None
     """Taken without effect: templates of this version's models have no place for it."""
-
-    def text(self) -> str:
-        """The content as one text."""
-        if isinstance(self.content, list):
-            return "".join(p.text for p in self.content)
-        return self.content or ""
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
@@ -340,6 +353,8 @@ class Model(msgspec.Struct, kw_only=True):
     object: str = "model"
     created: int
     owned_by: str
+    capabilities: Sequence[str] = ()
+    """What it does: ``completion``, with ``vision`` where it reads images; ``embedding``; ``rerank``."""
     parent: str | msgspec.UnsetType = msgspec.UNSET
     """Of a model with an adapter: the model."""
 

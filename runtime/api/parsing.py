@@ -43,7 +43,7 @@ _REFUSED: dict[str, tuple[object, ...]] = {
 }
 _HINTS = {
     ".role": "Roles: system, developer, user, assistant, tool, function.",
-    ".type": "Only parts of type 'text' are read by the models of this version.",
+    ".type": "Parts are of type 'text' or, for models that see, 'image_url'.",
     "messages": "It is a list of objects with role and content, at least one.",
     "model": "GET /v1/models lists the names.",
 }

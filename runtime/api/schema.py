@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -24,6 +25,8 @@ class ModelInfo(msgspec.Struct, kw_only=True):
     size_bytes: int
     state: ModelState
     kind: ModelKind = "text"
+    capabilities: Sequence[str] = ()
+    """As `/v1/models` lists them."""
     error: str | None = None
     """Why the model is `failed`."""
     architecture: str | None = None

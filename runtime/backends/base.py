@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from edge.errors import BackendError
 from runtime.batch import Batch
-from runtime.request import Adapter
+from runtime.images import Tile
+from runtime.request import Adapter, TokenId
 from runtime.states import NO_STATES, StateId, StateLimits
 from runtime.tokenizer import Tokenizer
 
@@ -62,6 +63,26 @@ class StateRefused(BackendError):
         self.state = state
 
 
+class Vision(Protocol):
+    """The encoder of images that a model came with."""
+
+    def read(self, data: bytes) -> list[list[TokenId] | Tile]:
+        """What stands for an image in a prompt: tokens of the model, and tiles. Any thread.
+
+        Raises:
+            InvalidImage: The file cannot be decoded.
+        """
+        ...
+
+    def encode(self, tile: Tile) -> None:
+        """Set a tile's rows. The backend's thread.
+
+        Raises:
+            BackendError: The encoder failed; nothing else did.
+        """
+        ...
+
+
 class Backend(Protocol):
     """One loaded model. All methods belong to one thread, but for `tokenizer`, which any may use."""
 
@@ -73,6 +94,11 @@ class Backend(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def vision(self) -> Vision | None:
+        """What encodes images; None where the model has nothing for that."""
+        ...
 
     def load_adapter(self, adapter: Adapter) -> None:
         """Load an adapter, so that steps may name it.
@@ -88,7 +114,7 @@ class Backend(Protocol):
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         """Run one step: the cache changes in order, then the chunks, where there are any, with the batch's adapters,
-        which are loaded.
+        which are loaded. Tiles in the chunks are encoded.
 
         Returns:
             Scores after the tokens whose scores are wanted, in order, shape ``(num_logits, vocab)``. Valid until the

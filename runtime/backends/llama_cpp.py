@@ -8,19 +8,23 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge.errors import BackendError, DoesNotFit, InvalidModelFile, UnsupportedFormat
-from edge.hardware.memory import available_bytes, takeable_bytes
+from edge.hardware.memory import available_bytes, data_bytes, takeable_bytes
 from edge.native import huge_pages
 from edge.native.llama import bindings, last_error
-from runtime.backends.base import Capabilities, ModelFacts, StateRefused
+from runtime.backends.base import Capabilities, ModelFacts, StateRefused, Vision
 from runtime.batch import TILE_TOKENS, Batch, CacheOp, Chunk, CopyPrefix, DropState, RestoreState, SaveState, Truncate
+from runtime.images import passes, rows_of
 from runtime.request import Adapter, AdapterSet, TokenId
 from runtime.states import StateId, StateLimits
+
+if TYPE_CHECKING:
+    from runtime.backends.llama_vision import LlamaVision
 
 UBATCH_TOKENS = 512
 DEFAULT_CELLS = 32768
@@ -59,6 +63,8 @@ class LlamaOptions:
         ubatch_tokens: Tokens that the library computes at once.
         flash_attention: On or off; None lets the library choose.
         kv_q8: Whether cells are kept in eight bits (Q8_0): half the memory, other answers.
+        projector: What encodes images for the model; None for text alone.
+        projector_id: Of its bytes; part of what images are known by.
     """
 
     threads: int
@@ -73,6 +79,8 @@ class LlamaOptions:
     ubatch_tokens: int = UBATCH_TOKENS
     flash_attention: bool | None = None
     kv_q8: bool = False
+    projector: Path | None = None
+    projector_id: str = ""
 
 
 def choose_cells(*, asked: int, trained: int, bytes_per_cell: int, room_bytes: int) -> int:
@@ -202,10 +210,12 @@ class _NativeBatch:
 
     Args:
         shadow: How far the second sequence of each token lies behind its slot; 0 for none.
+        width: Of the rows that it holds in place of tokens; 0 where it holds tokens.
     """
 
-    def __init__(self, lib: Any, size: int, *, shadow: int) -> None:
+    def __init__(self, lib: Any, size: int, *, shadow: int, width: int = 0) -> None:
         self.tokens = np.zeros(size, np.int32)
+        self.rows = np.zeros((size, width), np.float32) if width else None
         self.positions = np.zeros(size, np.int32)
         num_sequences = 2 if shadow else 1
         self._sequences = np.zeros((size, num_sequences), np.int32)
@@ -216,7 +226,11 @@ class _NativeBatch:
         pointers = np.arange(size, dtype=np.uint64) * stride + self._sequences.ctypes.data
         self._sequence_pointers = pointers.astype(np.uint64)
         b = self.native = lib.llama_batch()
-        b.token, b.pos = pointer_to(self.tokens, _INT32), pointer_to(self.positions, _INT32)
+        if self.rows is None:
+            b.token = pointer_to(self.tokens, _INT32)
+        else:
+            b.embd = pointer_to(self.rows, ctypes.POINTER(ctypes.c_float))
+        b.pos = pointer_to(self.positions, _INT32)
         b.n_seq_id = pointer_to(self._num_sequences, _INT32)
         b.seq_id = pointer_to(self._sequence_pointers, ctypes.POINTER(_INT32))
         b.logits = pointer_to(self.logits, ctypes.POINTER(ctypes.c_int8))
@@ -225,13 +239,21 @@ class _NativeBatch:
         at = 0
         for chunk in chunks:
             end = at + len(chunk.tokens)
-            self.tokens[at:end] = chunk.tokens
+            if self.rows is None:
+                self.tokens[at:end] = chunk.tokens
+            else:
+                self.rows[at:end] = rows_of(chunk)
             self.positions[at:end] = range(chunk.start, chunk.start + len(chunk.tokens))
             self._sequences[at:end] = chunk.slot + self._shadow
             self.logits[at:end] = 0
             self.logits[end - chunk.num_logits : end] = 1
             at = end
         self.native.n_tokens = at
+
+
+def _is_image(chunks: tuple[Chunk, ...]) -> bool:
+    """Whether these parts of chunks are rows of tiles; else they are tokens."""
+    return chunks[0].tokens[0] < 0
 
 
 def pointer_to(array: NDArray[Any], pointer_type: Any) -> Any:
@@ -277,8 +299,9 @@ class LlamaBackend:
         self._lib = lib = bindings()
         self._context: Any = None
         self._model: Any = None
+        self._vision: LlamaVision | None = None
         self._decode_threads = options.decode_threads
-        size = path.stat().st_size
+        size = path.stat().st_size + (options.projector.stat().st_size if options.projector else 0)
         if size > options.available_bytes:
             raise DoesNotFit("The model", required_bytes=size, available_bytes=options.available_bytes)
         self._path = path
@@ -287,6 +310,7 @@ class LlamaBackend:
         self._model = load_model(path, on_progress)
         self.tokenizer = LlamaTokenizer(lib.llama_model_get_vocab(self._model))
         self._vocab_size = self.tokenizer.vocab_size
+        size += self._open_projector(options)
         carries_state = lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model)
         self._window: int = 0 if carries_state else lib.llama_model_n_swa(self._model)
         self._shadow = options.num_slots if self._window else 0
@@ -308,6 +332,11 @@ class LlamaBackend:
             )
         self._batch = _NativeBatch(lib, options.step_tokens, shadow=self._shadow)
         self._on_gpu: bool = lib.llama_supports_gpu_offload()
+        self._image_batch = (
+            _NativeBatch(lib, options.step_tokens, shadow=self._shadow, width=self._vision.width)
+            if self._vision is not None
+            else None
+        )
         self._states: dict[int, NDArray[np.uint8]] = {}
         self._unsaved: list[StateId] = []
         self._loaded_adapters: dict[str, Any] = {}
@@ -321,6 +350,18 @@ class LlamaBackend:
             ),
             options.adapter_bytes,
         )  # fmt: skip
+
+    def _open_projector(self, options: LlamaOptions) -> int:
+        """Load the projector, where there is one; what it takes beyond the bytes of its file."""
+        if options.projector is None:
+            return 0
+        from runtime.backends.llama_vision import LlamaVision
+
+        before = data_bytes()
+        self._vision = LlamaVision(
+            options.projector, identity=options.projector_id, model=self._model, threads=options.threads
+        )
+        return max(0, data_bytes() - before - options.projector.stat().st_size)
 
     def _compute_bytes(self, options: LlamaOptions) -> int:
         """Memory beside weights and cells. The largest compute buffer holds one row of scores for each token of a
@@ -387,6 +428,10 @@ class LlamaBackend:
         return self._capabilities
 
     @property
+    def vision(self) -> Vision | None:
+        return self._vision
+
+    @property
     def facts(self) -> ModelFacts:
         lib, model = self._lib, self._model
         vocab = lib.llama_model_get_vocab(model)
@@ -445,11 +490,18 @@ class LlamaBackend:
             return np.empty((0, self._vocab_size), np.float32)
         if batch.adapters != self._adapters:
             self._set_adapters(batch.adapters)
-        calls = [batch.chunks] if self._on_gpu else by_shape(batch.chunks)
+        calls = self._calls(batch.chunks)
         if len(calls) == 1:
             return self._decode(batch.chunks)
         scores = {c.slot: rows.copy() for chunks in calls for c, rows in self._decode_each(chunks)}
         return np.concatenate([scores[c.slot] for c in batch.chunks])
+
+    def _calls(self, chunks: tuple[Chunk, ...]) -> list[tuple[Chunk, ...]]:
+        """What the library shall compute together; the last part of each chunk is the one with scores."""
+        layers = passes(chunks) if any(c.sequence.request.tiles for c in chunks) else [chunks]
+        if self._on_gpu:
+            return layers
+        return [call for layer in layers for call in ([layer] if _is_image(layer) else by_shape(layer))]
 
     def _decode_each(self, chunks: tuple[Chunk, ...]) -> Iterator[tuple[Chunk, NDArray[np.float32]]]:
         """Each chunk with its scores, which the next call overwrites."""
@@ -460,8 +512,10 @@ class LlamaBackend:
     def _decode(self, chunks: tuple[Chunk, ...]) -> NDArray[np.float32]:
         """Scores of these chunks, as the library computes them in one call."""
         lib = self._lib
-        self._batch.fill(chunks)
-        status: int = lib.llama_decode(self._context, self._batch.native)
+        native = self._image_batch if _is_image(chunks) else self._batch
+        assert native is not None, "without a projector there are no tiles"
+        native.fill(chunks)
+        status: int = lib.llama_decode(self._context, native.native)
         if status:
             raise BackendError(f"llama_decode failed with status {status}: {last_error() or 'no reason given'}.")
         rows = sum(c.num_logits for c in chunks)
@@ -565,7 +619,9 @@ class LlamaBackend:
         self._unsaved.clear()
 
     def close(self) -> None:
-        """Free the context and the model."""
+        """Free the context, the projector and the model."""
+        if self._vision is not None:
+            self._vision.close()
         if self._context:
             self._lib.llama_free(self._context)
             self._context = None
