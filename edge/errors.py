@@ -87,12 +87,16 @@ class AdapterMismatch(InvalidRequest):
 
 
 class InvalidImage(InvalidRequest):
-    """An image that is not read; `reason` says why, as the end of a sentence about it."""
+    """An image that is not read; `reason` says why, as the end of a sentence about it. `number` is its place among
+    those of the request, from 1."""
 
     code = "invalid_image"
 
-    def __init__(self, reason: str, *, field: str | None = None, hint: str | None = None) -> None:
-        super().__init__(f"The image cannot be read: {reason}.", field=field, hint=hint)
+    def __init__(
+        self, reason: str, *, number: int | None = None, field: str | None = None, hint: str | None = None
+    ) -> None:
+        name = "The image" if number is None else f"Image {number}"
+        super().__init__(f"{name} cannot be read: {reason}.", field=field, hint=hint)
         self.reason = reason
 
 

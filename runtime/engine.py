@@ -19,7 +19,7 @@ from runtime.backends.base import Backend, StateRefused
 from runtime.batch import Batch, Chunk
 from runtime.governor import Governor
 from runtime.grammar import Guide
-from runtime.images import Tile, cut, next_unencoded, shown_ids
+from runtime.images import cut, next_unencoded, shown_ids
 from runtime.logprobs import Logprobs
 from runtime.loop import Inbox, Observer, StepGuard
 from runtime.request import FinishReason, Pin, Request, RequestId, TokenId, TokenLogprob

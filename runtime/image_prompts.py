@@ -61,7 +61,7 @@ class ImagePlacer:
             check_image(data)
             return vision.read(data)
         except InvalidImage as e:
-            raise InvalidImage(f"of image {number}, {e.reason}", field="messages", hint=e.hint) from e
+            raise InvalidImage(e.reason, number=number, field="messages", hint=e.hint) from e
 
     def _check_room(self, tiles: Sequence[PlacedTile], *, num_tokens: int) -> None:
         """After each image, so that no more is taken than one image too many."""

@@ -10,6 +10,7 @@ import pytest
 
 from tests.quantize.minilm import make_minilm
 from tests.quantize.stories import Unavailable
+from tests.vision import VisionFiles, make_vision_model
 
 ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.txt")
 
@@ -61,3 +62,9 @@ def reranker_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("reranker")
     convert(open_checkpoint(make_cross_encoder(directory / "tiny")), directory / "tiny.gguf", use_f16=False)
     return directory / "tiny.gguf"
+
+
+@pytest.fixture(scope="session")
+def vision_files(tmp_path_factory: pytest.TempPathFactory) -> VisionFiles:
+    """A tiny model that sees, with random weights."""
+    return make_vision_model(tmp_path_factory.mktemp("vision"))

@@ -21,9 +21,10 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.backends.base import Backend, Capabilities, ModelFacts, StateRefused
+from runtime.backends.base import Backend, Capabilities, ModelFacts, StateRefused, Vision
 from runtime.batch import Batch, CacheOp, Chunk, CopyPrefix, DropState, RestoreState, SaveState, Truncate
 from runtime.engine import Delta, Disk, Failure, Sink
+from runtime.images import passes, rows_of
 from runtime.request import Adapter, AdapterSet, Request, RequestId, TokenId
 from runtime.sequence import Sequence
 from runtime.states import SavedState, Scope, StateId
@@ -108,6 +109,10 @@ class ScriptedBackend(Backend):
         return self._tokenizer
 
     @property
+    def vision(self) -> Vision | None:
+        return None
+
+    @property
     def facts(self) -> ModelFacts:
         size = self._vocab_size
         return ModelFacts("scripted", "scripted", 0, 0, size, self._capabilities.context_tokens, None, "", "", ())
@@ -189,6 +194,8 @@ class ScriptedBackend(Backend):
         for chunk in batch.chunks:
             cells = self.cells[chunk.slot]
             assert chunk.start == len(cells), "a chunk goes on where its slot ends"
+            for part in (p for layer in passes((chunk,)) for p in layer if p.tokens[0] < 0):
+                assert len(rows_of(part)) == len(part.tokens), "what a step computes is encoded"
             for i, token in enumerate(chunk.tokens, 1):
                 cells.append(token + salt(batch.adapters))
                 if i > len(chunk.tokens) - chunk.num_logits:

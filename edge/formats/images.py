@@ -14,7 +14,7 @@ from typing import Literal
 
 from edge.errors import InvalidImage
 
-MAX_IMAGE_BYTES = 12 << 20
+MAX_IMAGE_BYTES = 10 << 20
 MAX_PIXELS = 1 << 24
 """4096 by 4096, or a camera's 16 megapixels."""
 MAX_SIDE = 1 << 14
