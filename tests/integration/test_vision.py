@@ -10,12 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from edge.store.fetch import pull
 from edge.store.models import ModelStore
+from runtime import wire
+from runtime.api.images import conversation_of
+from runtime.api.openai_schema import ChatMessage
+from runtime.backends.llama_cpp import LlamaBackend, LlamaOptions
+from runtime.request import SamplingParams
+from runtime.worker import PromptMaker
 from tests.support import DEFAULT_MODEL, SEED, RunningAppliance, run_edge, running_appliance, sse_events
-from tests.vision import VisionFiles, data_url, image_part, picture
+from tests.vision import EPSILON, VisionFiles, data_url, gap, image_part, picture
 
 SEEING = "tiny:vision"
 CHAT = "/v1/chat/completions"
@@ -94,13 +101,19 @@ def test_forms_of_a_request(http: httpx.Client) -> None:
     assert answer(http, two_turns)["prompt_token_ids"].count(-1) == 40
 
 
-def test_texts_and_images_at_once_are_answered_as_alone(http: httpx.Client, appliance: RunningAppliance) -> None:
+def test_texts_and_images_at_once_are_answered_as_alone(http: httpx.Client, vision_files: VisionFiles) -> None:
     asked = [body(f"Number {i}: ", image_part(picture(10 + i % 4)), " and so on") for i in range(8)]
     asked += [body(f"Only a text, number {i}, and nothing to be seen", max_tokens=40) for i in range(8)]
     alone = [tokens(answer(http, a)) for a in asked]
     with ThreadPoolExecutor(16) as pool:
         together = list(pool.map(lambda a: tokens(answer(http, {**a, "prompt_cache_key": "x"})), asked))
-    assert together == alone
+    backend = LlamaBackend(vision_files.model, LlamaOptions(1, 1, 64, 512, 4 << 30, projector=vision_files.projector))
+    maker = PromptMaker(backend, image_bytes=1 << 30)
+    for a, one, other in zip(asked, alone, together, strict=True):
+        found = conversation_of(msgspec.convert(a["messages"], list[ChatMessage]))
+        message = wire.Generate(1, found.messages, None, SamplingParams(), 12, [], images=tuple(found.images))
+        assert one == other or gap(backend, maker.request(message), other) < EPSILON, "the greedy law"
+    backend.close()
 
 
 def test_a_model_says_whether_it_sees(http: httpx.Client, appliance: RunningAppliance) -> None:

@@ -19,15 +19,13 @@ from edge.native.llama import bindings, vision_bindings
 from quantize.checkpoint import open_checkpoint
 from quantize.gguf.convert import convert
 from runtime.backends.llama_cpp import LlamaBackend, LlamaOptions, load_model
-from runtime.batch import Batch, Chunk
 from runtime.engine import Engine
 from runtime.image_prompts import ImagePlacer
 from runtime.images import Tile
 from runtime.request import Request, RequestId, SamplingParams
-from runtime.sequence import Sequence
 from tests.quantize.checkpoints import make_smollm
 from tests.support import CollectingSink
-from tests.vision import LONGEST_EDGE, TILE, TILE_TOKENS, VisionFiles, picture, write_projector
+from tests.vision import EPSILON, LONGEST_EDGE, TILE, TILE_TOKENS, VisionFiles, gap, picture, scores, write_projector
 
 GREEDY = SamplingParams(temperature=0)
 PNG, JPEG, TALL = picture(1), picture(2, kind="JPEG", size=(90, 60)), picture(3, size=(20, 200))
@@ -50,22 +48,6 @@ def request(backend: LlamaBackend, number: int, texts: list[str], images: list[b
     parts = [encode(text, add_special=not i, parse_special=False) for i, text in enumerate(texts)]
     prompt, tiles = ImagePlacer(backend.vision, context_tokens=1024, room_bytes=1 << 30).place(images, parts)
     return Request(RequestId(number), tuple(prompt), tokens, GREEDY, tiles=tiles, return_tokens=True, ignore_eos=True)
-
-
-def scores(backend: LlamaBackend, asked: Request, answer: list[int], *, step: int) -> NDArray[np.float32]:
-    """Scores before each token of the answer and after the last, computed alone in steps so long."""
-    backend.clear()
-    assert backend.vision is not None
-    for placed in asked.tiles:
-        if placed.tile.rows is None:
-            backend.vision.encode(placed.tile)
-    tokens = [*asked.prompt, *answer]
-    sequence, found = Sequence(asked, 0), list[NDArray[np.float32]]()
-    for at in range(0, len(tokens), step):
-        part = tokens[at : at + step]
-        wanted = min(len(part), max(0, at + len(part) - len(asked.prompt) + 1))
-        found.append(backend.decode(Batch((), (Chunk(sequence, 0, at, part, num_logits=wanted),))).copy())
-    return np.concatenate(found)
 
 
 def reference(files: VisionFiles, text: str, images: list[bytes]) -> NDArray[np.float32]:
@@ -160,10 +142,7 @@ def test_a_busy_engine_with_few_cells_answers_as_each_request_alone(
         tokens = sink.last[r.id].tokens
         assert tokens is not None
         answer = list(tokens[len(r.prompt) :])
-        if answer != expected[r.id]:
-            rows = scores(backend, r, answer, step=64)[:-1]
-            gap = rows.max(axis=1) - rows[np.arange(len(answer)), answer]
-            assert gap.max() < 1e-2, "the greedy law"
+        assert answer == expected[r.id] or gap(backend, r, answer) < EPSILON, "the greedy law"
 
 
 def test_what_is_let_go_is_freed(backend: LlamaBackend) -> None:
