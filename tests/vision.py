@@ -31,8 +31,8 @@ TILE_TOKENS = 4
 LONGEST_EDGE = 64
 """To which pictures are resized, then cut in tiles: a square has four, and one of the whole."""
 EPSILON = 0.05
-"""How far from the best score a greedy token may be: scores go up to 5, and with weights so large rounding, which follows
-the shape of a step and the place of the cells, was seen to turn a tie of 0.013."""
+"""How far from the best score, of 5 or so, a greedy token may be: rounding follows the shape of a step and the place of
+the cells, and with weights so large it was seen to turn a tie of 0.013."""
 _PATCH, _MERGE, _WIDE, _DEEP = 8, 2, 32, 2
 _TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
