@@ -11,7 +11,7 @@ from edge.errors import EdgeError, ModelNotFound, RecipeError
 from edge.formats.gguf import read_gguf
 from edge.store.details import QUANTIZED_FROM, details_of
 from edge.store.digest import Digest
-from edge.store.manifest import OURS, ModelRef
+from edge.store.manifest import OURS, WEIGHT_TYPE, ModelRef
 from edge.store.models import ModelStore, PackageFile, StoredModel
 
 from .report import SCHEMA_VERSION, Report, Variant
@@ -87,8 +87,11 @@ def package_variant(
         QUANTIZED_FROM: source.label,
         f"{OURS}quantized-from-digest": str(digest),
     }
-    details = replace(details, annotations=annotations)
+    seeing = source.projector
+    details = replace(details, annotations=annotations, projector=seeing.name if seeing else None)
     files = [PackageFile(path, f"{ref.name}-{ref.tag.upper()}.gguf", move=True), *documents]
+    if seeing is not None:
+        files.append(PackageFile(seeing.path, seeing.name, WEIGHT_TYPE, digest=seeing.digest))
     if source.license_file is not None:
         files.append(PackageFile(source.license_file, source.license_file.name))
     return store.add(ref, files, details)

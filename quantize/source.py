@@ -14,7 +14,7 @@ from edge.formats.gguf import GgufFile, read_gguf
 from edge.formats.lora import is_adapter
 from edge.store.details import Sampling
 from edge.store.digest import Digest, StreamingHash, digest_bytes
-from edge.store.models import ModelStore
+from edge.store.models import ModelStore, StoredFile
 
 from .checkpoint import FAMILY_NAMES, BertSettings, Checkpoint, open_checkpoint
 from .recipe import model_name
@@ -35,6 +35,7 @@ class Source:
         license_file: A file beside the weights that says what may be done with them.
         origin: Where the model came from, if the store knows.
         sampling: How its makers sample from it, if the store knows.
+        projector: What lets it see images, where the store has that; it goes with the quantized model as it is.
     """
 
     label: str
@@ -45,6 +46,7 @@ class Source:
     license_file: Path | None = None
     origin: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
+    projector: StoredFile | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -74,6 +76,8 @@ def _from_gguf(path: Path, label: str) -> Source:
             f"{path.name} is one of {parts} parts of a model.", hint="Join them first: llama-gguf-split --merge."
         )
     _refuse_adapter(file, label)
+    if file.is_projector:
+        raise UnsupportedFormat(f"{label} is a projector and no model.", hint="Quantize the model; a projector stays.")
     return Source(label, model_name(path.stem), file, license=file.text("general.license"))
 
 
@@ -106,6 +110,7 @@ def _from_store(ref: str, store: ModelStore) -> Source:
         license_file=terms,
         origin=stored.source,
         sampling=stored.details.sampling,
+        projector=next((file for file in stored.files if file.name == stored.details.projector), None),
     )
 
 

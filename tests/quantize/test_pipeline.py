@@ -25,6 +25,7 @@ from edge.errors import (
     UnsupportedFormat,
 )
 from edge.formats.gguf import GgufFile, read_gguf
+from edge.store.fetch import pull
 from edge.store.files import FileOps
 from edge.store.models import ModelStore
 from quantize.cache import StepCache
@@ -37,6 +38,7 @@ from quantize.report import Report, notes_on
 from quantize.source import open_source
 from tests.quantize.checkpoints import make_smollm
 from tests.quantize.killed_run import recipe as tiny_recipe
+from tests.vision import VisionFiles
 
 
 def workshop(home: Path, files: FileOps | None = None, events: list[Event] | None = None) -> Workshop:
@@ -298,3 +300,12 @@ def test_a_failed_step_leaves_nothing_in_the_store(tiny: Path, tmp_path: Path) -
         quantized(str(broken), tmp_path, tiny_recipe())
     assert ModelStore(tmp_path / "store").list() == []
     assert not list((tmp_path / "work").glob("**/*.partial"))
+
+
+def test_a_projector_goes_with_the_quantized_model(vision_files: VisionFiles, tmp_path: Path) -> None:
+    store = ModelStore(tmp_path / "store")
+    pull(store, str(vision_files.model), name="tiny:f32", projector=str(vision_files.projector))
+    quantized("tiny:f32", tmp_path, tiny_recipe())
+    made = next(m for m in store.list() if m.ref.tag != "f32")
+    assert made.projector == store.get("tiny:f32").projector
+    assert made.capabilities == ["completion", "vision"]
