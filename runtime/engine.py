@@ -28,7 +28,7 @@ from runtime.scheduler import Limits, Scheduler, SchedulerStats
 from runtime.sequence import Sequence
 from runtime.speculate import SpeculationStats, Speculator
 from runtime.states import LoadState, RemoveState, SavedState, Scope, StoreState
-from runtime.step_budget import BudgetTuner
+from runtime.step_budget import BudgetTuner, ahead_s
 from runtime.step_cost import StepCosts
 from runtime.tokenizer import Detokenizer, StopMatcher
 
@@ -260,6 +260,7 @@ class Engine:
         """Take what has arrived, then plan, compute and deliver one step. False if there was nothing to compute."""
         self._inbox.take_all()
         self._flush()  # who was accepted or refused hears it before the step, which may be long
+        self._budget.ahead_s = self._ahead_s()
         batch = self._scheduler.schedule(self._guess)
         self._inbox.note(len(self._scheduler.running))
         if batch is not None:
@@ -267,6 +268,12 @@ class Engine:
             self._flush()
         self._use_disk()
         return batch is not None
+
+    def _ahead_s(self) -> float:
+        """How long all answers may pause before a reader has caught up with one."""
+        now = self._clock()
+        begun = ((a.sequence.num_output, a.first_token) for a in self._answers.values())
+        return min((ahead_s(count, now - first) for count, first in begun if first is not None), default=0.0)
 
     def adopt(self, tokens: list[TokenId], scope: Scope, *, uses: int, pin: str) -> bool:
         """Take a state on the disk into the books, before `run`; False where it is of no use."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 
@@ -16,7 +17,7 @@ from runtime.backends.base import Capabilities
 from runtime.batch import Batch
 from runtime.engine import Engine
 from runtime.request import Request, RequestId, SamplingParams
-from runtime.step_budget import MIN_PROMPT_TOKENS, BudgetTuner
+from runtime.step_budget import HEAD_START_S, MIN_PROMPT_TOKENS, BudgetTuner, ahead_s
 from runtime.step_cost import StepCosts
 from tests.support import CollectingSink, ScriptedBackend
 
@@ -71,12 +72,21 @@ def steps_beside(cost: Callable[[int], float], *, interval_s: float = 0.0) -> li
     return [s for s in backend.steps if s[0] and s[1]]
 
 
-@pytest.mark.parametrize(("cost", "longest"), [(dear, 0.2), (cheap, 0.15)])
-def test_an_answer_goes_on_while_a_long_prompt_is_read(cost: Callable[[int], float], longest: float) -> None:
+@pytest.mark.parametrize(("cost", "longest"), [(dear, 1.2), (cheap, 0.2)])
+def test_an_answer_keeps_ahead_of_its_reader_while_a_long_prompt_is_read(
+    cost: Callable[[int], float], longest: float
+) -> None:
     steps = steps_beside(cost)
     assert sum(prompt for _, prompt, _ in steps) >= 3999
-    assert all(seconds <= 1.2 * longest for _, _, seconds in steps[3:]), "once the width is known"
-    assert np.mean([seconds for _, _, seconds in steps[3:-1]]) >= 0.6 * longest, "no smaller than it has to be"
+    assert all(seconds <= 1.3 * longest for _, _, seconds in steps[3:]), "once the width is known"
+    late_s = [sum(seconds for _, _, seconds in steps[: i + 1]) - 0.2 * i for i in range(len(steps))]
+    assert max(late_s) <= HEAD_START_S + 10 * 0.2 + 0.5, "of its ten tokens it had none before"
+    assert max(seconds for _, _, seconds in steps) >= 0.6 * longest, "no smaller than it has to be"
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.5, 5.0])
+def test_an_answer_is_ahead_by_what_its_reader_has_not_read(seconds: float) -> None:
+    assert math.isclose(ahead_s(10, seconds), HEAD_START_S + 2.0 - seconds)
 
 
 def test_a_target_is_kept_and_a_slow_machine_reads_on() -> None:
