@@ -62,15 +62,15 @@ MOST_DRAFTED = 15
 """Guesses that a draft model makes for one text in one step."""
 HORIZON_TOKENS = 64
 """What a draft model reads of a text before its first guess has to pay within so many tokens."""
-PROBE = 4
-"""Guesses that are only compared with what comes. Where nothing is known of a text they tell whether guesses would pay,
-and cost no wider step."""
+PROBE, UNSURE = 4, 0.5
+"""Guesses that are only compared with what comes, and the confidence after which no more are made. Where nothing is
+known of a text they tell whether guesses would pay, and cost no wider step."""
 PROBE_OUTCOMES = 8
 """What is known after so many of them is believed, for `PROBE_STEPS`."""
 PROBE_STEPS, PROBE_GAP = 256, 64
 """Steps after which a text is probed again; and least steps between two probes, once `KNOWN_OUTCOMES` have told that
 the draft model does not pay in general."""
-KNOWN_OUTCOMES = 64
+KNOWN_OUTCOMES = 32
 RECONSIDER_STEPS = 4
 """Where asking a draft model does not pay, it is thought about again after so many steps: thinking takes 50 µs."""
 
@@ -374,8 +374,10 @@ class AdaptiveSpeculator(Speculator):
             seconds = prices.drafting(missing) + (PROBE - 1) * prices.drafting(1)
             if seconds > prices.purse - prices.plain * START / 2:
                 continue
-            for _ in range(PROBE):
+            while len(texts.expected) < PROBE and all(g.confidence >= UNSURE for g in texts.expected[-1:]):
                 self._extend(drafter, [sequence], threads)
+                if drafter.num_missing(sequence) is None:
+                    break
             self._probed = texts.probed = self._steps
             return
 
