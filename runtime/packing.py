@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 
 from runtime.request import RequestId
 
@@ -27,6 +28,7 @@ class Place:
 class _Pile:
     """The texts of a request that are still to be read, shortest first: lengths and indices side by side."""
 
+    request_id: RequestId
     lengths: list[int]
     indices: list[int]
     num_served: int
@@ -61,7 +63,7 @@ class Packer:
     def add(self, request_id: RequestId, lengths: Sequence[int]) -> None:
         """Queue texts of these lengths, at least one."""
         order = sorted(range(len(lengths)), key=lambda i: (lengths[i], -i))
-        self._piles[request_id] = _Pile([lengths[i] for i in order], order, self._now)
+        self._piles[request_id] = _Pile(request_id, [lengths[i] for i in order], order, self._now)
 
     def cancel(self, request_id: RequestId) -> None:
         """Forget a request; an unknown one is ignored."""
@@ -71,26 +73,22 @@ class Packer:
         """Take the texts of the next step out of the queue; none if there are none."""
         places: list[Place] = []
         room = self.max_tokens
-        while self._piles and len(places) < self.max_texts:
-            taken = self._take(room, first=not places)
-            if taken is None:
-                break
-            place, length = taken
-            places.append(place)
-            room -= length
-        return places
-
-    def _take(self, room: int, *, first: bool) -> tuple[Place, int] | None:
-        """The text of whoever got the least among those that have one that fits."""
-        for request_id, pile in sorted(self._piles.items(), key=lambda item: item[1].num_served):
-            at = len(pile.lengths) - 1 if first else bisect_right(pile.lengths, room) - 1
+        # Whoever got the least, and came first, chooses. One of whose texts none fits drops out: room only shrinks.
+        choosing = [(pile.num_served, at, pile) for at, pile in enumerate(self._piles.values())]
+        heapify(choosing)
+        while choosing and len(places) < self.max_texts:
+            served, order, pile = heappop(choosing)
+            at = bisect_right(pile.lengths, room) - 1 if places else len(pile.lengths) - 1
             if at < 0:
                 continue
-            length, index = pile.lengths.pop(at), pile.indices.pop(at)
-            if first:
-                self._now = max(self._now, pile.num_served)
+            if not places:
+                self._now = max(self._now, served)
+            length = pile.lengths.pop(at)
+            places.append(Place(pile.request_id, pile.indices.pop(at)))
+            room -= length
             pile.num_served += length
-            if not pile.lengths:
-                del self._piles[request_id]
-            return Place(request_id, index), length
-        return None
+            if pile.lengths:
+                heappush(choosing, (pile.num_served, order, pile))
+            else:
+                del self._piles[pile.request_id]
+        return places
