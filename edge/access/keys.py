@@ -164,7 +164,8 @@ class KeyReader:
             return None
         with errors_of(self._path):
             row = self._db.execute(f"{_SELECT} WHERE id = ?", (key_id,)).fetchone()
-        # As long for an unknown id as for a wrong secret: nothing more is done before they are told apart.
+        # Two microseconds may tell that there is a key of this id, which is no secret; nothing tells how near the
+        # rest is to it.
         is_right = hmac.compare_digest(digest_of(presented), row[_DIGEST] if row else _NOBODY)
         found = _key(row) if row and is_right else None
         return found if found is not None and found.revoked_s is None else None

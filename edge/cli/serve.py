@@ -54,22 +54,26 @@ def _announce(settings: Settings, port: int) -> None:
     known = [str(m.ref) for m in ModelStore(settings.store_dir).list() if m.kind == "text"]
     model = settings.default_model if settings.default_model in known else next(iter(known), None)
     lines = [f"slm-edge serves on {click.style(url, bold=True)}   (API page: {url}/docs)", ""]
-    lines += _try_next(url, model) if model else ["No model yet: edge pull smollm2:135m-instruct"]
+    lines += (
+        _try_next(url, model, key=settings.needs_keys) if model else ["No model yet: edge pull smollm2:135m-instruct"]
+    )
     click.echo("\n".join([*lines, "", "Ctrl-C stops."]), err=True)
 
 
-def _try_next(url: str, model: str) -> list[str]:
+def _try_next(url: str, model: str, *, key: bool) -> list[str]:
     edge = "edge" if shutil.which("edge") else sys.argv[0]  # as in a clone, where nobody put .venv/bin on the PATH
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "What is a lighthouse for?"}]})
     return [
         "Try, in another terminal:",
+        *(["  export EDGE_API_KEY=edge_…   (a key: edge key create NAME)"] if key else []),
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\",
+        *(['    -H "Authorization: Bearer $EDGE_API_KEY" \\'] if key else []),
         f"    -d '{body}'",
         f'  {edge} chat "What is a lighthouse for?"',
         f"  {edge} tui",
         "",
         "or from Python (pip install openai):",
         "  from openai import OpenAI",
-        f'  client = OpenAI(base_url="{url}/v1", api_key="none")',
+        f'  client = OpenAI(base_url="{url}/v1", api_key="{"edge_…" if key else "none"}")',
         f'  client.chat.completions.create(model="{model}", messages=[{{"role": "user", "content": "Hi"}}])',
     ]

@@ -9,6 +9,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -167,6 +168,27 @@ def test_a_key_that_is_revoked_by_a_command_fails_on_its_next_request(guarded: R
             run_edge("key", "revoke", "tablet", home=guarded.home)
             assert http.get("/edge/v1/jobs").status_code == 401
             assert sum("event: status" in line for line in lines) <= 3, "the stream of events ends as well"
+
+
+def test_no_request_that_begins_after_the_revoking_is_answered(guarded: RunningAppliance) -> None:
+    for _ in range(3):
+        made, key = make(guarded)
+        revoked = threading.Event()
+
+        def ask(key: str = key, revoked: threading.Event = revoked) -> list[tuple[bool, int]]:
+            asked: list[tuple[bool, int]] = []
+            with client(guarded, key) as http:
+                while sum(late for late, _ in asked) < 5:
+                    is_late = revoked.is_set()
+                    asked.append((is_late, http.get("/v1/models").status_code))
+            return asked
+
+        with ThreadPoolExecutor(4) as pool:
+            futures = [pool.submit(ask) for _ in range(4)]
+            Keys(guarded.home / "state.db", actor="test").revoke(made.id)
+            revoked.set()
+            asked = [pair for future in futures for pair in future.result(60)]
+        assert {status for late, status in asked if late} == {401}
 
 
 def test_the_socket_needs_no_key_and_junk_passes_there(guarded: RunningAppliance) -> None:
