@@ -54,7 +54,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except (TemplateError, RecursionError, MemoryError) as e:
-            raise UnsupportedFormat(f"The model's chat template does not compile: {e or type(e).__name__}.") from e
+            raise UnsupportedFormat(f"The model's chat template does not compile: {str(e) or type(e).__name__}.") from e
 
     def render(self, messages: Messages) -> str:
         """The prompt's text, in which only the template's own markers spell control tokens; see `split_images`.
@@ -84,7 +84,7 @@ class ChatTemplate:
             MemoryError,
         ) as e:  # fmt: skip
             raise InvalidRequest(
-                f"The model's chat template refuses these messages: {e or type(e).__name__}.",
+                f"The model's chat template refuses these messages: {str(e) or type(e).__name__}.",
                 field="messages",
                 hint="Check the roles and their order.",
             ) from e

@@ -153,6 +153,8 @@ class ModelHost:
         self._ready_at: float | None = None
         """When the present worker became ready, also after its end."""
         self.last_used = time.monotonic()
+        self.keep_alive_s: float | None = None
+        """How long the model stays loaded unused, where a request said so since it was loaded; negative is for ever."""
         self._uses = 0.0
         self._reserved_bytes = reserved_bytes
         self._find_draft = find_draft
@@ -512,6 +514,7 @@ class ModelHost:
             draft_path=str(guesser.weights) if guesser is not None else "",
             draft_problem=draft.problem if draft is not None else "",
             projector=str(self.model.projector or ""),
+            template=self.model.details.template,
         )  # fmt: skip
 
     async def _watch(self, stop: asyncio.Event) -> Ending:
@@ -702,6 +705,8 @@ class ModelHost:
         self.state = state
         if state != "failed":
             self.error = None
+        if state in ("unloaded", "failed"):
+            self.keep_alive_s = None
         if state != "ready":
             self.ready = self.heartbeat = self.ready_since = None
             self._samples.clear()

@@ -62,6 +62,7 @@ class Jobs:
         self._changed = changed
         self._jobs: dict[str, Job] = {}
         self._controls: dict[str, JobControl] = {}
+        self._errors: dict[str, EdgeError] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         # Threads of their own: a pull that waits for a dead server must not hold what the API runs on.
         self._threads = ThreadPoolExecutor(MAX_AT_ONCE, thread_name_prefix="job")
@@ -79,6 +80,10 @@ class Jobs:
         if job_id not in self._jobs:
             raise JobNotFound(f"There is no job '{job_id}'.", hint="GET /edge/v1/jobs lists them.")
         return self._jobs[job_id]
+
+    def error(self, job_id: str) -> EdgeError | None:
+        """What ended a job before its end, if something did."""
+        return self._errors.get(job_id)
 
     def start(self, kind: str, subject: str, work: Callable[[JobControl], str]) -> Job:
         """Run `work` on a thread, when one is free. What it returns is the job's last message.
@@ -124,9 +129,11 @@ class Jobs:
         except EdgeError as e:
             job.state = "cancelled" if control.is_cancelled() else "failed"
             job.error = None if control.is_cancelled() else str(e)
+            self._errors[job.id] = e
         except Exception as e:  # the supervisor of a task: the job fails, the process goes on
             log.exception("job %s failed", job.id)
             job.state, job.error = "failed", f"{type(e).__name__}: {e}"
+            self._errors[job.id] = EdgeError("The job failed; the log says how.")
         job.finished, job.rate_bytes_s = time.time(), 0.0
         self._controls.pop(job.id, None)
         self._changed(job)
@@ -135,3 +142,4 @@ class Jobs:
         over = [j for j in self.list() if j.state not in ("running", "queued")]
         for job in over[MAX_JOBS:]:
             del self._jobs[job.id]
+            self._errors.pop(job.id, None)

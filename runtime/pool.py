@@ -130,14 +130,17 @@ class Pool:
         return True
 
     async def unload_idle(self) -> None:
-        """Unload what nobody used for `keep_alive_s`."""
-        limit = self._settings.keep_alive_s
+        """Unload what nobody used for as long as it is kept."""
         pins = await asyncio.to_thread(self._store.pins)
         for host in self.hosts():
-            unused_s = time.monotonic() - host.last_used
-            if 0 <= limit < unused_s and host.is_idle and host.ref not in pins:
+            limit, unused_s = self.keep_alive_s(host), time.monotonic() - host.last_used
+            if 0 <= limit <= unused_s and host.is_idle and host.ref not in pins:
                 log.info("unloading %s: unused for %.0f s", host.ref, limit)
                 await host.unload()
+
+    def keep_alive_s(self, host: ModelHost) -> float:
+        """How long a model stays loaded unused; negative is for ever."""
+        return self._settings.keep_alive_s if host.keep_alive_s is None else host.keep_alive_s
 
     async def forget(self, ref: str) -> None:
         """Unload a model that leaves the store."""

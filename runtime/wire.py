@@ -54,6 +54,10 @@ class Generate(Message, frozen=True):
     pin: str = ""
     images: tuple[bytes, ...] = ()
     """Files, as they came; nobody has looked into them."""
+    cuts_max_tokens: bool = False
+    """Where `max_tokens` exceeds what is left of the context, that is what it means."""
+    is_raw: bool = False
+    """What spells a control token in `prompt` is one: who asks wrote the whole prompt, markers and all."""
 
 
 class Embed(Message, frozen=True):
@@ -118,6 +122,8 @@ class Load(Message, frozen=True):
     """What encodes images for the model; empty for text alone."""
     pooling: str = ""
     """Of a model that makes embeddings or scores; empty for one that makes text."""
+    template: str = ""
+    """A chat template in the place of the file's own."""
 
 
 # ---------------------------------------------------------------- worker to front

@@ -166,15 +166,16 @@ class PromptMaker:
 
     Args:
         image_bytes: What images may take until they are encoded, of all requests together.
+        template: A chat template in the place of the file's own.
     """
 
-    def __init__(self, backend: Backend, *, image_bytes: int = 0) -> None:
+    def __init__(self, backend: Backend, *, image_bytes: int = 0, template: str = "") -> None:
         facts = backend.facts
         self._tokenizer = backend.tokenizer
         self._context_tokens = backend.capabilities.context_tokens
         self._vocab_size = facts.vocab_size
         self._template = ChatTemplate(
-            facts.chat_template or CHATML, markers=facts.control_texts, bos=facts.bos, eos=facts.eos
+            template or facts.chat_template or CHATML, markers=facts.control_texts, bos=facts.bos, eos=facts.eos
         )
         self._bos = facts.bos
         self._breakers_of: dict[tuple[str, ...], Breakers] = {}
@@ -196,6 +197,8 @@ class PromptMaker:
             raise InvalidRequest("The prompt is empty.", field="prompt", hint="Send at least one character.")
         room = self._context_tokens - len(tokens)
         max_tokens = message.max_tokens or max(room, 1)
+        if message.cuts_max_tokens:
+            max_tokens = min(max_tokens, max(room, 1))
         if max_tokens > room:
             raise ContextOverflow(
                 limit_tokens=self._context_tokens, prompt_tokens=len(tokens), completion_tokens=max_tokens
@@ -274,7 +277,9 @@ class PromptMaker:
             return message.prompt
         text = message.prompt or ""
         self._check_length(len(text))
-        return self._tokenizer.encode(text, add_special=True, parse_special=False)
+        if message.is_raw and self._adds_bos():
+            text = text.removeprefix(self._bos)
+        return self._tokenizer.encode(text, add_special=True, parse_special=message.is_raw)
 
     def _adds_bos(self) -> bool:
         """Whether the tokenizer puts BOS in front itself, so that a template's own would stand there twice."""
@@ -306,7 +311,7 @@ class Worker:
         try:
             files = _state_files(load)
             backend = self._open(load, disk_bytes=_disk_bytes(load) if files else 0)
-            self._prompts = PromptMaker(backend, image_bytes=self._image_bytes)
+            self._prompts = PromptMaker(backend, image_bytes=self._image_bytes, template=load.template)
         except EdgeError as e:
             self._connection.send(wire.Step([], [failed(0, e)]))
             sys.exit(1)
@@ -324,8 +329,8 @@ class Worker:
         self._connection.send(
             wire.Ready(
                 facts.description, facts.architecture, facts.num_parameters, can.context_tokens, can.num_cells,
-                can.num_slots, facts.vocab_size, facts.chat_template is not None, _build(), time.monotonic() - started,
-                load.draft if drafter is not None else "", problem,
+                can.num_slots, facts.vocab_size, bool(load.template or facts.chat_template), _build(),
+                time.monotonic() - started, load.draft if drafter is not None else "", problem,
             )
         )  # fmt: skip
         limit_memory(self._budget_bytes)

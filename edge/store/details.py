@@ -24,22 +24,38 @@ POOLING = f"{OURS}pooling"
 PROJECTOR = f"{OURS}projector"
 SOURCE = f"{OURS}source"
 SAMPLING = f"{OURS}sampling"
+SYSTEM = f"{OURS}system"
+TEMPLATE = f"{OURS}chat-template"
 DRAFT = f"{OURS}draft"
 QUANTIZED_FROM = f"{OURS}quantized-from"
 """What the makers of a quantized model called its source; nothing that can be fetched."""
 TENSOR_TYPES = f"{OURS}tensor-types"
+MAX_SAMPLING_CHARS = 64 << 10
 ADAPTER_TYPE = f"{OURS}adapter.type"
 ADAPTER_RANK = f"{OURS}adapter.rank"
 ADAPTER_BASE = f"{OURS}adapter.base"
 
 
+StopString = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
+
+
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How the model's makers sample from it, for requests that do not say. None where they did not say either."""
+    """How the package would have its model asked, where a request does not say. None where it does not say either. What
+    the fields mean is written at `runtime.request.SamplingParams`."""
 
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     top_k: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] | None = None
     min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    typical_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    repeat_penalty: Annotated[float, msgspec.Meta(gt=0, le=100)] | None = None
+    repeat_last_n: Annotated[int, msgspec.Meta(ge=-1, le=(1 << 31) - 1)] | None = None
+    presence_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
+    seed: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)] | None = None
+    max_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)] | None = None
+    """Of an answer, as far as the context goes."""
+    stop: Annotated[tuple[StopString, ...], msgspec.Meta(max_length=16)] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +93,10 @@ class ModelDetails:
     created: float | None = None
     """Unix time at which the model was made; None keeps equal models' digests equal."""
     sampling: Sampling = field(default_factory=Sampling)
+    system: str = ""
+    """What conversations begin with that have no system message of their own."""
+    template: str = ""
+    """A chat template in the place of the weight file's own."""
     draft: str | None = None
     """The name of a smaller model with the same vocabulary that guesses for it, where the store has that model."""
     adapter: AdapterDetails | None = None
@@ -162,6 +182,8 @@ def annotations_of(details: ModelDetails) -> dict[str, str]:
         ADAPTER_TYPE: details.adapter and details.adapter.type,
         ADAPTER_RANK: details.adapter and details.adapter.rank,
         ADAPTER_BASE: details.adapter and details.adapter.base,
+        SYSTEM: details.system or None,
+        TEMPLATE: details.template or None,
         SAMPLING: None if details.sampling == Sampling() else msgspec.json.encode(details.sampling).decode(),
     }
     return {key: str(value) for key, value in known.items() if value is not None} | dict(details.annotations)
@@ -182,6 +204,8 @@ def details_from(manifest: Manifest, config: ModelConfig) -> ModelDetails:
         title=_clean(config.descriptor.title),
         format=config.config.format or "gguf",
         sampling=_sampling(notes.get(SAMPLING)),
+        system=notes.get(SYSTEM, ""),
+        template=notes.get(TEMPLATE, ""),
         draft=_clean(notes.get(DRAFT)),
         adapter=_adapter_from(notes),
     )
@@ -196,7 +220,7 @@ def _adapter_from(notes: Mapping[str, str]) -> AdapterDetails | None:
 def _sampling(text: str | None) -> Sampling:
     """Defaults that cannot be read are none: they are advice, and no reason to refuse the model."""
     try:
-        return msgspec.json.decode(text, type=Sampling) if text and len(text) <= 4096 else Sampling()
+        return msgspec.json.decode(text, type=Sampling) if text and len(text) <= MAX_SAMPLING_CHARS else Sampling()
     except msgspec.MsgspecError:
         return Sampling()
 

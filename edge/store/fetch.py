@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import assert_never
 
-from edge.errors import DigestMismatch, InvalidModelFile, ModelNotFound
+from edge.errors import DigestMismatch, InvalidModelFile, InvalidReference, ModelNotFound
 from edge.formats.gguf import FILE_TYPES, GgufFile, read_gguf
 from edge.formats.lora import check_finite, is_adapter, read_lora
 
 from .catalog import CatalogEntry, catalog
 from .checkpoints import Converter, is_checkpoint
-from .details import Sampling, details_of
+from .details import ModelDetails, Sampling, details_of
 from .digest import Digest
 from .http import HttpFetcher
 from .hub import HubFetcher
@@ -26,7 +26,7 @@ from .packages import PackageFetcher
 from .sources import FORMS, FileSource, HttpSource, HubSource, PackageSource, Source, file_name_of, parse_source
 from .transfer import Control, Fetcher, Offer, Progress, expect, free_bytes
 
-__all__ = ["Progress", "PullPlan", "plan", "pull"]
+__all__ = ["Progress", "PullPlan", "in_catalog", "package_of", "plan", "pull"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,10 +167,23 @@ def plan(store: ModelStore, source: str, *, name: str | None = None, sha256: str
     )
 
 
+def package_of(store: ModelStore, digest: Digest, file_name: str) -> tuple[PackageFile, ModelDetails]:
+    """A model file that the store has under its digest, ready to be added under a name, and what it says of itself.
+
+    Raises:
+        InvalidReference: There are no such bytes.
+        InvalidModelFile: They are no sound GGUF.
+    """
+    if not store.blobs.has(digest):
+        raise InvalidReference(f"There is no blob {digest}.", hint="Send it first: POST /api/blobs/DIGEST.")
+    gguf = _checked(store.blobs.path(digest), file_name)
+    return PackageFile(store.blobs.path(digest), _file_name(file_name), WEIGHT_TYPE, digest=digest), details_of(gguf)
+
+
 def _resolve(source: str, name: str | None, sha256: str | None, converter: Converter | None = None) -> _Wanted:
     ref = ModelRef.parse(name) if name else None
     digest = Digest.parse(sha256) if sha256 else None
-    if found := _in_catalog(source):
+    if found := in_catalog(source):
         known, entry = found
         if digest and digest != entry.digest:
             hint = f"Leave the digest out to take the catalog's, or pull another source; the catalog's: {entry.source}."
@@ -190,7 +203,8 @@ def _resolve(source: str, name: str | None, sha256: str | None, converter: Conve
     return _Wanted(parsed, _fetcher_of(parsed, None, converter), ref, digest, None, Sampling(), file_name_of(parsed))
 
 
-def _in_catalog(source: str) -> tuple[ModelRef, CatalogEntry] | None:
+def in_catalog(source: str) -> tuple[ModelRef, CatalogEntry] | None:
+    """What the catalog has under this name."""
     names = {str(known): known for known in catalog()}
     if known := names.get(source):
         return known, catalog()[known]

@@ -415,6 +415,31 @@ class ModelStore:
             size=len(manifest),
         )
 
+    def keep(self, staged: Staged) -> None:
+        """Keep bytes under their digest for a model that is still to be added; the next `collect` takes those of which
+        none was made.
+
+        Raises:
+            StoreError: The store cannot be written.
+        """
+        self._prepare()
+        with self._lock():
+            self._publish([staged])
+
+    def copy(self, source: str | ModelRef, target: str | ModelRef) -> StoredModel:
+        """Give a model a second name. What had the name before loses it.
+
+        Raises:
+            ModelNotFound: There is none of the first name.
+            InvalidReference: The second is not a model's name.
+        """
+        ref = ModelRef.parse(target) if isinstance(target, str) else target
+        self._prepare()
+        with self._lock():
+            entries = models_of(self._read_index())
+            self._set_entry(ref, entries[self._resolve(source, entries)])
+        return self.get(ref)
+
     def remove(self, ref: str | ModelRef) -> ModelRef:
         """Take the reference away and give the one that was meant. Its blobs go with the next `collect`.
 

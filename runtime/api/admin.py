@@ -35,7 +35,7 @@ from runtime.api.schema import (
 
 
 @asynccontextmanager
-async def _act(request: HttpRequest, act: str, target: str) -> AsyncGenerator[None]:
+async def act(request: HttpRequest, what: str, target: str) -> AsyncGenerator[None]:
     """Note what is done inside, and what came of it, in the audit log, where it is before the answer leaves."""
     outcome = "ok"
     try:
@@ -47,7 +47,7 @@ async def _act(request: HttpRequest, act: str, target: str) -> AsyncGenerator[No
         outcome = "cancelled" if not isinstance(e, Exception) else "internal_error"
         raise
     finally:
-        await appliance_of(request.app.state).access.note(caller_of(request.scope), act, target, outcome)
+        await appliance_of(request.app.state).access.note(caller_of(request.scope), what, target, outcome)
 
 
 @get("/edge/v1/status", opt=needs("view"))
@@ -67,7 +67,7 @@ async def load_model(request: HttpRequest, state: State) -> ModelInfo:
     """Load a model; answers when it is ready."""
     body, _ = parse_body(await request.body(), ModelRequest)
     appliance = appliance_of(state)
-    async with _act(request, "model.load", body.model):
+    async with act(request, "model.load", body.model):
         await appliance.pool.ready(body.model, timeout_s=600)
     return await appliance.model_info(body.model)
 
@@ -77,7 +77,7 @@ async def unload_model(request: HttpRequest, state: State) -> ModelInfo:
     """Unload a model; requests that it still answers end with an error."""
     body, _ = parse_body(await request.body(), ModelRequest)
     appliance = appliance_of(state)
-    async with _act(request, "model.unload", body.model):
+    async with act(request, "model.unload", body.model):
         host = await appliance.pool.host(body.model)
         await host.unload()
     return await appliance.model_info(body.model)
@@ -86,7 +86,7 @@ async def unload_model(request: HttpRequest, state: State) -> ModelInfo:
 @delete("/edge/v1/models/{ref:path}", opt=needs("admin"), status_code=204)
 async def delete_model(request: HttpRequest, state: State, ref: str) -> None:
     """Unload a model and remove it from the store."""
-    async with _act(request, "model.delete", ref.lstrip("/")):
+    async with act(request, "model.delete", ref.lstrip("/")):
         await appliance_of(state).remove(ref.lstrip("/"))
 
 
@@ -94,7 +94,7 @@ async def delete_model(request: HttpRequest, state: State, ref: str) -> None:
 async def warm(request: HttpRequest, state: State) -> PinnedPrefix:
     """Compute what conversations with a system prompt share, and pin it; loads the model."""
     body, _ = parse_body(await request.body(), WarmRequest)
-    async with _act(request, "prefix.pin", f"{body.model} {body.name or ''}".strip()):
+    async with act(request, "prefix.pin", f"{body.model} {body.name or ''}".strip()):
         return await appliance_of(state).warm(body)
 
 
@@ -114,7 +114,7 @@ async def delete_prefix(
     request: HttpRequest, state: State, name: str, model: Annotated[str, Parameter(max_length=400)]
 ) -> None:
     """Unpin a prefix and forget it; loads the model."""
-    async with _act(request, "prefix.unpin", f"{model} {name}"):
+    async with act(request, "prefix.unpin", f"{model} {name}"):
         await appliance_of(state).remove_prefix(model, name)
 
 
@@ -122,7 +122,7 @@ async def delete_prefix(
 async def pull_model(request: HttpRequest, state: State) -> Job:
     """Begin to fetch a model; the job tells how far it is."""
     body, _ = parse_body(await request.body(), PullRequest)
-    async with _act(request, "model.pull", f"{body.source} {body.name or ''}".strip()):
+    async with act(request, "model.pull", f"{body.source} {body.name or ''}".strip()):
         return appliance_of(state).pull(body)
 
 
@@ -141,7 +141,7 @@ async def job(state: State, job_id: str) -> Job:
 @post("/edge/v1/jobs/{job_id:str}/cancel", opt=needs("operate"), status_code=200)
 async def cancel_job(request: HttpRequest, state: State, job_id: str) -> Job:
     """Ask a job to stop."""
-    async with _act(request, "job.cancel", job_id):
+    async with act(request, "job.cancel", job_id):
         return appliance_of(state).jobs.cancel(job_id)
 
 
@@ -155,7 +155,7 @@ async def telemetry(state: State) -> OutboxStatus:
 async def flush_telemetry(request: HttpRequest, state: State) -> OutboxStatus:
     """Send now what waits; answers after the attempt."""
     appliance = appliance_of(state)
-    async with _act(request, "telemetry.flush", ""):
+    async with act(request, "telemetry.flush", ""):
         await asyncio.to_thread(appliance.telemetry.flush)
     return appliance.outbox()
 

@@ -7,7 +7,7 @@ from litestar.datastructures import State
 from litestar.openapi import OpenAPIConfig
 
 from edge import __version__
-from runtime.api import admin, embeddings, openai
+from runtime.api import admin, embeddings, ollama, ollama_models, openai
 from runtime.api.access import needs
 from runtime.api.appliance import Appliance, appliance_of
 from runtime.api.docs import PLUGINS
@@ -15,6 +15,7 @@ from runtime.api.errors import to_response
 from runtime.api.guard import guard
 from runtime.api.schema import ModelInfo
 
+PARTS = (openai, embeddings, ollama, ollama_models, admin)
 PROMETHEUS_TYPE = "text/plain; version=0.0.4"
 
 
@@ -62,7 +63,7 @@ async def metrics(state: State) -> str:
 def create_app(appliance: Appliance) -> Litestar:
     """The ASGI application of an appliance, which it starts and closes."""
     return Litestar(
-        [livez, readyz, health, metrics, *openai.HANDLERS, *embeddings.HANDLERS, *admin.HANDLERS],
+        [livez, readyz, health, metrics, *(handler for part in PARTS for handler in part.HANDLERS)],
         state=State({"appliance": appliance}),
         middleware=[guard(appliance.settings, appliance.access)],
         exception_handlers={Exception: to_response},

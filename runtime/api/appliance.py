@@ -54,6 +54,7 @@ from runtime.state_dirs import remove_states
 log = logging.getLogger("edge.appliance")
 
 STATUS_INTERVAL_S = 1.0
+HOUSE_INTERVAL_S = 5.0
 WARM_S = 600.0
 """How long a model may take to load, and a system prompt to be computed."""
 MAX_WATCHERS = 64
@@ -88,6 +89,7 @@ class Appliance:
         self._ttft_s: deque[float] = deque(maxlen=100)
         self._processes: dict[int, psutil.Process] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._untidy = asyncio.Event()
 
     async def start(self) -> None:
         """Begin to keep house. The API may be used before."""
@@ -417,9 +419,16 @@ class Appliance:
             except Exception:  # the supervisor of a task: the next second may be better
                 log.exception("no status")
 
+    def tidy(self) -> None:
+        """Have the house kept now: a model may have become one that nobody wants loaded."""
+        self._untidy.set()
+
     async def _keep_house(self) -> None:
         while True:
-            await asyncio.sleep(5)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HOUSE_INTERVAL_S):
+                    await self._untidy.wait()
+            self._untidy.clear()
             try:
                 await self.pool.unload_idle()
             except Exception:  # as above

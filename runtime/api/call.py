@@ -16,6 +16,7 @@ from litestar.datastructures import State
 from litestar.types import Receive
 
 from edge.errors import EdgeError, InvalidRequest, WorkerDied
+from edge.store.details import ModelDetails
 from edge.telemetry.span import Operation, RequestRecord
 from runtime import wire
 from runtime.api.access import UNSTATED_TOKENS
@@ -86,6 +87,10 @@ class Call:
         self._last: wire.Piece | None = None
         self._generation: Generation | None = None
         self._finished = False
+        self.load_s = 0.0
+        """How long it waited for its model to be loaded."""
+        self.host: ModelHost | None = None
+        """Of the model, once it is loaded."""
 
     @property
     def constraint(self) -> Constraint | None:
@@ -146,13 +151,15 @@ class Call:
         self.known_model = await self.appliance.check_purpose(selection.model, self.operation, limits)
         if self._first_image:
             await self.appliance.check_vision(selection.model, limits, field=self._first_image)
+        asked_for = time.perf_counter()
         host = await self.appliance.pool.ready(selection.model, timeout_s=min(READY_WAIT_S, self._left_s()))
+        self.load_s += time.perf_counter() - asked_for
         self._adopt(host, selection)
         params = self.body.params(host.model.details.sampling)
         if params.seed is not None:
             params = dataclasses.replace(params, seed=params.seed + self.index)
         self._generation = await host.start(
-            lambda request_id: _adapted(make(request_id, params), selection.adapters),
+            lambda request_id: _completed(make(request_id, params), selection.adapters, host.model.details),
             timeout_s=self._left_s(),
             allowed_s=self.allowed_s,
         )
@@ -162,6 +169,7 @@ class Call:
         return max(0.0, self.allowed_s - (time.perf_counter() - self._started))
 
     def _adopt(self, host: ModelHost, selection: Selection) -> None:
+        self.host = host
         self.model = selection.name or host.ref
         self.fingerprint = f"fp_{host.model.digest.hex[:12]}"
 
@@ -303,12 +311,23 @@ def usage_of(calls: Sequence[Call]) -> Usage:
     )
 
 
-def _adapted(message: wire.Ask, adapters: tuple[Adapter, ...]) -> wire.Ask:
-    if isinstance(message, wire.Generate):
-        return msgspec.structs.replace(message, adapters=adapters)
-    if adapters:
-        raise InvalidRequest("Adapters change models that make text, and no others.", field="model")
-    return message
+def _completed(message: wire.Ask, adapters: tuple[Adapter, ...], details: ModelDetails) -> wire.Ask:
+    """The request with its adapters; what it leaves open is as the model's package says."""
+    if not isinstance(message, wire.Generate):
+        if adapters:
+            raise InvalidRequest("Adapters change models that make text, and no others.", field="model")
+        return message
+    messages, advised = message.messages, details.sampling
+    if messages is not None and details.system and all(m.role != "system" for m in messages):
+        messages = [wire.ChatMessage("system", details.system), *messages]
+    return msgspec.structs.replace(
+        message,
+        adapters=adapters,
+        messages=messages,
+        stop=message.stop or [*(advised.stop or ())],
+        max_tokens=message.max_tokens or advised.max_tokens or 0,
+        cuts_max_tokens=message.cuts_max_tokens or not message.max_tokens,
+    )
 
 
 def _error_type(error: BaseException | None, *, finished: bool) -> str | None:

@@ -175,7 +175,7 @@ def _floats(row: bytes) -> list[float]:
     return list(struct.unpack(f"<{len(row) // 4}f", row))
 
 
-async def _written(rows: list[bytes], *, as_text: bool) -> list[EmbeddingObject]:
+async def written(rows: list[bytes], *, as_text: bool) -> list[EmbeddingObject]:
     """The vectors as JSON. Others have a turn in between: two thousand would hold them up for a fifth of a second."""
     data: list[EmbeddingObject] = []
     for index, row in enumerate(rows):
@@ -186,8 +186,8 @@ async def _written(rows: list[bytes], *, as_text: bool) -> list[EmbeddingObject]
     return data
 
 
-async def _asked(
-    http: HttpRequest, state: State, body: EmbeddingRequest | RerankRequest, message: wire.Embed
+async def read_texts(
+    http: HttpRequest, state: State, body: TextFields, message: wire.Embed
 ) -> tuple[Call, list[bytes], list[int] | msgspec.UnsetType]:
     """What became of each text, and which were cut."""
     fields = _NoSampling(model=body.model, timeout_s=body.timeout_s)
@@ -209,9 +209,9 @@ async def embeddings(request: HttpRequest, state: State) -> Response[EmbeddingLi
     """Make a vector of each text."""
     body, warnings = parse_body(await request.body(), EmbeddingRequest)
     message = wire.Embed(0, body.texts(), None, body.dimensions or 0, body.max_tokens, body.cuts)
-    call, rows, truncated = await _asked(request, state, body, message)
+    call, rows, truncated = await read_texts(request, state, body, message)
     answered = EmbeddingList(
-        data=await _written(rows, as_text=body.encoding_format == "base64"),
+        data=await written(rows, as_text=body.encoding_format == "base64"),
         model=call.model,
         usage=_usage(call),
         truncated=truncated,
@@ -228,7 +228,7 @@ async def rerank(request: HttpRequest, state: State) -> Response[RerankList]:
     message = wire.Embed(
         0, [*texts], body.query, max_tokens=body.max_tokens, truncate=body.cuts, raw_scores=bool(body.raw_scores)
     )
-    call, rows, truncated = await _asked(request, state, body, message)
+    call, rows, truncated = await read_texts(request, state, body, message)
     scores = [_floats(row)[0] for row in rows]
     order = sorted(range(len(scores)), key=lambda i: -scores[i])[: body.top_n]
     results = [

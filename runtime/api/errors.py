@@ -1,4 +1,5 @@
-"""The one place where errors become responses: OpenAI's error object under /v1, RFC 9457 elsewhere."""
+"""The one place where errors become responses: OpenAI's error object under /v1, Ollama's under /api, RFC 9457
+elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from litestar.status_codes import HTTP_500_INTERNAL_SERVER_ERROR
 from edge import errors
 from edge.errors import EdgeError
 from runtime.api.responses import ClientClosed
-from runtime.api.schema import Problem
+from runtime.api.schema import OllamaError, Problem
 
 log = logging.getLogger("edge.api")
 
@@ -96,6 +97,11 @@ class Fault:
         message = f"{self.message} {self.hint}" if self.hint else self.message
         return OpenAIError(error=OpenAIErrorDetail(message=message, type=kind, param=self.field, code=self.code))
 
+    def ollama(self) -> OllamaError:
+        """As Ollama's. Its clients look for "not found" before they offer to pull a model."""
+        message = f"{self.message} {self.hint}" if self.hint else self.message
+        return OllamaError(error=f"model not found: {message}" if self.code == "model_not_found" else message)
+
     def problem(self) -> Problem:
         """As RFC 9457 problem details."""
         title = self.code.replace("_", " ").capitalize()
@@ -158,6 +164,11 @@ def is_openai_path(path: str) -> bool:
     return path == "/v1" or path.startswith("/v1/")
 
 
+def is_ollama_path(path: str) -> bool:
+    """Whether errors of this path are Ollama's."""
+    return path == "/api" or path.startswith("/api/")
+
+
 def to_response(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     """The response to an error, in the shape that the path's clients read."""
     fault = fault_of(error)
@@ -166,6 +177,8 @@ def to_response(request: Request[Any, Any, Any], error: Exception) -> Response[b
         log.error("%s %s: %s", request.method, request.url.path, error, exc_info=error if unexpected else None)
     if is_openai_path(request.url.path):
         body, media_type = msgspec.json.encode(fault.openai()), "application/json"
+    elif is_ollama_path(request.url.path):
+        body, media_type = msgspec.json.encode(fault.ollama()), "application/json"
     else:
         body, media_type = msgspec.json.encode(fault.problem()), "application/problem+json"
     return Response(body, status_code=fault.status, media_type=media_type, headers=_headers(fault))

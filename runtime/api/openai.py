@@ -40,9 +40,12 @@ from runtime.api.responses import EventStream, until_disconnect
 from runtime.request import TokenLogprob
 from runtime.selection import combined_name, refuse_adapter
 
+Started = tuple[list[Call], list[Steps]]
+"""The answers that were begun, and what each step gives them."""
+
 
 @dataclass(slots=True)
-class _Answer:
+class Answer:
     """One whole answer."""
 
     texts: list[str] = field(default_factory=list[str])
@@ -54,8 +57,8 @@ class _Answer:
         return "".join(self.texts)
 
 
-async def _collect(streams: Sequence[Steps]) -> list[_Answer]:
-    answers = [_Answer() for _ in streams]
+async def _collect(streams: Sequence[Steps]) -> list[Answer]:
+    answers = [Answer() for _ in streams]
     async for index, pieces in merged(streams):
         answer = answers[index]
         for p in pieces:
@@ -65,7 +68,7 @@ async def _collect(streams: Sequence[Steps]) -> list[_Answer]:
     return answers
 
 
-async def whole_answers(http: HttpRequest, calls: Sequence[Call], streams: Sequence[Steps]) -> list[_Answer]:
+async def whole_answers(http: HttpRequest, calls: Sequence[Call], streams: Sequence[Steps]) -> list[Answer]:
     """The whole answers, in order."""
     error: BaseException | None = None
     try:
@@ -218,10 +221,12 @@ def _generate(
         tenant=calls[0].caller.id,
         priority=max(body.priority or 0, calls[0].caller.limits.priority),
         images=tuple(conversation.images) if conversation else (),
+        cuts_max_tokens=body.cuts_max_tokens,
+        is_raw=body.is_raw,
     )
 
 
-def warning_headers(warnings: list[str]) -> dict[str, str]:
+def warning_headers(warnings: Sequence[str]) -> dict[str, str]:
     """The header that lists what was left out of account."""
     text = "; ".join(warnings).encode("ascii", "replace").decode("ascii")
     return {"x-edge-warnings": "".join(c if c.isprintable() else "?" for c in text)} if warnings else {}
@@ -230,20 +235,28 @@ def warning_headers(warnings: list[str]) -> dict[str, str]:
 _MESSAGE_FIELDS = frozenset(f.encode_name for f in msgspec.structs.fields(ChatMessage))
 
 
+async def start_chat(http: HttpRequest, state: State, body: ChatRequest) -> Started:
+    """Begin to answer a conversation."""
+    max_tokens = body.max_completion_tokens or body.max_tokens or 0
+    conversation = conversation_of(body.messages)
+    calls = _calls(state, http, body, "chat", max_tokens, first_image=conversation.first_image)
+    asked = _generate(calls, body, max_tokens, conversation=conversation)
+    return calls, await start_all(calls, http.receive, asked)
+
+
+async def start_completion(http: HttpRequest, state: State, body: CompletionRequest, *, max_tokens: int) -> Started:
+    """Begin to continue a text."""
+    calls = _calls(state, http, body, "text_completion", max_tokens)
+    return calls, await start_all(calls, http.receive, _generate(calls, body, max_tokens, prompt=body.prompt))
+
+
 @post("/v1/chat/completions", opt=needs("chat"), status_code=200)
 async def chat_completions(request: HttpRequest, state: State) -> Response[ChatCompletion] | EventStream:
     """Answer a conversation."""
     content = await request.body()
     body, warnings = parse_body(content, ChatRequest)
     warnings += check_items(content, "messages", _MESSAGE_FIELDS, frozenset({"tool_calls", "function_call"}))
-    max_tokens = body.max_completion_tokens or body.max_tokens or 0
-    conversation = conversation_of(body.messages)
-    calls = _calls(state, request, body, "chat", max_tokens, first_image=conversation.first_image)
-    streams = await start_all(
-        calls,
-        request.receive,
-        _generate(calls, body, max_tokens, conversation=conversation),
-    )
+    calls, streams = await start_chat(request, state, body)
     if body.stream:
         role = b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
         kind = "chat.completion.chunk"
@@ -276,13 +289,8 @@ async def chat_completions(request: HttpRequest, state: State) -> Response[ChatC
 async def completions(request: HttpRequest, state: State) -> Response[Completion] | EventStream:
     """Continue a text, or token ids."""
     body, warnings = parse_body(await request.body(), CompletionRequest)
-    max_tokens = body.max_tokens or 16  # OpenAI's default for this endpoint
-    calls = _calls(state, request, body, "text_completion", max_tokens)
-    streams = await start_all(
-        calls,
-        request.receive,
-        _generate(calls, body, max_tokens, prompt=body.prompt),
-    )
+    default = 16  # OpenAI's for this endpoint
+    calls, streams = await start_completion(request, state, body, max_tokens=body.max_tokens or default)
     if body.stream:
         return _stream(calls, streams, warnings, kind="text_completion", choice=_text_choice)
     answers = await whole_answers(request, calls, streams)

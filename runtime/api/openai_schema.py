@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import msgspec
 from typing_extensions import override
@@ -84,6 +84,10 @@ class LoraField(msgspec.Struct, kw_only=True):
 class SamplingFields(msgspec.Struct, kw_only=True):
     """Fields that chat and text completions share."""
 
+    cuts_max_tokens: ClassVar[bool] = False
+    """See :class:`runtime.wire.Generate`; no field of a request."""
+    is_raw: ClassVar[bool] = False
+
     model: str
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -151,32 +155,32 @@ class SamplingFields(msgspec.Struct, kw_only=True):
         self.num_logprobs()
 
     def params(self, makers: Sampling) -> SamplingParams:
-        """The sampling parameters: the request's, else what the model's makers advise, else those that cut nothing.
+        """The sampling parameters: the request's, else what the model's package advises, else those that cut nothing.
 
         Raises:
             InvalidRequest: Two fields contradict each other, or a token id of `logit_bias` is none.
         """
-        plain = SamplingParams()
+        plain = _advised(makers)
         repeat_penalty, repeat_last_n = self._repetition(plain)
         return SamplingParams(
             logit_bias=tuple((_token_id(k), v) for k, v in (self.logit_bias or {}).items()),
             repeat_penalty=repeat_penalty,
             repeat_last_n=repeat_last_n,
-            presence_penalty=self.presence_penalty or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=_first(self.presence_penalty, plain.presence_penalty),
+            frequency_penalty=_first(self.frequency_penalty, plain.frequency_penalty),
             dry_multiplier=self.dry_multiplier or 0.0,
             dry_base=_first(self.dry_base, plain.dry_base),
             dry_allowed_length=_first(self.dry_allowed_length, plain.dry_allowed_length),
             dry_penalty_last_n=_first(self.dry_penalty_last_n, plain.dry_penalty_last_n),
             dry_sequence_breakers=tuple(self.dry_sequence_breakers or plain.dry_sequence_breakers),
-            top_k=_first(self.top_k, makers.top_k, plain.top_k),
+            top_k=_first(self.top_k, plain.top_k),
             typical_p=_first(self.typical_p, plain.typical_p),
-            top_p=_first(self.top_p, makers.top_p, plain.top_p),
-            min_p=_first(self.min_p, makers.min_p, plain.min_p),
+            top_p=_first(self.top_p, plain.top_p),
+            min_p=_first(self.min_p, plain.min_p),
             xtc_probability=self.xtc_probability or 0.0,
             xtc_threshold=_first(self.xtc_threshold, plain.xtc_threshold),
-            temperature=_first(self.temperature, makers.temperature, plain.temperature),
-            seed=None if self.seed is None else self.seed % (1 << 63),
+            temperature=_first(self.temperature, plain.temperature),
+            seed=plain.seed if self.seed is None else self.seed % (1 << 63),
             logprobs=self.num_logprobs(),
         )
 
@@ -364,6 +368,13 @@ class Models(msgspec.Struct, kw_only=True):
 
     object: str = "list"
     data: list[Model]
+
+
+def _advised(makers: Sampling) -> SamplingParams:
+    told = {
+        k: v for k, v in msgspec.structs.asdict(makers).items() if v is not None and k not in ("max_tokens", "stop")
+    }
+    return SamplingParams(**told)
 
 
 def _first(*values: T | None) -> T:

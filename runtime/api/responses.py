@@ -51,9 +51,11 @@ class _StreamingApp(ASGIStreamingResponse):
 
     __slots__ = ("on_close", "source")
 
-    def __init__(self, source: AsyncGenerator[bytes], on_close: Callable[[], None], headers: dict[str, str]) -> None:
+    def __init__(
+        self, source: AsyncGenerator[bytes], on_close: Callable[[], None], headers: dict[str, str], media_type: str
+    ) -> None:
         super().__init__(  # pyright: ignore[reportUnknownMemberType]  # litestar leaves the iterator's type open
-            iterator=source, media_type="text/event-stream", status_code=200, headers=headers
+            iterator=source, media_type=media_type, status_code=200, headers=headers
         )
         self.source = source
         self.on_close = on_close
@@ -68,12 +70,15 @@ class _StreamingApp(ASGIStreamingResponse):
 
 
 class EventStream(Response[bytes]):
-    """Server-sent events. `on_close` is called when the stream is over, however it ended."""
+    """Server-sent events, or what else is sent as it comes to be. `on_close` is called when the stream is over, however
+    it ended."""
 
     def __init__(
-        self, source: AsyncGenerator[bytes], *, on_close: Callable[[], None], headers: dict[str, str] | None = None
-    ) -> None:
-        super().__init__(b"", media_type="text/event-stream")
+        self, source: AsyncGenerator[bytes], *, on_close: Callable[[], None], headers: dict[str, str] | None = None,
+        media_type: str = "text/event-stream",
+    ) -> None:  # fmt: skip
+        super().__init__(b"", media_type=media_type)
+        self._sent_as = media_type
         self._source = source
         self._on_close = on_close
         # no-transform keeps proxies from buffering or compressing what should arrive token by token
@@ -81,4 +86,4 @@ class EventStream(Response[bytes]):
 
     @override
     def to_asgi_response(self, *args: Any, **kwargs: Any) -> ASGIResponse:
-        return _StreamingApp(self._source, self._on_close, self._headers)
+        return _StreamingApp(self._source, self._on_close, self._headers, self._sent_as)

@@ -197,8 +197,14 @@ class LogLines(msgspec.Struct, kw_only=True):
     lines: list[str]
 
 
+class OllamaError(msgspec.Struct, kw_only=True):
+    """Ollama's error body, under ``/api``."""
+
+    error: str
+
+
 class Problem(msgspec.Struct, kw_only=True):
-    """RFC 9457 problem details, the error body outside ``/v1``."""
+    """RFC 9457 problem details, the error body outside ``/v1`` and ``/api``."""
 
     type: str
     title: str

@@ -1,0 +1,289 @@
+"""Ollama's endpoints that ask models: the same calls as OpenAI's, in other words."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import msgspec
+from litestar import Response, post
+from litestar.datastructures import State
+
+from edge.errors import EdgeError
+from edge.telemetry.span import Operation
+from runtime import wire
+from runtime.api.access import needs
+from runtime.api.appliance import appliance_of
+from runtime.api.call import Call, HttpRequest, Steps
+from runtime.api.embeddings import EmbeddingRequest, read_texts, written
+from runtime.api.errors import fault_of
+from runtime.api.guard import caller_of
+from runtime.api.logprobs import chat_logprobs
+from runtime.api.ollama_schema import (
+    AnswerFields,
+    Embeddings,
+    KeepAlive,
+    Line,
+    OllamaChatRequest,
+    OllamaEmbeddingsRequest,
+    OllamaEmbedRequest,
+    OllamaGenerateRequest,
+    OllamaMessage,
+    OneEmbedding,
+    Options,
+    Said,
+    Timed,
+    kept_s,
+    nanoseconds,
+    now,
+    ollama_name,
+    option_warnings,
+)
+from runtime.api.openai import start_chat, start_completion, warning_headers, whole_answers
+from runtime.api.parsing import check_items, parse_body
+from runtime.api.responses import EventStream, until_disconnect
+from runtime.host import ModelHost
+from runtime.request import TokenLogprob
+
+NDJSON = "application/x-ndjson"
+"""One JSON object a line."""
+
+
+@dataclass(slots=True)
+class _Asked:
+    """One request for an answer, and how that is written."""
+
+    http: HttpRequest
+    body: AnswerFields
+    warnings: list[str]
+    started: float
+    is_chat: bool
+
+    def line(self, text: str, logprobs: list[TokenLogprob] | None = None, *, done: str = "") -> Line:
+        """The answer or a part of it; its end where `done` says why."""
+        return Line(
+            model=self.body.model,
+            created_at=now(),
+            message=Said(content=text) if self.is_chat else msgspec.UNSET,
+            response=msgspec.UNSET if self.is_chat else text,
+            logprobs=chat_logprobs(logprobs).content if logprobs else msgspec.UNSET,
+            done=bool(done),
+            done_reason=done,
+        )
+
+    def last(self, call: Call, text: str, logprobs: list[TokenLogprob] | None, *, reason: str) -> Line:
+        """The end of the answer, with what it took."""
+        line = self.line(text, logprobs, done=reason)
+        _fill(line, call, self.started)
+        line.warnings = self.warnings
+        return line
+
+
+def _fill(line: Timed, call: Call, started: float) -> None:
+    line.total_duration = nanoseconds(time.perf_counter() - started)
+    line.load_duration = nanoseconds(call.load_s)
+    if (p := call.last) is not None:
+        line.prompt_eval_count, line.eval_count = p.num_prompt, p.num_output
+        line.prompt_eval_duration = nanoseconds(p.prefill_s)
+        line.eval_duration = nanoseconds(p.total_s - p.queue_s - p.prefill_s)
+
+
+@post("/api/chat", opt=needs("chat"), status_code=200)
+async def chat(request: HttpRequest, state: State) -> Response[Line] | EventStream:
+    """Answer a conversation."""
+    started, content = time.perf_counter(), await request.body()
+    body, warnings = parse_body(content, OllamaChatRequest)
+    if body.messages:
+        warnings += check_items(content, "messages", _MESSAGE_FIELDS, frozenset({"tool_calls", "images"}))
+    asked = _checked(request, body, warnings + option_warnings(content), started, is_chat=True)
+    if not body.messages:
+        return await _load(asked)
+    return await _answer(asked, *await start_chat(request, state, body.answer()))
+
+
+@post("/api/generate", opt=needs("chat"), status_code=200)
+async def generate(request: HttpRequest, state: State) -> Response[Line] | EventStream:
+    """Answer a prompt, or with `raw` continue it as it stands."""
+    started, content = time.perf_counter(), await request.body()
+    body, warnings = parse_body(content, OllamaGenerateRequest)
+    asked = _checked(request, body, warnings + option_warnings(content), started, is_chat=False)
+    if not body.prompt:
+        return await _load(asked)
+    if body.raw:
+        raw = body.completion()
+        return await _answer(asked, *await start_completion(request, state, raw, max_tokens=raw.max_tokens or 0))
+    return await _answer(asked, *await start_chat(request, state, body.answer()))
+
+
+_MESSAGE_FIELDS = frozenset(f.encode_name for f in msgspec.structs.fields(OllamaMessage))
+
+
+def _checked(http: HttpRequest, body: AnswerFields, warnings: list[str], started: float, *, is_chat: bool) -> _Asked:
+    body.check()
+    warnings += body.warnings() + _keep_warnings(http, body.keep_alive)
+    return _Asked(http, body, warnings, started, is_chat)
+
+
+async def _load(asked: _Asked) -> Response[Line]:
+    """Load the model, or unload it as soon as nobody uses it."""
+    body = asked.body
+    name, keep_s = ollama_name(body.model), kept_s(body.keep_alive)
+    if keep_s == 0:
+        await _unload(asked.http, name)
+        return Response(asked.line("", done="unload"), headers=warning_headers(asked.warnings))
+    _keep(asked.http, await _loaded(asked.http, name, "chat"), body.keep_alive)
+    line = asked.line("", done="load")
+    line.total_duration = line.load_duration = nanoseconds(time.perf_counter() - asked.started)
+    line.warnings = asked.warnings
+    return Response(line, headers=warning_headers(asked.warnings))
+
+
+async def _loaded(http: HttpRequest, name: str, operation: Operation) -> ModelHost:
+    """The host of a model, which is loaded for it."""
+    appliance, limits = appliance_of(http.app.state), caller_of(http.scope).limits
+    await appliance.check_allowed(limits, name)
+    ref = await appliance.check_purpose((await appliance.pool.select(name, ())).model, operation, limits)
+    return await until_disconnect(http.receive, appliance.pool.ready(ref))
+
+
+async def _unload(http: HttpRequest, name: str) -> None:
+    caller_of(http.scope).check("operate")
+    pool = appliance_of(http.app.state).pool
+    host = await pool.host((await pool.select(name, ())).model)
+    if host.is_idle:
+        await host.unload()
+    elif host.state in ("ready", "loading"):
+        host.keep_alive_s = 0
+
+
+def _keep(http: HttpRequest, host: ModelHost | None, keep_alive: KeepAlive) -> None:
+    """Keep a model loaded as long as the request says for which it was; where it says nothing, as before."""
+    seconds = kept_s(keep_alive)
+    if host is not None and seconds is not None and _may_keep(http):
+        host.keep_alive_s = seconds
+        appliance_of(http.app.state).tidy()
+
+
+def _may_keep(http: HttpRequest) -> bool:
+    """What is loaded concerns all who share the device."""
+    return caller_of(http.scope).limits.may("operate")
+
+
+def _keep_warnings(http: HttpRequest, keep_alive: KeepAlive) -> list[str]:
+    """Also looks whether it can be read, while there is a status to say so."""
+    is_passed_over = kept_s(keep_alive) is not None and not _may_keep(http)
+    return ["keep_alive has no effect: that takes a key of scope 'operate'"] if is_passed_over else []
+
+
+async def _answer(asked: _Asked, calls: list[Call], streams: list[Steps]) -> Response[Line] | EventStream:
+    (call,) = calls
+    asked.warnings += _context_warnings(asked.body.options, call.host)
+    headers = warning_headers(asked.warnings)
+
+    def end() -> None:
+        call.finish(None)
+        _keep(asked.http, call.host, asked.body.keep_alive)
+
+    if asked.body.is_streamed:
+        return EventStream(_lines(asked, call, streams[0]), on_close=end, headers=headers, media_type=NDJSON)
+    try:
+        (answer,) = await whole_answers(asked.http, calls, streams)
+    finally:
+        end()
+    line = asked.last(call, answer.text, answer.logprobs, reason=answer.reason)
+    return Response(line, headers=headers)
+
+
+def _context_warnings(options: Options | None, host: ModelHost | None) -> list[str]:
+    wanted = (options or Options()).num_ctx or 0
+    if host is None or host.ready is None or wanted <= host.ready.context_tokens:
+        return []
+    return [f"options.num_ctx is {wanted}, and this model's context has {host.ready.context_tokens} tokens"]
+
+
+async def _lines(asked: _Asked, call: Call, steps: Steps) -> AsyncGenerator[bytes]:
+    """The answer line by line. What goes wrong after the first byte is a line, since the status is spent."""
+    error: BaseException | None = None
+    try:
+        async with aclosing(steps):
+            async for pieces in steps:
+                if out := b"".join(map(ndjson, _lines_of(asked, call, pieces))):
+                    yield out
+    except EdgeError as e:
+        error = e
+        yield ndjson(fault_of(e).ollama())
+    except BaseException as e:
+        error = e
+        raise
+    finally:
+        call.finish(error)
+
+
+def _lines_of(asked: _Asked, call: Call, pieces: list[wire.Piece]) -> list[Line]:
+    """What a step gave. Where nothing came for long, an empty one: proxies and clients cut silent connections."""
+    lines = [asked.line(p.text, [*(p.logprobs or ())]) for p in pieces if p.text or p.logprobs]
+    if not pieces:
+        lines.append(asked.line(""))
+    elif (reason := pieces[-1].finish_reason) is not None:
+        lines.append(asked.last(call, "", None, reason=reason))
+    return lines
+
+
+def ndjson(line: msgspec.Struct) -> bytes:
+    """One line of a stream."""
+    return msgspec.json.encode(line) + b"\n"
+
+
+# ---------------------------------------------------------------- vectors
+
+
+_TEXT_OPTIONS = frozenset({"num_ctx"})
+
+
+@post("/api/embed", opt=needs("embed"), status_code=200)
+async def embed(request: HttpRequest, state: State) -> Response[Embeddings]:
+    """Make a vector of each text."""
+    started, content = time.perf_counter(), await request.body()
+    body, warnings = parse_body(content, OllamaEmbedRequest)
+    warnings += option_warnings(content, known=_TEXT_OPTIONS)
+    truncate = body.truncate is not False
+    line = Embeddings(model=body.model, embeddings=[], warnings=warnings)
+    texts = body.texts()
+    await _vectors(request, body, texts, line, started, dimensions=body.dimensions or 0, truncate=truncate)
+    return Response(line, headers=warning_headers(line.warnings))
+
+
+@post("/api/embeddings", opt=needs("embed"), status_code=200)
+async def embeddings(request: HttpRequest, state: State) -> Response[OneEmbedding]:
+    """Make a vector of one text, the older way."""
+    started, content = time.perf_counter(), await request.body()
+    body, warnings = parse_body(content, OllamaEmbeddingsRequest)
+    warnings += option_warnings(content, known=_TEXT_OPTIONS)
+    line = Embeddings(model=body.model, embeddings=[], warnings=warnings)
+    await _vectors(request, body, [body.prompt] if body.prompt else [], line, started)
+    found = line.embeddings[0] if line.embeddings else msgspec.Raw(b"[]")
+    return Response(OneEmbedding(embedding=found), headers=warning_headers(line.warnings))
+
+
+async def _vectors(
+    http: HttpRequest, body: OllamaEmbedRequest | OllamaEmbeddingsRequest, texts: list[str], into: Embeddings,
+    started: float, *, dimensions: int = 0, truncate: bool = True,
+) -> None:  # fmt: skip
+    """Fill in the vectors and what they took. Without a text the model is loaded, and nothing else."""
+    into.warnings = [*into.warnings, *_keep_warnings(http, body.keep_alive)]
+    name = ollama_name(body.model)
+    if not texts:
+        _keep(http, await _loaded(http, name, "embeddings"), body.keep_alive)
+        return
+    asked = EmbeddingRequest(model=name, input=[*texts], truncate=truncate)
+    message = wire.Embed(0, asked.texts(), None, dimensions, asked.max_tokens, asked.cuts)
+    call, rows, _ = await read_texts(http, http.app.state, asked, message)
+    _keep(http, call.host, body.keep_alive)
+    into.embeddings = [item.embedding for item in await written(rows, as_text=False)]
+    _fill(into, call, started)
+    into.eval_count = into.eval_duration = msgspec.UNSET
+
+
+HANDLERS = [chat, generate, embed, embeddings]
