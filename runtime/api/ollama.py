@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -21,6 +22,7 @@ from runtime.api.embeddings import EmbeddingRequest, read_texts, written
 from runtime.api.errors import fault_of
 from runtime.api.guard import caller_of
 from runtime.api.logprobs import chat_logprobs
+from runtime.api.ollama_facts import thinks
 from runtime.api.ollama_schema import (
     AnswerFields,
     Embeddings,
@@ -96,7 +98,7 @@ async def chat(request: HttpRequest, state: State) -> Response[Line] | EventStre
     started, content = time.perf_counter(), await request.body()
     body, warnings = parse_body(content, OllamaChatRequest)
     if body.messages:
-        warnings += check_items(content, "messages", _MESSAGE_FIELDS, frozenset({"tool_calls", "images"}))
+        warnings += check_items(content, "messages", _MESSAGE_FIELDS, frozenset({"tool_calls"}))
     asked = _checked(request, body, warnings + option_warnings(content), started, is_chat=True)
     if not body.messages:
         return await _load(asked)
@@ -109,7 +111,7 @@ async def generate(request: HttpRequest, state: State) -> Response[Line] | Event
     started, content = time.perf_counter(), await request.body()
     body, warnings = parse_body(content, OllamaGenerateRequest)
     asked = _checked(request, body, warnings + option_warnings(content), started, is_chat=False)
-    if not body.prompt:
+    if not body.prompt and not body.images:
         return await _load(asked)
     if body.raw:
         raw = body.completion()
@@ -179,7 +181,11 @@ def _keep_warnings(http: HttpRequest, keep_alive: KeepAlive) -> list[str]:
 
 async def _answer(asked: _Asked, calls: list[Call], streams: list[Steps]) -> Response[Line] | EventStream:
     (call,) = calls
-    asked.warnings += _context_warnings(asked.body.options, call.host)
+    try:
+        asked.warnings += await _warnings_of(asked.body, call.host)
+    except BaseException as e:
+        call.finish(e)
+        raise
     headers = warning_headers(asked.warnings)
 
     def end() -> None:
@@ -196,11 +202,17 @@ async def _answer(asked: _Asked, calls: list[Call], streams: list[Steps]) -> Res
     return Response(line, headers=headers)
 
 
-def _context_warnings(options: Options | None, host: ModelHost | None) -> list[str]:
-    wanted = (options or Options()).num_ctx or 0
-    if host is None or host.ready is None or wanted <= host.ready.context_tokens:
+async def _warnings_of(body: AnswerFields, host: ModelHost | None) -> list[str]:
+    """What this model leaves out of account."""
+    if host is None or host.ready is None:
         return []
-    return [f"options.num_ctx is {wanted}, and this model's context has {host.ready.context_tokens} tokens"]
+    warnings: list[str] = []
+    wanted, there = (body.options or Options()).num_ctx or 0, host.ready.context_tokens
+    if wanted > there:
+        warnings.append(f"options.num_ctx is {wanted}, and this model's context has {there} tokens")
+    if body.think is False and await asyncio.to_thread(thinks, host.model):
+        warnings.append("think has no effect: this model decides by itself, and what it thinks stands in its answer")
+    return warnings
 
 
 async def _lines(asked: _Asked, call: Call, steps: Steps) -> AsyncGenerator[bytes]:

@@ -57,23 +57,12 @@ def _short(count: int | None) -> str:
     return "" if count is None else str(count)
 
 
-def capabilities(model: StoredModel) -> list[str]:
-    """What it can be asked for."""
-    match model.kind:
-        case "text":
-            return ["completion"]
-        case "embeddings":
-            return ["embedding"]
-        case _:
-            return []
-
-
 def listed(model: StoredModel) -> Listed:
     """A line of `GET /api/tags`."""
     name = str(model.ref)
     return Listed(
         name=name, model=name, modified_at=_modified(model), size=model.size_bytes, digest=model.digest.hex,
-        details=details(model), capabilities=capabilities(model),
+        details=details(model), capabilities=[*model.capabilities],
     )  # fmt: skip
 
 
@@ -100,7 +89,7 @@ def shown(model: StoredModel) -> Shown:
         system=system,
         details=details(model),
         model_info=info,
-        capabilities=capabilities(model),
+        capabilities=[*model.capabilities],
         modified_at=_modified(model),
     )
 

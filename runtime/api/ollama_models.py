@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable
 from contextlib import ExitStack
 
 from litestar import Response, delete, get, head, post
@@ -214,7 +214,7 @@ def _of_hub(name: str, path: str) -> tuple[str, str | None]:
     return f"hf://{repo}/{tag}", ollama_name(name)
 
 
-async def _pulling(appliance: Appliance, job: Job, source: str, warnings: Sequence[str]) -> AsyncGenerator[Progressed]:
+async def _pulling(appliance: Appliance, job: Job, source: str, warnings: list[str]) -> AsyncGenerator[Progressed]:
     """What a pull does, until it is done.
 
     Raises:

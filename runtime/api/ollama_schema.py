@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -18,6 +18,7 @@ from runtime.api.openai_schema import (
     ChatRequest,
     CompletionRequest,
     ContentLogprob,
+    ImagePart,
     LastN,
     Penalty,
     Probability,
@@ -26,6 +27,7 @@ from runtime.api.openai_schema import (
     StopList,
     StopString,
     Temperature,
+    TextPart,
     TokenCount,
     TopLogprobs,
 )
@@ -54,8 +56,8 @@ def ollama_name(name: str) -> str:
 # ---------------------------------------------------------------- durations
 
 _UNIT_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_PART = re.compile(r"(\d{1,15}(?:\.\d{0,9})?|\.\d{1,9})(ns|us|µs|μs|ms|s|m|h)")
-_PLAIN = re.compile(r"[+-]?\d{1,15}(?:\.\d{1,9})?")
+_PART = re.compile(r"([0-9]{1,15}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})(ns|us|µs|μs|ms|s|m|h)")
+_PLAIN = re.compile(r"[+-]?[0-9]{1,15}(?:\.[0-9]{1,9})?")
 KeepAlive = float | Annotated[str, msgspec.Meta(max_length=64)] | None
 
 
@@ -162,7 +164,7 @@ class Options(msgspec.Struct, kw_only=True):
 
 
 _OPTIONS = frozenset(f.encode_name for f in msgspec.structs.fields(Options))
-_WITHOUT_EFFECT: Mapping[str, tuple[object, ...]] = {
+WITHOUT_EFFECT: Mapping[str, tuple[object, ...]] = {
     "num_keep": (), "num_batch": (), "num_gpu": (), "main_gpu": (), "num_thread": (), "draft_num_predict": (),
     "low_vram": (False,), "f16_kv": (True,), "logits_all": (False,), "vocab_only": (False,), "use_mmap": (True,),
     "use_mlock": (False,), "embedding_only": (False,), "numa": (False,), "tfs_z": (1,), "penalize_newline": (True,),
@@ -179,8 +181,8 @@ def option_warnings(body: bytes, field: str = "options", *, known: frozenset[str
     warnings: list[str] = []
     for name, raw in options.items():
         value: object = None if name in known else msgspec.json.decode(raw)
-        if value is not None and value not in _WITHOUT_EFFECT.get(name, ()):
-            is_ours = name in _WITHOUT_EFFECT or name in _OPTIONS
+        if value is not None and value not in WITHOUT_EFFECT.get(name, ()):
+            is_ours = name in WITHOUT_EFFECT or name in _OPTIONS
             why = "has no effect here" if is_ours else "is unknown and was ignored"
             warnings.append(f"{field}.{name[:64]} {why}")
     return warnings[:20]
@@ -287,11 +289,24 @@ class AnswerFields(msgspec.Struct, kw_only=True):
         return FormedChat(messages=messages, logprobs=self.logprobs, top_logprobs=self.top_logprobs, **fields)
 
 
+def _message(role: Role, content: str | None, images: Sequence[str] | None) -> ChatMessage:
+    if not images:
+        return ChatMessage(role=role, content=content)
+    parts: list[TextPart | ImagePart] = [ImagePart(image_url=f"data:;base64,{image}") for image in images]
+    return ChatMessage(role=role, content=[*parts, TextPart(text=content or "")])
+
+
 class OllamaMessage(msgspec.Struct, kw_only=True):
     """One message of a conversation."""
 
     role: Role
     content: str | None = None
+    images: list[Image] | None = None
+    """Each as base64, before the text."""
+
+    def openai(self) -> ChatMessage:
+        """In OpenAI's words."""
+        return _message(self.role, self.content, self.images)
 
 
 class OllamaChatRequest(AnswerFields, kw_only=True):
@@ -301,7 +316,7 @@ class OllamaChatRequest(AnswerFields, kw_only=True):
 
     def answer(self) -> FormedChat:
         """The request in OpenAI's words."""
-        return self.chat([ChatMessage(role=m.role, content=m.content) for m in self.messages or ()])
+        return self.chat([m.openai() for m in self.messages or ()])
 
 
 class OllamaGenerateRequest(AnswerFields, kw_only=True):
@@ -320,17 +335,17 @@ class OllamaGenerateRequest(AnswerFields, kw_only=True):
         hints = {
             "template": "Give it to the model: POST /api/create.",
             "context": "Send the conversation to /api/chat; what was computed of it is found again.",
-            "images": "Only text is read.",
         }
         for field, hint in hints.items():
             if getattr(self, field):
                 raise InvalidRequest(f"'{field}' is not supported by this version.", field=field, hint=hint)
-        if self.raw and self.system:
-            raise InvalidRequest("A raw prompt has no system prompt beside it.", field="system", hint="Write it in.")
+        for field in ("system", "images"):
+            if self.raw and getattr(self, field):
+                raise InvalidRequest(f"A raw prompt has no '{field}' beside it.", field=field, hint="Leave 'raw' out.")
 
     def answer(self) -> FormedChat:
         """The request as a conversation, in OpenAI's words."""
-        messages = [ChatMessage(role="user", content=self.prompt)]
+        messages = [_message("user", self.prompt, self.images)]
         if self.system:
             messages.insert(0, ChatMessage(role="system", content=self.system))
         return self.chat(messages)
@@ -470,7 +485,7 @@ class Timed(msgspec.Struct, kw_only=True, omit_defaults=True):
     prompt_eval_duration: Count = msgspec.UNSET
     eval_count: Count = msgspec.UNSET
     eval_duration: Count = msgspec.UNSET
-    warnings: Sequence[str] = ()
+    warnings: list[str] = []
     """What was left out of account; no field of Ollama's."""
 
 
@@ -543,7 +558,7 @@ class Shown(msgspec.Struct, kw_only=True, omit_defaults=True):
     model_info: dict[str, object]
     capabilities: list[str]
     modified_at: str
-    warnings: Sequence[str] = ()
+    warnings: list[str] = []
 
 
 class Progressed(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -553,7 +568,7 @@ class Progressed(msgspec.Struct, kw_only=True, omit_defaults=True):
     digest: str = ""
     total: int = 0
     completed: int | msgspec.UnsetType = msgspec.UNSET
-    warnings: Sequence[str] = ()
+    warnings: list[str] = []
 
 
 class OllamaVersion(msgspec.Struct, kw_only=True):

@@ -128,6 +128,18 @@ def test_a_model_says_whether_it_sees(http: httpx.Client, appliance: RunningAppl
     assert "mmproj-tiny-vision.gguf" in shown.stdout
 
 
+def test_images_as_ollamas_clients_send_them(http: httpx.Client) -> None:
+    expected = answer(http, body(image_part(picture(4)), "See"))
+    image = data_url(picture(4), "image/png").partition(",")[2]
+    options = {"temperature": 0, "num_predict": 12}
+    chat = {"model": SEEING, "messages": [{"role": "user", "content": "See", "images": [image]}], "options": options}
+    generate = {"model": SEEING, "prompt": "See", "images": [image], "options": options}
+    texts = [http.post(f"/api/{kind}", json={**asked, "stream": False}).json()
+             for kind, asked in (("chat", chat), ("generate", generate))]  # fmt: skip
+    assert texts[0]["message"]["content"] == texts[1]["response"] == expected["choices"][0]["message"]["content"]
+    assert http.post("/api/show", json={"model": SEEING}).json()["capabilities"] == ["completion", "vision"]
+
+
 def test_a_model_without_a_projector_refuses_and_is_not_loaded_for_it(http: httpx.Client) -> None:
     response = http.post(CHAT, json=body("See", image_part(picture(1)), model=DEFAULT_MODEL))
     error = response.json()["error"]
