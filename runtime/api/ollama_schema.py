@@ -289,7 +289,7 @@ class AnswerFields(msgspec.Struct, kw_only=True):
         return FormedChat(messages=messages, logprobs=self.logprobs, top_logprobs=self.top_logprobs, **fields)
 
 
-def _message(role: Role, content: str | None, images: Sequence[str] | None) -> ChatMessage:
+def _message(role: Role, content: str | None, images: list[Image] | None) -> ChatMessage:
     if not images:
         return ChatMessage(role=role, content=content)
     parts: list[TextPart | ImagePart] = [ImagePart(image_url=f"data:;base64,{image}") for image in images]

@@ -89,11 +89,11 @@ def test_a_chat_in_lines_and_whole(client: ollama.Client) -> None:
 
 
 async def test_the_client_of_asyncio(serving: RunningAppliance) -> None:
-    client = ollama.AsyncClient(serving.url, timeout=60, trust_env=False)
-    text = ""
-    async for part in await client.generate(DEFAULT_MODEL, "Say hi.", options=GREEDY, stream=True):
-        text += part.response
-    assert text == (await client.generate(DEFAULT_MODEL, "Say hi.", options=GREEDY)).response != ""
+    async with ollama.AsyncClient(serving.url, timeout=60, trust_env=False) as client:
+        text = ""
+        async for part in await client.generate(DEFAULT_MODEL, "Say hi.", options=GREEDY, stream=True):
+            text += part.response
+        assert text == (await client.generate(DEFAULT_MODEL, "Say hi.", options=GREEDY)).response != ""
 
 
 def test_lines_are_ollamas(http: httpx.Client) -> None:
@@ -439,7 +439,8 @@ CASES: list[tuple[str, str, Any, int, str]] = [
     (CHAT, "content parts", asking(messages=[{"role": "user", "content": [{"type": "text", "text": "x"}]}]), 400,
      "content"),
     (CHAT, "an image", asking(messages=[{"role": "user", "content": "x", "images": ["aGk="]}]), 400, "no projector"),
-    (CHAT, "an image in no base64", asking(messages=[{"role": "user", "content": "x", "images": ["?"]}]), 400, "base64"),
+    (CHAT, "an image in no base64", asking(messages=[{"role": "user", "content": "x", "images": ["?"]}]), 400,
+     "base64"),
     (CHAT, "calls in history", asking(messages=[{"role": "assistant", "tool_calls": [{}]}]), 400, "tool_calls"),
     (CHAT, "tools", asking(tools=[{"type": "function"}]), 400, "tools"),
     (CHAT, "thinking", asking(think=True), 400, "does not support thinking"),
