@@ -51,8 +51,10 @@ def file_server(fetched: ServedFile) -> Iterator[FileServer]:
 
 
 @pytest.fixture(scope="module")
-def client(serving: RunningAppliance) -> Iterator[ollama.Client]:
-    with ollama.Client(serving.url, timeout=60, trust_env=False) as client:
+def client(serving: RunningAppliance) -> Iterator[Any]:
+    """Ollama's own; what its stubs leave open makes every call of it unknown to a type checker."""
+    untyped: Any = ollama.Client(serving.url, timeout=60, trust_env=False)
+    with untyped as client:
         yield client
 
 
@@ -72,7 +74,7 @@ def lines_of(reply: httpx.Response) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- answers
 
 
-def test_a_chat_in_lines_and_whole(client: ollama.Client) -> None:
+def test_a_chat_in_lines_and_whole(client: Any) -> None:
     whole = client.chat(DEFAULT_MODEL, HI, options=GREEDY)
     parts = list(client.chat(DEFAULT_MODEL, HI, options=GREEDY, stream=True))
     assert "".join(p.message.content or "" for p in parts) == whole.message.content != ""
@@ -89,7 +91,8 @@ def test_a_chat_in_lines_and_whole(client: ollama.Client) -> None:
 
 
 async def test_the_client_of_asyncio(serving: RunningAppliance) -> None:
-    async with ollama.AsyncClient(serving.url, timeout=60, trust_env=False) as client:
+    untyped: Any = ollama.AsyncClient(serving.url, timeout=60, trust_env=False)
+    async with untyped as client:
         text = ""
         async for part in await client.generate(DEFAULT_MODEL, "Say hi.", options=GREEDY, stream=True):
             text += part.response
@@ -112,7 +115,7 @@ def test_lines_are_ollamas(http: httpx.Client) -> None:
     assert last["response"] == ""
 
 
-def test_a_prompt_with_a_system_prompt_and_one_as_it_stands(client: ollama.Client) -> None:
+def test_a_prompt_with_a_system_prompt_and_one_as_it_stands(client: Any) -> None:
     """A raw prompt with the template's own markers is the same prompt: as many tokens, the same answer."""
     system = "You are terse."
     templated = client.generate(DEFAULT_MODEL, "Say hi.", system=system, options=GREEDY)
@@ -121,7 +124,7 @@ def test_a_prompt_with_a_system_prompt_and_one_as_it_stands(client: ollama.Clien
     assert (raw.response, raw.prompt_eval_count) == (templated.response, templated.prompt_eval_count)
 
 
-def test_options_and_the_answers_end(client: ollama.Client) -> None:
+def test_options_and_the_answers_end(client: Any) -> None:
     greedy = client.generate(DEFAULT_MODEL, "Count to ten.", options={"temperature": 0, "num_predict": 24}).response
     stop = greedy[8:11]
     cut = client.generate(DEFAULT_MODEL, "Count to ten.", options={**GREEDY, "num_predict": 24, "stop": [stop]})
@@ -131,13 +134,13 @@ def test_options_and_the_answers_end(client: ollama.Client) -> None:
     assert first == second
 
 
-def test_more_tokens_than_there_is_room_for_are_as_many_as_fit(client: ollama.Client) -> None:
+def test_more_tokens_than_there_is_room_for_are_as_many_as_fit(client: Any) -> None:
     answer = client.chat(DEFAULT_MODEL, HI, format=PERSON, options={"temperature": 0, "num_predict": 100_000})
     assert answer.done_reason == "stop"
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_answers_of_a_form(client: ollama.Client, stream: bool) -> None:
+def test_answers_of_a_form(client: Any, stream: bool) -> None:
     messages = [{"role": "user", "content": "Anna is 31."}]
     answer: Any = client.chat(DEFAULT_MODEL, messages, format=PERSON, options={"temperature": 0}, stream=stream)
     text = "".join(p.message.content for p in answer) if stream else answer.message.content
@@ -146,7 +149,7 @@ def test_answers_of_a_form(client: ollama.Client, stream: bool) -> None:
     assert loose.response.startswith("{")
 
 
-def test_what_goes_wrong_in_a_stream_is_its_last_line(client: ollama.Client, http: httpx.Client) -> None:
+def test_what_goes_wrong_in_a_stream_is_its_last_line(client: Any, http: httpx.Client) -> None:
     asked = {"model": DEFAULT_MODEL, "messages": HI, "format": PERSON, "options": {"temperature": 0, "stop": ["age"]}}
     *_, last = lines_of(http.post("/api/chat", json=asked))
     assert set(last) == {"error"}
@@ -158,7 +161,7 @@ def test_what_goes_wrong_in_a_stream_is_its_last_line(client: ollama.Client, htt
 
 
 @pytest.mark.parametrize("raw", [False, True])
-def test_probabilities_of_tokens(client: ollama.Client, raw: bool) -> None:
+def test_probabilities_of_tokens(client: Any, raw: bool) -> None:
     answer = client.generate(DEFAULT_MODEL, "Say hi.", raw=raw, logprobs=True, top_logprobs=2, options=GREEDY)
     assert answer.logprobs is not None
     assert len(answer.logprobs) == answer.eval_count
@@ -200,19 +203,19 @@ def test_what_the_command_line_looks_for(http: httpx.Client) -> None:
     assert (int(major), int(minor)) >= (0, 5), "structured outputs and more are asked for by version"
 
 
-def test_the_list_of_models(client: ollama.Client, serving: RunningAppliance) -> None:
+def test_the_list_of_models(client: Any, serving: RunningAppliance) -> None:
     store = {str(m.ref): m for m in ModelStore(serving.home / "store").list()}
     found = {m.model: m for m in client.list().models}
     assert found.keys() >= {DEFAULT_MODEL, EMBEDDER}
     model = found[DEFAULT_MODEL]
     assert (model.digest, model.size) == (store[DEFAULT_MODEL].digest.hex, store[DEFAULT_MODEL].size_bytes)
     assert model.modified_at is not None
-    assert model.modified_at.timestamp() == pytest.approx(store[DEFAULT_MODEL].created)
+    assert abs(model.modified_at.timestamp() - store[DEFAULT_MODEL].created) < 0.001
     assert model.details is not None
     assert (model.details.family, model.details.quantization_level) == ("llama", "Q4_1")
 
 
-def test_all_about_a_model(client: ollama.Client) -> None:
+def test_all_about_a_model(client: Any) -> None:
     shown = client.show(DEFAULT_MODEL)
     assert shown.modelinfo is not None
     assert shown.modelinfo["general.architecture"] == "llama"
@@ -227,7 +230,7 @@ def test_all_about_a_model(client: ollama.Client) -> None:
     assert client.show(EMBEDDER).capabilities == ["embedding"]
 
 
-def test_loading_keeping_and_unloading(client: ollama.Client) -> None:
+def test_loading_keeping_and_unloading(client: Any) -> None:
     def running() -> dict[str, Any]:
         return {str(m.model): m for m in client.ps().models}
 
@@ -251,13 +254,14 @@ def test_loading_keeping_and_unloading(client: ollama.Client) -> None:
     assert DEFAULT_MODEL not in running()
 
 
-def test_vectors(client: ollama.Client, http: httpx.Client) -> None:
+def test_vectors(client: Any, http: httpx.Client) -> None:
     several = client.embed("MiniLM", ["a boat", "a dog"])
     assert [len(v) for v in several.embeddings] == [384, 384]
-    assert sum(x * x for x in several.embeddings[0]) == pytest.approx(1)
+    assert abs(sum(x * x for x in several.embeddings[0]) - 1) < 1e-5
     assert several.prompt_eval_count is not None
     assert several.prompt_eval_count > 4
-    assert client.embeddings(EMBEDDER, "a boat").embedding == pytest.approx(several.embeddings[0], abs=1e-5)
+    older = client.embeddings(EMBEDDER, "a boat").embedding
+    assert max(abs(x - y) for x, y in zip(older, several.embeddings[0], strict=True)) < 1e-5
     assert len(client.embed(EMBEDDER, "a boat", dimensions=32).embeddings[0]) == 32
     assert client.embed(EMBEDDER, "").embeddings == [], "it is only loaded"
     assert client.embed(EMBEDDER, "boat " * 2000).prompt_eval_count == 512, "its end is cut off"
@@ -270,7 +274,7 @@ def test_vectors(client: ollama.Client, http: httpx.Client) -> None:
 # ---------------------------------------------------------------- coming and going
 
 
-def test_a_model_made_of_another(client: ollama.Client, serving: RunningAppliance) -> None:
+def test_a_model_made_of_another(client: Any, serving: RunningAppliance) -> None:
     made = list(
         client.create(
             "Parrot",
@@ -300,7 +304,7 @@ def test_a_model_made_of_another(client: ollama.Client, serving: RunningApplianc
     assert names.isdisjoint({"parrot:latest", "cockatoo:latest"})
 
 
-def test_a_model_with_another_template(client: ollama.Client) -> None:
+def test_a_model_with_another_template(client: Any) -> None:
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     client.create("bare", from_=DEFAULT_MODEL, template=template)
     assert client.show("bare").template == template
@@ -313,7 +317,7 @@ def test_a_model_with_another_template(client: ollama.Client) -> None:
     client.delete("bare")
 
 
-def test_a_model_of_a_file_that_is_sent(client: ollama.Client, http: httpx.Client, tmp_path: Path) -> None:
+def test_a_model_of_a_file_that_is_sent(client: Any, http: httpx.Client, tmp_path: Path) -> None:
     weights = tmp_path / "words.gguf"
     weights.write_bytes(ModelStore(SEED).get(EMBEDDER).weights.read_bytes()[:-1] + b"\1")
     digest = client.create_blob(weights)
@@ -339,7 +343,7 @@ def test_blobs_are_what_they_are_said_to_be(http: httpx.Client, serving: Running
     assert not list((serving.home / "store" / "ingest").iterdir()), "nothing of it is left behind"
 
 
-def test_pulling(client: ollama.Client, http: httpx.Client) -> None:
+def test_pulling(client: Any, http: httpx.Client) -> None:
     """Of a model that is there: what is fetched comes through the same job as with `edge pull`."""
     assert client.pull(DEFAULT_MODEL).status == "success"
     lines = lines_of(http.post("/api/pull", json={"name": DEFAULT_MODEL}))
@@ -527,13 +531,13 @@ CASES: list[tuple[str, str, Any, int, str]] = [
 )
 def test_malformed_requests(http: httpx.Client, where: str, body: Any, status: int, part: str) -> None:
     method, _, path = where.rpartition(" ")
-    kept = {"content": body} if isinstance(body, bytes) else {"json": body} if body is not None else {}
-    reply = http.request(method or "POST", path, **kept)
+    content: bytes | None = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    reply = http.request(method or "POST", path, content=content)
     assert reply.status_code == status, reply.text
     assert set(reply.json()) == {"error"}
     assert part in reply.json()["error"]
 
 
-def test_after_all_that_it_serves(client: ollama.Client) -> None:
+def test_after_all_that_it_serves(client: Any) -> None:
     assert client.chat(DEFAULT_MODEL, HI, options=GREEDY).message.content
     assert {m.model for m in client.list().models} == {DEFAULT_MODEL, EMBEDDER}
