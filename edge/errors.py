@@ -24,6 +24,13 @@ class EdgeError(Exception):
     def __str__(self) -> str:
         return f"{self.message} {self.hint}" if self.hint else self.message
 
+    def copy(self) -> Self:
+        """The same error, to be raised: one that was raised keeps alive all that it passed, and more each time."""
+        copy = type(self).__new__(type(self), *self.args)
+        copy.__dict__.update(self.__dict__)
+        copy.__cause__ = self.__cause__
+        return copy
+
 
 class ConfigError(EdgeError):
     """A setting that cannot be used."""

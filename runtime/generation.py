@@ -100,7 +100,7 @@ class Generation:
                     yield pieces
                 if self._done and not self._pieces:
                     if self._error is not None:
-                        raise self._error
+                        raise self._error.copy()
                     return
         finally:
             timer.cancel()

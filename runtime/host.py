@@ -252,7 +252,7 @@ class ModelHost:
         finally:
             self._num_waiting -= 1
         if self.state != "ready":
-            raise self.error or ServerStopping("The model was unloaded.")
+            raise self.error.copy() if self.error is not None else ServerStopping("The model was unloaded.")
 
     async def _start_supervisor(self) -> None:
         while self._supervisor is not None and not self._supervisor.done():
@@ -695,7 +695,7 @@ class ModelHost:
         self._leaving.clear()
         for asked in self._pins_asked.values():
             if not asked.done():
-                asked.set_exception(error)
+                asked.set_exception(error.copy())
         self._pins_asked = {}
         for request_id in list(self._generations):
             if generation := self._take(request_id):

@@ -1,0 +1,69 @@
+"""A request as the front holds it: what failed is forgotten at once, without the garbage collector."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import weakref
+from contextlib import suppress
+
+import pytest
+
+from edge.errors import DoesNotFit, EdgeError, QueueFull, WorkerDied
+from runtime import wire
+from runtime.generation import Generation
+from runtime.request import SamplingParams
+
+
+def a_generation() -> Generation:
+    return Generation(wire.Generate(1, None, "Hi", SamplingParams(), 4, []), lambda _: None)
+
+
+async def read(generation: Generation) -> EdgeError:
+    with pytest.raises(WorkerDied) as caught:
+        async for _ in generation.steps():
+            pass
+    return caught.value
+
+
+def test_a_request_that_failed_is_not_kept_by_its_error() -> None:
+    async def fail() -> weakref.ref[Generation]:
+        generation = a_generation()
+        generation.fail(WorkerDied("m", reason="signal 9"))
+        with suppress(WorkerDied):
+            async for _ in generation.steps():
+                pass
+        return weakref.ref(generation)
+
+    gc.disable()
+    try:
+        assert asyncio.run(fail())() is None
+    finally:
+        gc.enable()
+
+
+def test_one_error_of_many_requests_keeps_none_of_them() -> None:
+    error = WorkerDied("m", reason="signal 9", hint="Wait.")
+
+    async def fail() -> list[EdgeError]:
+        generations = [a_generation() for _ in range(5)]
+        for generation in generations:
+            generation.fail(error)
+        return [await read(generation) for generation in (*generations, generations[0])]
+
+    raised = asyncio.run(fail())
+    assert error.__traceback__ is None
+    assert [str(e) for e in raised] == [str(error)] * 6
+    assert len({id(e) for e in raised}) == 6
+
+
+def test_a_copy_says_what_the_error_says() -> None:
+    for error in (
+        QueueFull(retry_after_s=5), DoesNotFit("It", required_bytes=2, available_bytes=1), WorkerDied("m", reason="r"),
+    ):  # fmt: skip
+        try:
+            raise error
+        except EdgeError as e:
+            copy = e.copy()
+        assert type(copy) is type(error)
+        assert (copy.args, vars(copy), copy.__traceback__) == (error.args, vars(error), None)
