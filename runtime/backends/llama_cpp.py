@@ -196,9 +196,13 @@ class LlamaTokenizer:
         return found
 
     def _piece(self, token: TokenId, *, special: bool) -> bytes:
-        buffer = ctypes.create_string_buffer(256)
-        count: int = self._lib.llama_token_to_piece(self._vocab, token, buffer, 256, 0, special)
-        return buffer.raw[: max(count, 0)]
+        size = 256
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            count: int = self._lib.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
+            if count >= 0:
+                return buffer.raw[:count]
+            size = -count
 
 
 _INT32 = ctypes.POINTER(ctypes.c_int32)
