@@ -183,3 +183,16 @@ def test_prompts_that_come_together_compute_what_they_share_once(law: GreedyLaw)
         check(law, device.tokens(request), num_prompt=len(prompt))
     assert device.engine.stats().prompt_tokens == len(shared) + 6 * 12
     device.backend.close()
+
+
+def test_states_take_what_is_counted_for_them(law: GreedyLaw) -> None:
+    rng, limits = random.Random(8), law.backend.capabilities.states
+    device = Device(open_backend(law, cells=2048, state_bytes=4 << 20))
+    device.answer(text(rng, 40))
+    device.answer(text(rng, 90))
+    device.end()
+    assert device.drive.files
+    for (_, tokens), (data, _) in device.drive.files.items():
+        counted = limits.overhead_bytes + len(tokens) * limits.cell_bytes
+        lacks_some = not limits.may_cut(len(tokens)) and limits.partial_reuse
+        assert (0.5 if lacks_some else 0.95) * counted <= data.nbytes <= 1.06 * counted
