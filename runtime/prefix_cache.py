@@ -160,11 +160,14 @@ class PrefixCache:
             return True
         reading = [r for r in running if r.is_prefilling and scope_of(r.request) in scope.visible]
         soon = [(r, n) for r in reading if (n := r.shared_with(sequence)) >= here + MIN_SHARED_TOKENS]
-        return bool(soon) if self._partial else any(self._will_keep(r, n) for r, n in soon)
+        return any(self._will_serve(r, n) for r, n in soon)
 
-    def _will_keep(self, running: Sequence, length: int) -> bool:
-        """Whether the state of a running sequence will be saved where another prompt parts from it. Of one that was
-        computed anew it is not: where memory lacks, the library takes no state back, and all would begin again."""
+    def _will_serve(self, running: Sequence, length: int) -> bool:
+        """Whether another prompt can go on from the beginning of what a running sequence reads: from its cells, or from
+        its state, which is then saved there. Of a sequence that was computed anew it is not: where memory lacks, the
+        library takes no state back, and all would begin again."""
+        if self._partial:
+            return running.slot is not None and length >= self.slots[running.slot].shared_from
         too_large = self.states.size_bytes(length) > self.states.limits.memory_bytes
         if running.num_computed >= length or running.num_preemptions or too_large:
             return False
