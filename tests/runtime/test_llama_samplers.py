@@ -9,6 +9,7 @@ llama.cpp looks for the rest of a sequence breaker with a space before it, which
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from edge.native.llama import bindings
 from edge.store.models import ModelStore
-from runtime.backends.llama_cpp import LlamaBackend, LlamaOptions
+from runtime.backends.llama_cpp import LlamaBackend, LlamaOptions, pointer_to
 from runtime.penalties import Penalties, find_breakers
 from runtime.request import NO_BREAKERS, Breakers, SamplingParams, TokenId
 from runtime.sampler import candidates
@@ -75,9 +76,8 @@ def theirs(logits: Scores, p: SamplingParams, tokens: list[TokenId], vocab: Any)
     lib = bindings()
     data = np.zeros(logits.size, [("id", np.int32), ("logit", np.float32), ("p", np.float32)])
     data["id"], data["logit"] = np.arange(logits.size), logits
-    array = lib.llama_token_data_array(
-        ctypes.cast(ctypes.c_void_p(data.ctypes.data), ctypes.POINTER(lib.llama_token_data)), logits.size, -1, False
-    )
+    pointer_type: Any = ctypes.POINTER(lib.llama_token_data)
+    array = lib.llama_token_data_array(pointer_to(data, pointer_type), logits.size, -1, False)
     chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
     for sampler in _samplers(lib, p, vocab, logits.size):
         lib.llama_sampler_chain_add(chain, sampler)
@@ -111,8 +111,8 @@ def check(got: dict[TokenId, float], expected: dict[TokenId, float]) -> None:
     assert sum(apart[:-2]) < 5e-4
     both = got.keys() & expected.keys()
     scale = sum(expected[t] for t in both) / sum(got[t] for t in both)
-    assert scale == pytest.approx(1, abs=0.05)
-    assert all(got[t] * scale == pytest.approx(expected[t], rel=1e-3, abs=1e-9) for t in both)
+    assert math.isclose(scale, 1, abs_tol=0.05)
+    assert all(math.isclose(got[t] * scale, expected[t], rel_tol=1e-3, abs_tol=1e-9) for t in both)
 
 
 CUTS = [
@@ -162,7 +162,9 @@ def test_penalties_take_off_what_llama_cpps_take_off(
     params: SamplingParams, backend: LlamaBackend, pieces: list[bytes]
 ) -> None:
     vocab = bindings().llama_model_get_vocab(backend._model)  # pyright: ignore[reportPrivateUsage]  # theirs want the library's own
-    breakers = find_breakers(params.dry_sequence_breakers, backend.tokenizer, pieces) if params.dry_multiplier else {}
+    breakers = NO_BREAKERS
+    if params.dry_multiplier:
+        breakers = find_breakers(params.dry_sequence_breakers, backend.tokenizer, pieces)
     alphabet = backend.tokenizer.encode(TEXT, add_special=False, parse_special=False)
     for seed in range(3):
         tokens = np.random.default_rng(seed).choice(alphabet[: 4 + 4 * seed], 30 + 60 * seed).tolist()
