@@ -76,8 +76,7 @@ def theirs(logits: Scores, p: SamplingParams, tokens: list[TokenId], vocab: Any)
     lib = bindings()
     data = np.zeros(logits.size, [("id", np.int32), ("logit", np.float32), ("p", np.float32)])
     data["id"], data["logit"] = np.arange(logits.size), logits
-    pointer_type: Any = ctypes.POINTER(lib.llama_token_data)
-    array = lib.llama_token_data_array(pointer_to(data, pointer_type), logits.size, -1, False)
+    array = lib.llama_token_data_array(pointer_to(data, lib.llama_token_data_p), logits.size, -1, False)
     chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
     for sampler in _samplers(lib, p, vocab, logits.size):
         lib.llama_sampler_chain_add(chain, sampler)
