@@ -45,6 +45,7 @@ $(STAMPS)/seed: Makefile edge/store/catalog.toml $(STAMPS)/project $(STAMPS)/wor
 	@touch $@
 
 setup: $(STAMPS)/workstation $(STAMPS)/project $(STAMPS)/seed  ## Set up everything in .venv, once.
+	@$(BIN)/python -m compileall -q edge quantize runtime tui
 
 setup-dev: $(STAMPS)/dev setup
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import shlex
 import signal
 import subprocess
@@ -120,6 +121,8 @@ def serve(workloads: tuple[str, ...], *, quick: bool, clients: tuple[int, ...], 
     signal.signal(signal.SIGTERM, _leave)
     report: Report | None = None
     written: list[Path] = []
+    for package in ("edge", "runtime"):  # as an installed appliance has them
+        compileall.compile_dir(Path(__file__).parents[1] / package, quiet=1)
     try:
         if plots:
             require_plotting()

@@ -6,6 +6,7 @@ Apart from `runtime.server`, since importing what speaks HTTP takes longer than 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import socket
@@ -31,13 +32,28 @@ DRAIN_S = 30.0
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, with a drain of our own on the first signal; the second ends at once."""
+    """uvicorn, with a drain of our own on the first signal; the second ends at once.
+
+    Attributes:
+        woken: Set when there may be a reason to end.
+    """
 
     def __init__(self, config: uvicorn.Config, tls: TlsFiles | None, on_signal: Callable[[], object]) -> None:
         super().__init__(config)
         self._tls = tls
         self._on_signal = on_signal
         self._was_asked = False
+        self.woken = asyncio.Event()
+
+    @override
+    async def main_loop(self) -> None:
+        """Until there is a reason to end. Renews the date in answers each second; uvicorn's own loop looks ten times as
+        often, which was most of what an idle appliance did."""
+        while not await self.on_tick(0):
+            self.woken.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self.woken.wait()
 
     @override
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -91,7 +107,12 @@ async def answer(
         proxy_headers=bool(settings.tls_by_proxy),
     )  # fmt: skip
     draining = asyncio.Event()
-    server = _Server(config, tls, lambda: loop.call_soon_threadsafe(draining.set))
+
+    def on_signal() -> None:
+        draining.set()
+        server.woken.set()
+
+    server = _Server(config, tls, lambda: loop.call_soon_threadsafe(on_signal))
 
     async def drain() -> None:
         await draining.wait()
@@ -100,12 +121,13 @@ async def answer(
         await appliance.pool.drain(DRAIN_S)
         appliance.end_events()
         server.should_exit = True
+        server.woken.set()
 
     async def announce() -> None:
         while not server.started:  # noqa: ASYNC110  # uvicorn has no event for it
             await asyncio.sleep(0.01)
-        gc.collect()
         gc.freeze()  # what start-up made stays: later collections need not look at it
+        gc.enable()
         on_ready()
 
     helpers = [asyncio.create_task(drain()), asyncio.create_task(announce())]

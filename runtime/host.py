@@ -5,18 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
-import socket
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import psutil
 from typing_extensions import override
@@ -40,6 +36,7 @@ from runtime import wire
 from runtime.blackbox import BlackBox
 from runtime.generation import Generation, error_from_wire
 from runtime.poison import PoisonCabinet, case_of
+from runtime.process import WorkerProcess, log_path, open_log
 from runtime.quarantine import Fingerprint, Quarantine, Suspect, fingerprint
 from runtime.tuning import Tuning, load_tuning
 
@@ -67,7 +64,6 @@ HALF_LIFE_S = 600.0
 MAX_LOAD_DEATHS = 3
 """Crashes in a row, each before the model was ready, after which the model counts as failed."""
 BACKOFF_S = (0.1, 0.5, 2.0, 5.0)
-MAX_LOG_BYTES = 4 << 20
 RATE_WINDOW_S = 5.0
 
 State = Literal["unloaded", "loading", "ready", "failed"]
@@ -163,7 +159,8 @@ class ModelHost:
         self._samples: deque[Sample] = deque()
         self._generations: dict[int, Generation] = {}
         self._next_id = 0
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: WorkerProcess | None = None
+        self._waiting_process: WorkerProcess | None = None
         self._transport: asyncio.Transport | None = None
         self._changed = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
@@ -263,8 +260,13 @@ class ModelHost:
         self._set_state("loading")
         self._supervisor = asyncio.create_task(self._supervise(self._stop), name=f"worker {self.ref}")
 
-    async def begin_load(self) -> None:
-        """Start the worker, and return once it knows what to load, or could not be started."""
+    async def begin_load(self, process: WorkerProcess | None) -> None:
+        """Start the worker, and return once it knows what to load, or could not be started.
+
+        Args:
+            process: One that waits to be told; owned from now on.
+        """
+        self._waiting_process = process
         await self._start_supervisor()
         await _wait(self._told, STOP_TIMEOUT_S)
 
@@ -395,6 +397,8 @@ class ModelHost:
             await self._keep_running(stop)
         finally:
             self._drop_box()
+            if self._waiting_process is not None:
+                self._waiting_process.discard()
 
     async def _keep_running(self, stop: asyncio.Event) -> None:
         deaths = load_deaths = 0
@@ -418,7 +422,7 @@ class ModelHost:
             log.error("the worker of %s ended: %s", self.ref, reason)
             await self._find_guilty(ending)
             if load_deaths >= MAX_LOAD_DEATHS:
-                hint = f"Its log: {self._log_path()}. Check the file: edge verify {self.ref}."
+                hint = f"Its log: {log_path(self.settings.logs_dir, self.ref)}. Check the file: edge verify {self.ref}."
                 self._give_up(BackendError(f"The engine of '{self.ref}' ends while it loads ({reason}).", hint=hint))
                 return
             self._set_state("loading")
@@ -462,24 +466,13 @@ class ModelHost:
 
     async def _start_process(self, load: wire.Load) -> None:
         self._drop_box()
-        box = self._box = BlackBox.create()
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        loop = asyncio.get_running_loop()
-        try:
-            with await asyncio.to_thread(_open_log, self._log_path()) as log_file:
-                self._process = await asyncio.create_subprocess_exec(
-                    sys.executable, "-m", "runtime.worker", str(theirs.fileno()), str(box.fd), str(os.getpid()),
-                    pass_fds=[theirs.fileno(), box.fd], stdin=asyncio.subprocess.DEVNULL, stdout=log_file,
-                    stderr=log_file,
-                )  # fmt: skip
-        except OSError:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        self._transport, _ = await loop.create_connection(
-            lambda: _FrameProtocol(self._on_message, self._on_lost), sock=ours
+        process, self._waiting_process = self._waiting_process, None
+        if process is None:
+            with await asyncio.to_thread(open_log, log_path(self.settings.logs_dir, self.ref)) as log_file:
+                process = WorkerProcess(log_file)
+        self._process, self._box = process, process.box
+        self._transport, _ = await asyncio.get_running_loop().create_connection(
+            lambda: _FrameProtocol(self._on_message, self._on_lost), sock=process.sock
         )
         self._last_progress, self._last_steps, self._ready_at = time.monotonic(), -1, None
         self._num_answered = 0
@@ -492,9 +485,6 @@ class ModelHost:
         if self._box is not None:
             self._box.close()
             self._box = None
-
-    def _log_path(self) -> Path:
-        return self.settings.logs_dir / f"worker-{self.ref.replace(':', '-').replace('/', '-')}.log"
 
     def _load_message(self, reserved_bytes: int) -> wire.Load:
         """What to load and how. Reads files."""
@@ -593,8 +583,7 @@ class ModelHost:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(STOP_TIMEOUT_S):
                         await process.wait()
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
+            process.kill()
         self._close_transport()
 
     def _close_transport(self) -> None:
@@ -712,17 +701,6 @@ class ModelHost:
             self._samples.clear()
         self._changed.set()
         self._changed = asyncio.Event()
-
-
-def _open_log(path: Path) -> BinaryIO:
-    """The worker's log; where the disk takes none, its words are lost rather than its work."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and path.stat().st_size > MAX_LOG_BYTES:
-            path.replace(path.with_suffix(".log.1"))
-        return path.open("ab")
-    except OSError:
-        return Path(os.devnull).open("ab")
 
 
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:

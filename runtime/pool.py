@@ -14,6 +14,7 @@ from edge.store.models import ModelStore, StoredModel
 from runtime import wire
 from runtime.host import ModelHost
 from runtime.poison import PoisonCabinet
+from runtime.process import WorkerProcess
 from runtime.selection import SEPARATOR, Selection, Selector, refuse_adapter
 
 log = logging.getLogger("edge.pool")
@@ -71,25 +72,29 @@ class Pool:
         host = self._hosts.get(name)
         if host is None or (host.model.digest != model.digest and host.state in ("unloaded", "failed")):
             host = self._hosts[name] = ModelHost(
-                self._settings, model, self.poison, reserved_bytes=lambda: self._loading_bytes(but=name),
+                self._settings, model, self.poison, reserved_bytes=lambda: self._reserved_bytes(but=name),
                 find_draft=lambda: draft_for(model, self._store),
             )  # fmt: skip
         if len(self._known) < MAX_KNOWN_NAMES:
             self._known[ref] = (version, host)
         return host
 
-    async def preload(self, ref: str) -> None:
-        """Begin to load a model; its engine is starting when this returns. One that is not in the store is left out."""
+    async def preload(self, ref: str, process: WorkerProcess) -> None:
+        """Begin to load a model in a process that waits for it; it knows its model when this returns. A model that is
+        not in the store is left out."""
         try:
-            await (await self.host(ref)).begin_load()
+            host = await self.host(ref)
         except EdgeError as e:
             log.info("%s is not loaded at the start: %s", ref, e)
+            process.discard()
+        else:
+            await host.begin_load(process)
 
-    def _loading_bytes(self, *, but: str) -> int:
-        """Weights of models that are being loaded: their memory still looks free."""
-        return sum(
-            h.model.size_bytes + h.draft_bytes for h in self._hosts.values() if h.state == "loading" and h.ref != but
-        )
+    def _reserved_bytes(self, *, but: str) -> int:
+        """Memory that still looks free: weights of models that are being loaded, cells that nobody used yet."""
+        loading = [h for h in self._hosts.values() if h.state == "loading" and h.ref != but]
+        weights = sum(h.model.size_bytes + h.draft_bytes for h in loading)
+        return weights + sum(beat.promised_bytes for beat in self.heartbeats())
 
     def _store_version(self) -> tuple[int, int]:
         """Changes with every change of the store: its index is replaced whole."""

@@ -17,6 +17,7 @@ from edge.errors import ConfigError, EdgeError
 from edge.store.models import ModelStore
 from runtime.logs import RecentLines
 from runtime.pool import Pool
+from runtime.process import WorkerProcess
 from runtime.tls import TlsFiles
 
 log = logging.getLogger("edge.server")
@@ -94,19 +95,23 @@ async def _serve(
     sockets: list[socket.socket],
     tls: TlsFiles | None,
     on_ready: Callable[[], None],
+    waiting: WorkerProcess | None,
 ) -> None:
     pool = Pool(settings, store)
-    if settings.preload == "auto":
-        await pool.preload(settings.default_model)
-    front = await asyncio.to_thread(importlib.import_module, "runtime.front")  # 0.3 s, while the engine starts
+    if waiting is not None:
+        await pool.preload(settings.default_model, waiting)
+    front = await asyncio.to_thread(importlib.import_module, "runtime.front")  # 0.2 s, while the engine starts
     await front.answer(settings, store, pool, logs, sockets, tls, on_ready)
 
 
-def serve(settings: Settings, logs: RecentLines, *, on_ready: Callable[[int], None]) -> None:
+def serve(
+    settings: Settings, logs: RecentLines, *, on_ready: Callable[[int], None], waiting: WorkerProcess | None = None
+) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Args:
         on_ready: Called once, with the TCP port, when both addresses answer.
+        waiting: A worker for the default model, which was started first.
 
     Raises:
         ConfigError: An address cannot be taken, or is open to others; or the certificate cannot be used.
@@ -120,7 +125,7 @@ def serve(settings: Settings, logs: RecentLines, *, on_ready: Callable[[int], No
         store = ModelStore(settings.store_dir, seed=settings.seed)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             port: int = sockets[0].getsockname()[1]
-            runner.run(_serve(settings, store, logs, sockets, tls, lambda: on_ready(port)))
+            runner.run(_serve(settings, store, logs, sockets, tls, lambda: on_ready(port), waiting))
     except KeyboardInterrupt:
         log.warning("stopped at once by a second signal")
     except OSError as e:
@@ -130,6 +135,8 @@ def serve(settings: Settings, logs: RecentLines, *, on_ready: Callable[[int], No
             settings.socket_path.unlink(missing_ok=True)
         for sock in sockets:
             sock.close()
+        if waiting is not None:
+            waiting.kill()  # where nobody came to take it
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -219,6 +219,8 @@ class Heartbeat(Message, frozen=True):
     drafted_by_model: int = 0
     """Of these, what a draft model guessed."""
     accepted_by_model: int = 0
+    promised_bytes: int = 0
+    """Memory that looks free but is for cells that nobody used yet."""
 
 
 Ask = Generate | Embed

@@ -7,6 +7,7 @@ template, tokens), so that a huge prompt delays no step; one sends counters each
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import resource
@@ -301,6 +302,7 @@ class Worker:
         self._box = box
         self._serving: Engine | EmbedEngine
         self._take: Callable[[wire.Ask], None]
+        self._promised_bytes: Callable[[], int] = lambda: 0
 
     def serve(self, load: wire.Load) -> None:
         """Load the model, say so, and answer until told to stop. A load that fails is told and ends the process."""
@@ -384,6 +386,8 @@ class Worker:
         backend.close()
 
     def _start_threads(self) -> None:
+        gc.freeze()  # what the start made stays: later collections need not look at it
+        gc.enable()
         threading.Thread(target=self._read, name="reader", daemon=True).start()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
@@ -400,8 +404,9 @@ class Worker:
 
         if not load.draft_path:
             return None, load.draft_problem
-        # The model's weights are pages of a file that still count as available.
+        # The model's weights are pages of a file that still count as available, and most of its cells are unused.
         room = available_bytes() - load.reserved_bytes - self._budget_bytes - Path(load.path).stat().st_size
+        room -= backend.promised_bytes()
         try:
             threads = load.threads or usable_cores()
             return open_drafter(Path(load.draft_path), backend, threads=threads, available_bytes=max(0, room)), ""
@@ -431,7 +436,9 @@ class Worker:
         self._budget_bytes = options.state_bytes + options.adapter_bytes
         if load.projector:
             self._budget_bytes += self._image_bytes + DECODING_BYTES
-        return LlamaBackend(Path(load.path), options, on_progress=self._reporter())
+        backend = LlamaBackend(Path(load.path), options, on_progress=self._reporter())
+        self._promised_bytes = backend.promised_bytes
+        return backend
 
     def _reporter(self) -> Callable[[float], None]:
         """Tells the front how far a load is, each twentieth."""
@@ -484,8 +491,11 @@ class Worker:
 
     def _beat(self) -> None:
         page = resource.getpagesize()
+        steps, promised = -1, 0
         while True:
             stats = self._serving.stats()
+            if stats.steps != steps:
+                steps, promised = stats.steps, self._promised_bytes()
             resident = int(Path("/proc/self/statm").read_text("ascii").split()[1]) * page
             q = stats.queues
             self._connection.send(
@@ -493,7 +503,7 @@ class Worker:
                     stats.steps, q.num_waiting, q.num_running, q.num_preemptions, q.cells_used,
                     stats.prompt_tokens, stats.output_tokens, resident,
                     stats.speculation.num_drafted, stats.speculation.num_accepted,
-                    stats.speculation.num_drafted_by_model, stats.speculation.num_accepted_by_model,
+                    stats.speculation.num_drafted_by_model, stats.speculation.num_accepted_by_model, promised,
                 )
             )  # fmt: skip
             time.sleep(HEARTBEAT_S)
@@ -570,7 +580,7 @@ def _die(args: threading.ExceptHookArgs) -> None:
 
 
 def main() -> None:
-    """`python -m runtime.worker SOCKET_FD BLACKBOX_FD PARENT_PID`: serve on an inherited socket."""
+    """Serve on an inherited socket; see :mod:`runtime.start`."""
     fd, box_fd, parent = (int(arg) for arg in sys.argv[1:4])
     die_with_parent(parent)
     limit_process()
@@ -585,7 +595,3 @@ def main() -> None:
     if not isinstance(first, wire.Load):
         sys.exit(2)
     Worker(connection, BlackBox(box_fd)).serve(first)
-
-
-if __name__ == "__main__":
-    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import shutil
 import sys
@@ -11,7 +12,6 @@ import click
 
 from edge.cli.main import settings_from
 from edge.config import Settings
-from edge.store.models import ModelStore
 
 
 @click.command("serve")
@@ -41,15 +41,21 @@ def serve(verbose: bool, **flags: object) -> None:
       EDGE_GATEWAY_URL=http://127.0.0.1:4318 edge serve
       edge key create tablet && edge serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
     """
+    gc.disable()  # until it serves: imports make no garbage worth a look, and the looks take a tenth of the start
     settings = settings_from(**flags)
     from runtime.logs import set_up
-    from runtime.server import serve as run
+    from runtime.process import start_first
 
     logs = set_up(settings.logs_dir, verbose=verbose)
-    run(settings, logs, on_ready=lambda port: _announce(settings, port))
+    waiting = start_first(settings)
+    from runtime.server import serve as run  # beside the worker, which takes as long to import what it needs
+
+    run(settings, logs, on_ready=lambda port: _announce(settings, port), waiting=waiting)
 
 
 def _announce(settings: Settings, port: int) -> None:
+    from edge.store.models import ModelStore
+
     url = dataclasses.replace(settings, port=port).url
     known = [str(m.ref) for m in ModelStore(settings.store_dir).list() if m.kind == "text"]
     model = settings.default_model if settings.default_model in known else next(iter(known), None)

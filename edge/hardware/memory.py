@@ -128,11 +128,11 @@ def data_bytes(root: Path = Path("/")) -> int:
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmData:")), 0)
 
 
-def takeable_bytes(root: Path = Path("/")) -> int:
-    """Memory that this process may still take: what is available, cut by its own limit (RLIMIT_DATA)."""
+def takeable_bytes(root: Path = Path("/"), *, promised_bytes: int = 0) -> int:
+    """Memory that this process may still take: what is free and not promised, cut by its own limit (RLIMIT_DATA)."""
     limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
     own = _UNLIMITED if limit == resource.RLIM_INFINITY else max(0, limit - data_bytes(root))
-    return min(available_bytes(root), own)
+    return min(max(0, available_bytes(root) - promised_bytes), own)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from litestar import Litestar, Response, Router, get
 from litestar.datastructures import State
 from litestar.openapi import OpenAPIConfig
+from litestar.plugins import PluginProtocol
+from litestar.plugins.core import MsgspecDIPlugin
+from typing_extensions import override
 
 from edge import __version__
 from runtime.api import admin, embeddings, ollama, ollama_models, openai
@@ -60,9 +63,19 @@ async def metrics(state: State) -> str:
     return appliance_of(state).telemetry.prometheus()
 
 
+class _MsgspecApp(Litestar):
+    """Litestar for msgspec only. What it adds for pydantic and attrs where they are installed would take 70 ms of every
+    start, and 15 MB."""
+
+    @staticmethod
+    @override
+    def _get_default_plugins(plugins: list[PluginProtocol]) -> list[PluginProtocol]:
+        return [*plugins, MsgspecDIPlugin()]
+
+
 def create_app(appliance: Appliance) -> Litestar:
     """The ASGI application of an appliance, which it starts and closes."""
-    return Litestar(
+    return _MsgspecApp(
         [livez, readyz, health, metrics, *(handler for part in PARTS for handler in part.HANDLERS)],
         state=State({"appliance": appliance}),
         middleware=[guard(appliance.settings, appliance.access)],

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from edge.errors import BackendError, DoesNotFit, InvalidModelFile, UnsupportedFormat
 from edge.hardware.memory import available_bytes, data_bytes, takeable_bytes
 from edge.native import huge_pages
+from edge.native.cleared import give_back, own_mappings
 from edge.native.llama import bindings, last_error
 from runtime.backends.base import Capabilities, ModelFacts, StateRefused, Vision
 from runtime.batch import TILE_TOKENS, Batch, CacheOp, Chunk, CopyPrefix, DropState, RestoreState, SaveState, Truncate
@@ -310,7 +311,7 @@ class LlamaBackend:
             raise DoesNotFit("The model", required_bytes=size, available_bytes=options.available_bytes)
         self._path = path
         self._may_settle = size * 2 <= options.available_bytes  # else they stay the kernel's to give back
-        self._promised_bytes = options.state_bytes + options.adapter_bytes + PROCESS_BYTES
+        self._kept_free_bytes = options.state_bytes + options.adapter_bytes + PROCESS_BYTES
         self._model = load_model(path, on_progress)
         self.tokenizer = LlamaTokenizer(lib.llama_model_get_vocab(self._model))
         self._vocab_size = self.tokenizer.vocab_size
@@ -328,6 +329,7 @@ class LlamaBackend:
             bytes_per_cell=cell_bytes,
             room_bytes=options.available_bytes - taken,
         )
+        before = own_mappings()
         self._context = self._open_context(options, cells)
         self._memory = lib.llama_get_memory(self._context)
         if not self._memory:
@@ -354,6 +356,7 @@ class LlamaBackend:
             ),
             options.adapter_bytes,
         )  # fmt: skip
+        self._cleared = give_back(cells * cell_bytes, before)
 
     def _open_projector(self, options: LlamaOptions) -> int:
         """Load the projector, where there is one; what it takes beyond the bytes of its file."""
@@ -568,7 +571,11 @@ class LlamaBackend:
 
     def has_room(self, size_bytes: int) -> bool:
         """Whether memory suffices for a state; see :class:`runtime.backends.base.Backend`."""
-        return takeable_bytes() >= size_bytes + MIN_FREE_BYTES
+        return takeable_bytes(promised_bytes=self.promised_bytes()) >= size_bytes + MIN_FREE_BYTES
+
+    def promised_bytes(self) -> int:
+        """Memory of cells that nobody used yet: it looks free, and is not. For any thread."""
+        return self._cleared.unused_bytes() if self._cleared is not None else 0
 
     def take_unsaved(self) -> list[StateId]:
         """States that were not saved; see :class:`runtime.backends.base.Backend`."""
@@ -609,7 +616,7 @@ class LlamaBackend:
             return
         for done in huge_pages.replace(self._path):
             yield done
-            if available_bytes() < self._promised_bytes:
+            if available_bytes() < self._kept_free_bytes + self.promised_bytes():
                 return
 
     def set_threads(self, threads: int) -> None:

@@ -11,7 +11,7 @@ import struct
 import sys
 import time
 
-if "runtime.worker" in sys.orig_argv:
+if "runtime.start" in sys.orig_argv:
     import numpy as np
     from numpy.typing import NDArray
 

@@ -45,7 +45,10 @@ def test_states_keep_to_their_budget_by_their_real_size(backend: LlamaBackend) -
 
 
 def test_a_state_for_which_memory_lacks_is_not_read(backend: LlamaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama_cpp, "takeable_bytes", lambda: STATE_BYTES)
+    def takeable_bytes(*, promised_bytes: int) -> int:
+        return STATE_BYTES - promised_bytes
+
+    monkeypatch.setattr(llama_cpp, "takeable_bytes", takeable_bytes)
     assert not backend.has_room(STATE_BYTES)
     assert do(backend, SaveState(0, StateId(1))) == [1]
 
