@@ -214,7 +214,8 @@ class ModelHost:
     @property
     def memory_bytes(self) -> int:
         """What it takes, or its weights where it has not said so yet."""
-        return self.heartbeat.memory_bytes if self.heartbeat is not None else self.model.size_bytes
+        beat = self.heartbeat
+        return beat.memory_bytes + beat.promised_bytes if beat is not None else self.model.size_bytes
 
     @property
     def pid(self) -> int | None:

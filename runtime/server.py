@@ -22,6 +22,9 @@ from runtime.tls import TlsFiles
 
 log = logging.getLogger("edge.server")
 
+BACKLOG = 2048
+"""Who connects while the appliance starts waits instead of being refused."""
+
 
 def check_bind(settings: Settings) -> None:
     """Refuse an address that others can reach, unless they need a key, and nobody on the way can read it.
@@ -52,6 +55,7 @@ def _tcp_socket(host: str, port: int) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
+        sock.listen(BACKLOG)
     except OSError as e:
         sock.close()
         raise ConfigError(
@@ -83,6 +87,7 @@ def _unix_socket(path: Path) -> socket.socket:
     before = os.umask(0o177)
     try:
         sock.bind(str(path))
+        sock.listen(BACKLOG)
     finally:
         os.umask(before)
     return sock

@@ -76,8 +76,9 @@ def test_a_long_chaos(chaotic: RunningAppliance, gateway: GatewayProcess) -> Non
     seed = int(os.environ.get("EDGE_CHAOS_SEED", "7"))
     warm_s = max(30.0, min(120.0, seconds / 6))  # until caches and states are as full as they get
     figures = run_chaos(
-        chaotic, gateway, num_clients=16, warm_s=warm_s, chaos_s=seconds, pause_s=(4.0, 12.0), bombs=BOMBS, seed=seed
-    )
+        chaotic, gateway, num_clients=16, warm_s=warm_s, chaos_s=seconds, pause_s=(4.0, 12.0), bombs=BOMBS, seed=seed,
+        use_all_cells=True,
+    )  # fmt: skip
     print(json.dumps(figures, indent=2))
     if out := os.environ.get("EDGE_CHAOS_OUT"):
         Path(out).write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
@@ -90,8 +91,13 @@ def test_a_long_chaos(chaotic: RunningAppliance, gateway: GatewayProcess) -> Non
 def run_chaos(
     appliance: RunningAppliance, gateway: GatewayProcess, *, num_clients: int,
     warm_s: float, chaos_s: float, pause_s: tuple[float, float], bombs: Mapping[str, float], seed: int,
+    use_all_cells: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Warm up, do harm under load, load again without harm, compare."""
+    """Warm up, do harm under load, load again without harm, compare.
+
+    Args:
+        use_all_cells: Before memory is looked at, which is taken as cells are used, and so says little before.
+    """
     rng = random.Random(seed)
     with appliance.client() as http:
         http.post("/edge/v1/models/load", json={"model": HEALTHY}).raise_for_status()
@@ -101,6 +107,8 @@ def run_chaos(
     references = [answer(appliance, q) for q in QUESTIONS]
     with load(appliance, num_clients=num_clients, seed=seed, has_json=has_json, bombs={}):
         time.sleep(warm_s)
+    if use_all_cells:
+        fill_contexts(appliance)
     settle(appliance)
     before = Footprint.of(appliance, healthy_pid=healthy_pid)
 
@@ -125,6 +133,8 @@ def run_chaos(
     settle(appliance)
     with load(appliance, num_clients=num_clients, seed=seed + 2, has_json=has_json, bombs={}) as (after_clients, _):
         time.sleep(warm_s)
+    if use_all_cells:
+        fill_contexts(appliance)
     settle(appliance)
     wait_until(
         lambda: Footprint.of(appliance, healthy_pid=healthy_pid).num_files <= before.num_files + 2,
@@ -147,6 +157,14 @@ def answer(appliance: RunningAppliance, question: str) -> tuple[list[int], list[
     with appliance.client() as http:
         reply = http.post(CHAT, json=chat_body(question, return_token_ids=True)).raise_for_status().json()
     return reply["prompt_token_ids"], reply["choices"][0]["token_ids"]
+
+
+def fill_contexts(appliance: RunningAppliance) -> None:
+    """Have both models read a prompt that takes nearly all cells."""
+    with appliance.client() as http:
+        for model in (HEALTHY, DEFAULT_MODEL):
+            body = {"model": model, "prompt": [100] * 2000, "max_tokens": 8}
+            http.post("/v1/completions", json=body).raise_for_status()
 
 
 def obey(references: list[tuple[list[int], list[int]]], answers: list[tuple[list[int], list[int]]]) -> None:

@@ -87,7 +87,7 @@ class CrowdedPool(Pool):
     """Where others are about to take all memory that there could be, whenever the second model is loaded."""
 
     @override
-    def _loading_bytes(self, *, but: str) -> int:
+    def _reserved_bytes(self, *, but: str) -> int:
         return 1 << 50 if but == SECOND else 0
 
 
