@@ -16,7 +16,6 @@ from edge.store.catalog import catalog
 from edge.store.derived import Changes, derive, parts_of
 from edge.store.details import ModelDetails
 from edge.store.digest import Digest
-from edge.store.fetch import in_catalog, package_of
 from edge.store.models import PackageFile, StoredModel
 from edge.store.sources import FileSource, parse_source
 from edge.store.uploads import MAX_UPLOAD_BYTES, receiving
@@ -192,6 +191,8 @@ def source_of(name: str) -> tuple[str, str | None]:
         ModelNotFound: It is neither in the catalog nor a source on the network.
         InvalidReference: It is a source that cannot be read.
     """
+    from edge.store.fetch import in_catalog  # brings an HTTP client, which few appliances ever need
+
     for hub in _HUBS:
         if name.startswith(hub):
             return _of_hub(name, name.removeprefix(hub))
@@ -220,6 +221,8 @@ async def _pulling(appliance: Appliance, job: Job, source: str, warnings: list[s
     Raises:
         EdgeError: It failed.
     """
+    from edge.store.fetch import in_catalog  # as above
+
     known = in_catalog(source)
     digest = str(known[1].digest) if known else ""
     yield (last := Progressed(status="pulling manifest"))
@@ -280,6 +283,8 @@ async def create(request: HttpRequest, state: State) -> Response[Progressed] | R
 
 
 def _material(appliance: Appliance, body: OllamaCreateRequest) -> tuple[list[PackageFile], ModelDetails]:
+    from edge.store.fetch import package_of  # as above
+
     if body.base:
         return parts_of(appliance.store.get(ollama_name(body.base)))
     ((name, digest),) = (body.files or {}).items()
