@@ -68,13 +68,13 @@ def root_head() -> None:
     """Likewise."""
 
 
-@get("/api/version", opt=needs("nothing"), sync_to_thread=False)
+@get("/api/version", opt=needs("key"), sync_to_thread=False)
 def version() -> OllamaVersion:
     """The version of Ollama whose API this is."""
     return OllamaVersion(version=API_VERSION, slm_edge=__version__)
 
 
-@head("/api/version", opt=needs("nothing"), sync_to_thread=False)
+@head("/api/version", opt=needs("key"), sync_to_thread=False)
 def version_head() -> None:
     """Likewise."""
 

@@ -38,7 +38,7 @@ def test_every_route_says_what_it_needs_and_only_these_need_nothing(tmp_path: Pa
                 needed[f"{method} {route.path}"] = handler.opt.get("needs")
     assert None not in needed.values(), needed
     open_routes = {name.partition(" ")[2] for name, need in needed.items() if need == "nothing"}
-    assert {p for p in open_routes if not p.startswith("/docs")} == {"/livez", "/readyz", "/health"}
+    assert {p for p in open_routes if not p.startswith("/docs")} == {"/", "/livez", "/readyz", "/health"}
     for name, need in needed.items():
         method, _, path = name.partition(" ")
         if path.startswith("/edge/v1/"):
