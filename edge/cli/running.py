@@ -16,25 +16,27 @@ def _print_models(models: list[ModelInfo]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("MODEL", "KIND", "STATE", "MEMORY", "KV", "ACTIVE", "WAITING", "TOK/S", "RESTARTS", "DRAFT", box=None)
+    table = Table("MODEL", "KIND", "STATE", "MEMORY", "KV", "ACTIVE", "WAITING", "TOK/S", "RESTARTS", box=None)
     for m in models:
         kv = f"{100 * m.kv_cells_used // m.kv_cells} %" if m.kv_cells else ""
         memory = f"{m.memory_bytes / 2**20:,.0f} MiB" if m.memory_bytes else ""
         table.add_row(
             m.ref, m.kind, m.state, memory, kv, str(m.requests_active), str(m.requests_waiting), f"{m.rate_tok_s:.1f}",
-            str(m.num_restarts), _draft(m),
+            str(m.num_restarts),
         )  # fmt: skip
     Console().print(table)
     for m in models:
+        if m.draft is not None:
+            click.echo(f"{m.ref} has the draft model {_draft(m)}")
         if m.draft_problem is not None:
             click.echo(f"{m.ref} has no draft model: {m.draft_problem}", err=True)
 
 
 def _draft(model: ModelInfo) -> str:
     """The draft model and how often it was right."""
-    if model.draft is None or not model.drafted_tokens:
+    if not model.drafted_tokens:
         return model.draft or ""
-    return f"{model.draft} {100 * model.draft_accepted_tokens // model.drafted_tokens} % right"
+    return f"{model.draft}, {100 * model.draft_accepted_tokens // model.drafted_tokens} % of its guesses right"
 
 
 @click.command("ps")

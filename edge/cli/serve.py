@@ -57,7 +57,7 @@ def _announce(settings: Settings, port: int) -> None:
     from edge.store.models import ModelStore
 
     url = dataclasses.replace(settings, port=port).url
-    known = [str(m.ref) for m in ModelStore(settings.store_dir).list() if m.kind == "text"]
+    known = [str(m.ref) for m in ModelStore(settings.store_dir, seed=settings.seed).list() if m.kind == "text"]
     model = settings.default_model if settings.default_model in known else next(iter(known), None)
     lines = [f"slm-edge serves on {click.style(url, bold=True)}   (API page: {url}/docs)", ""]
     lines += (
