@@ -63,21 +63,23 @@ class Jobs:
         self._jobs: dict[str, Job] = {}
         self._controls: dict[str, JobControl] = {}
         self._errors: dict[str, EdgeError] = {}
+        self._owners: dict[str, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         # Threads of their own: a pull that waits for a dead server must not hold what the API runs on.
         self._threads = ThreadPoolExecutor(MAX_AT_ONCE, thread_name_prefix="job")
 
-    def list(self) -> list[Job]:
-        """Every job, the newest first."""
-        return sorted(self._jobs.values(), key=lambda j: j.created, reverse=True)
+    def list(self, owner: str | None = None) -> list[Job]:
+        """Every job, or those of one owner; the newest first."""
+        jobs = (j for j in self._jobs.values() if owner is None or self._owners[j.id] == owner)
+        return sorted(jobs, key=lambda j: j.created, reverse=True)
 
-    def get(self, job_id: str) -> Job:
+    def get(self, job_id: str, owner: str | None = None) -> Job:
         """One job.
 
         Raises:
-            JobNotFound: It is unknown, or so old that it was forgotten.
+            JobNotFound: It is unknown, another's than `owner`'s, or so old that it was forgotten.
         """
-        if job_id not in self._jobs:
+        if job_id not in self._jobs or owner not in (None, self._owners[job_id]):
             raise JobNotFound(f"There is no job '{job_id}'.", hint="GET /edge/v1/jobs lists them.")
         return self._jobs[job_id]
 
@@ -85,8 +87,15 @@ class Jobs:
         """What ended a job before its end, if something did."""
         return self._errors.get(job_id)
 
-    def start(self, kind: str, subject: str, work: Callable[[JobControl], str]) -> Job:
+    def owner(self, job_id: str) -> str:
+        """Id of the key that asked for a job; empty where none did."""
+        return self._owners.get(job_id, "")
+
+    def start(self, kind: str, subject: str, work: Callable[[JobControl], str], *, owner: str = "") -> Job:
         """Run `work` on a thread, when one is free. What it returns is the job's last message.
+
+        Args:
+            owner: Id of the key that asked for it.
 
         Raises:
             QueueFull: `MAX_UNFINISHED` jobs are not over yet.
@@ -96,16 +105,16 @@ class Jobs:
         loop = asyncio.get_running_loop()
         job = Job(id=secrets.token_hex(6), kind=kind, subject=subject, state="queued", created=time.time())
         control = JobControl(job, lambda: loop.call_soon_threadsafe(self._changed, job))
-        self._jobs[job.id], self._controls[job.id] = job, control
+        self._jobs[job.id], self._controls[job.id], self._owners[job.id] = job, control, owner
         self._forget_old()
         task = asyncio.create_task(self._run(job, control, work), name=f"job {job.id}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return job
 
-    def cancel(self, job_id: str) -> Job:
+    def cancel(self, job_id: str, owner: str | None = None) -> Job:
         """Ask a job to stop; one that is over stays as it ended."""
-        job = self.get(job_id)
+        job = self.get(job_id, owner)
         if job.state in ("queued", "running"):
             self._controls[job_id].cancel()
         return job
@@ -141,5 +150,5 @@ class Jobs:
     def _forget_old(self) -> None:
         over = [j for j in self.list() if j.state not in ("running", "queued")]
         for job in over[MAX_JOBS:]:
-            del self._jobs[job.id]
+            del self._jobs[job.id], self._owners[job.id]
             self._errors.pop(job.id, None)

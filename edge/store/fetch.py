@@ -23,7 +23,17 @@ from .local import FileFetcher
 from .manifest import WEIGHT_TYPE, ModelRef
 from .models import ModelStore, PackageFile, StoredModel
 from .packages import PackageFetcher
-from .sources import FORMS, FileSource, HttpSource, HubSource, PackageSource, Source, file_name_of, parse_source
+from .sources import (
+    FORMS,
+    FileSource,
+    HttpSource,
+    HubSource,
+    PackageSource,
+    Source,
+    file_name_of,
+    parse_source,
+    without_query,
+)
 from .transfer import Control, Fetcher, Offer, Progress, expect, free_bytes
 
 __all__ = ["Progress", "PullPlan", "in_catalog", "package_of", "plan", "pull"]
@@ -233,7 +243,8 @@ def _locate(store: ModelStore, wanted: _Wanted, control: Control) -> tuple[Offer
     """What the source offers, and its digest if the store has those bytes already."""
     # Hashed again, not believed: pulling is how people mend a damaged model.
     if wanted.digest and store.blobs.has_sound(wanted.digest):
-        return Offer(str(wanted.source), _file_name(wanted.file_name), None, wanted.digest), wanted.digest
+        source = without_query(str(wanted.source))
+        return Offer(source, _file_name(wanted.file_name), None, wanted.digest), wanted.digest
     offer = expect(wanted.fetcher.look(control), wanted.digest)
     offer = replace(offer, file_name=_file_name(offer.file_name))
     is_present = offer.digest and offer.digest != wanted.digest and store.blobs.has_sound(offer.digest)
@@ -247,8 +258,8 @@ def _in_store(store: ModelStore, offer: Offer, present: Digest) -> Generator[Pac
 
 @contextmanager
 def _fetched(store: ModelStore, wanted: _Wanted, offer: Offer, control: Control) -> Generator[PackageFile]:
-    """The fetched file, for as long as the block runs. Bytes that proved wrong are thrown away; those of a fetch that
-    was interrupted stay, and the next one goes on from there."""
+    """The fetched file, for as long as the block runs. Bytes that proved wrong are thrown away, and those of a
+    file of this machine; those of a fetch that was interrupted stay, and the next one goes on from there."""
 
     def waiting() -> None:
         control.report(0, None, "waiting for another pull of the same file")
@@ -257,8 +268,10 @@ def _fetched(store: ModelStore, wanted: _Wanted, offer: Offer, control: Control)
         try:
             staged = wanted.fetcher.fetch(offer, store.blobs, partial, control)
             yield PackageFile(staged.path, offer.file_name, WEIGHT_TYPE, move=True, digest=staged.digest)
-        except (InvalidModelFile, DigestMismatch):
-            partial.discard()
+        except BaseException as e:
+            is_copy = isinstance(wanted.source, FileSource) and not wanted.source.path.is_dir()  # it begins anew anyhow
+            if is_copy or isinstance(e, (InvalidModelFile, DigestMismatch)):
+                partial.discard()
             raise
         partial.discard()
 

@@ -16,7 +16,7 @@ from edge import __version__
 from edge.errors import DigestMismatch, SourceUnavailable, root_cause
 
 from .blobs import BlobStore, Partial, Staged
-from .sources import HttpSource, file_name_of
+from .sources import HttpSource, file_name_of, without_query
 from .transfer import Control, Offer, require_room
 
 _TIMEOUT = httpx.Timeout(30.0, connect=10.0)
@@ -59,9 +59,7 @@ class HttpFetcher:
         Raises:
             SourceUnavailable: The host cannot be reached, or has no such file.
         """
-        # A query often holds a signature; it has no place in a manifest that others get to see.
-        source = self.url.partition("#")[0].partition("?")[0]
-        return Offer(source, self.file_name, _retried(self.url, control, self._size))
+        return Offer(without_query(self.url), self.file_name, _retried(self.url, control, self._size))
 
     def _size(self) -> int | None:
         with self._client() as client:
@@ -134,7 +132,7 @@ class _Transfer:
     def run(self) -> None:
         with self.client.stream("GET", self.url, headers=self._conditions()) as response:
             if self.url.startswith("https:") and response.url.scheme != "https":
-                raise SourceUnavailable(f"{self.url} leads to a place without TLS.")
+                raise SourceUnavailable(f"{self.offer.source} leads to a place without TLS.")
             if response.status_code == 304:
                 return
             if response.status_code == 416:
@@ -189,7 +187,7 @@ class _Transfer:
 
 
 def _check_status(response: httpx.Response, url: str) -> None:
-    code = response.status_code
+    code, url = response.status_code, without_query(url)
     if code in _RETRY_STATUS:
         raise _Again(f"the server answered {code}")
     if code in (401, 403):

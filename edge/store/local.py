@@ -9,7 +9,7 @@ from edge.errors import DigestMismatch, SourceUnavailable
 
 from .blobs import BlobStore, Partial, Staged
 from .checkpoints import Converter, convert_in, is_checkpoint
-from .transfer import Control, Offer, require_room
+from .transfer import CHECK_EVERY_BYTES, Control, Offer, require_room
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +41,20 @@ class FileFetcher:
         if is_checkpoint(self.path):
             return convert_in(self.path.absolute(), self.converter, blobs, partial, control)
         require_room(blobs, offer.size_bytes or 0)
-
-        def before_chunk() -> None:
-            control.report(partial.size_bytes, offer.size_bytes, f"copying {offer.file_name}")
-
-        staged = blobs.copy_in(self.path, partial, before_chunk=before_chunk)
+        staged = self._copy(offer, blobs, partial, control)
         if offer.digest and staged.digest != offer.digest:
             raise DigestMismatch(offer.source, expected=offer.digest, actual=staged.digest)
         return staged
+
+    def _copy(self, offer: Offer, blobs: BlobStore, partial: Partial, control: Control) -> Staged:
+        checked_bytes = 0
+
+        def before_chunk() -> None:
+            nonlocal checked_bytes
+            if partial.size_bytes >= checked_bytes:  # files under /proc give more than the size that they tell
+                left = (offer.size_bytes or 0) - partial.size_bytes
+                require_room(blobs, min(left, CHECK_EVERY_BYTES) if left > 0 else CHECK_EVERY_BYTES)
+                checked_bytes = partial.size_bytes + CHECK_EVERY_BYTES
+            control.report(partial.size_bytes, offer.size_bytes, f"copying {offer.file_name}")
+
+        return blobs.copy_in(self.path, partial, before_chunk=before_chunk)

@@ -99,8 +99,14 @@ def parse_source(text: str) -> Source:
             raise _refused(text, f"there is no source '{scheme}://'")
 
 
+def without_query(source: str) -> str:
+    """A source as others may read it, in manifests, logs and errors: a URL's query often holds a signature."""
+    return source.partition("#")[0].partition("?")[0] if "://" in source else source
+
+
 def _refused(text: str, reason: str) -> InvalidReference:
-    return InvalidReference(f"The source {text[:120]!r} is refused: {reason}.", hint=f"Sources: {FORMS}.")
+    shown = without_query(text)[:120]
+    return InvalidReference(f"The source {shown!r} is refused: {reason}.", hint=f"Sources: {FORMS}.")
 
 
 def _parse_hub(text: str, rest: str) -> HubSource:

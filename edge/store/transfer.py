@@ -15,6 +15,8 @@ from .digest import Digest
 
 RESERVE_BYTES = 32 << 20
 """Kept free for databases and logs when a download is admitted."""
+CHECK_EVERY_BYTES = 32 << 20
+"""How often what arrives looks for room, where its size is only said, or not even that."""
 _POLL_S = 0.1
 
 

@@ -10,10 +10,9 @@ from edge.errors import DigestMismatch, QueueFull
 from .blobs import Partial
 from .digest import Digest
 from .models import ModelStore
-from .transfer import require_room
+from .transfer import CHECK_EVERY_BYTES, require_room
 
 MAX_UPLOAD_BYTES = 64 << 30
-_CHECK_EVERY_BYTES = 32 << 20
 
 
 class Upload:
@@ -23,7 +22,7 @@ class Upload:
         self._store = store
         self._digest = digest
         self._partial = partial
-        self._unchecked = _CHECK_EVERY_BYTES
+        self._unchecked = CHECK_EVERY_BYTES
 
     def write(self, data: bytes) -> None:
         """Append bytes.
@@ -32,8 +31,8 @@ class Upload:
             DiskFull: They would take what databases and logs need.
         """
         self._unchecked += len(data)
-        if self._unchecked >= _CHECK_EVERY_BYTES:
-            require_room(self._store.blobs, _CHECK_EVERY_BYTES)
+        if self._unchecked >= CHECK_EVERY_BYTES:
+            require_room(self._store.blobs, CHECK_EVERY_BYTES)
             self._unchecked = 0
         self._partial.write(data)
 

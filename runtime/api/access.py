@@ -46,10 +46,12 @@ class Caller:
     Attributes:
         key: Its key; None for a program of this machine that needs none.
         address: Where it came from: an IP address, or ``unix``.
+        is_local: It came over the Unix socket, which has file permissions instead of keys.
     """
 
     key: Key | None
     address: str
+    is_local: bool = False
 
     @property
     def id(self) -> str:
@@ -60,6 +62,16 @@ class Caller:
     def limits(self) -> Limits:
         """What it may do; without a key, everything."""
         return self.key.limits if self.key else _EVERYTHING
+
+    @property
+    def may_read_files(self) -> bool:
+        """Whether it may name files of this machine: a program of it. Keys are for those who come from elsewhere."""
+        return self.key is None or self.is_local
+
+    @property
+    def jobs_of(self) -> str | None:
+        """Whose jobs it sees: everybody's (None), or its own where it may not use every model."""
+        return self.id if self.limits.models else None
 
     def check(self, need: Need) -> None:
         """Let it do what needs this.
@@ -209,13 +221,13 @@ class Access:
         if not ours:  # clients always send something: where none is needed, it passes
             if self.keys_required and not is_local:
                 raise self._refusal(address, _not_a_key() if presented else _no_key())
-            return Caller(None, address)
+            return Caller(None, address, is_local)
         if len(presented) > 1:
             raise self._refusal(address, Unauthorized("The request has several keys.", hint="Send one."))
         key = self._open_reader().find(ours.pop())
         if key is None:
             raise self._refusal(address, _not_a_key())
-        return Caller(key, address)
+        return Caller(key, address, is_local)
 
     def is_valid(self, caller: Caller) -> bool:
         """Whether its key still holds."""

@@ -12,6 +12,7 @@ from litestar.datastructures import State
 from litestar.params import Parameter
 
 from edge.errors import EdgeError
+from edge.store.sources import without_query
 from runtime.api.access import needs
 from runtime.api.appliance import appliance_of
 from runtime.api.call import HttpRequest
@@ -51,15 +52,15 @@ async def act(request: HttpRequest, what: str, target: str) -> AsyncGenerator[No
 
 
 @get("/edge/v1/status", opt=needs("view"))
-async def status(state: State) -> DeviceStatus:
+async def status(request: HttpRequest, state: State) -> DeviceStatus:
     """How the device is now."""
-    return await appliance_of(state).status()
+    return await appliance_of(state).status(caller_of(request.scope))
 
 
 @get("/edge/v1/models", opt=needs("view"))
-async def models(state: State) -> ModelList:
-    """Every model of the store and its state."""
-    return ModelList(models=await appliance_of(state).model_infos())
+async def models(request: HttpRequest, state: State) -> ModelList:
+    """Every model of the store that the key may use, and its state."""
+    return ModelList(models=await appliance_of(state).model_infos(caller_of(request.scope).limits))
 
 
 @post("/edge/v1/models/load", opt=needs("operate"), status_code=200)
@@ -68,6 +69,7 @@ async def load_model(request: HttpRequest, state: State) -> ModelInfo:
     body, _ = parse_body(await request.body(), ModelRequest)
     appliance = appliance_of(state)
     async with act(request, "model.load", body.model):
+        await appliance.check_allowed(caller_of(request.scope).limits, body.model)
         await appliance.pool.ready(body.model, timeout_s=600)
     return await appliance.model_info(body.model)
 
@@ -78,6 +80,7 @@ async def unload_model(request: HttpRequest, state: State) -> ModelInfo:
     body, _ = parse_body(await request.body(), ModelRequest)
     appliance = appliance_of(state)
     async with act(request, "model.unload", body.model):
+        await appliance.check_allowed(caller_of(request.scope).limits, body.model)
         host = await appliance.pool.host(body.model)
         await host.unload()
     return await appliance.model_info(body.model)
@@ -86,16 +89,20 @@ async def unload_model(request: HttpRequest, state: State) -> ModelInfo:
 @delete("/edge/v1/models/{ref:path}", opt=needs("admin"), status_code=204)
 async def delete_model(request: HttpRequest, state: State, ref: str) -> None:
     """Unload a model and remove it from the store."""
-    async with act(request, "model.delete", ref.lstrip("/")):
-        await appliance_of(state).remove(ref.lstrip("/"))
+    appliance, ref = appliance_of(state), ref.lstrip("/")
+    async with act(request, "model.delete", ref):
+        await appliance.check_allowed(caller_of(request.scope).limits, ref)
+        await appliance.remove(ref)
 
 
 @post("/edge/v1/prefixes", opt=needs("operate"), status_code=200)
 async def warm(request: HttpRequest, state: State) -> PinnedPrefix:
     """Compute what conversations with a system prompt share, and pin it; loads the model."""
     body, _ = parse_body(await request.body(), WarmRequest)
+    appliance = appliance_of(state)
     async with act(request, "prefix.pin", f"{body.model} {body.name or ''}".strip()):
-        return await appliance_of(state).warm(body)
+        await appliance.check_allowed(caller_of(request.scope).limits, body.model)
+        return await appliance.warm(body)
 
 
 @get("/edge/v1/prefixes", opt=needs("view"))
@@ -104,9 +111,11 @@ async def prefixes(
 ) -> PinnedPrefixList:
     """What is pinned for a model, which is loaded for it (that takes the scope `operate`); else for the models that are
     loaded."""
+    caller, appliance = caller_of(request.scope), appliance_of(state)
     if model is not None:
-        caller_of(request.scope).check("operate")
-    return PinnedPrefixList(prefixes=await appliance_of(state).prefixes(model))
+        caller.check("operate")
+        await appliance.check_allowed(caller.limits, model)
+    return PinnedPrefixList(prefixes=await appliance.prefixes(model, caller.limits))
 
 
 @delete("/edge/v1/prefixes/{name:str}", opt=needs("operate"), status_code=204)
@@ -114,35 +123,37 @@ async def delete_prefix(
     request: HttpRequest, state: State, name: str, model: Annotated[str, Parameter(max_length=400)]
 ) -> None:
     """Unpin a prefix and forget it; loads the model."""
+    appliance = appliance_of(state)
     async with act(request, "prefix.unpin", f"{model} {name}"):
-        await appliance_of(state).remove_prefix(model, name)
+        await appliance.check_allowed(caller_of(request.scope).limits, model)
+        await appliance.remove_prefix(model, name)
 
 
 @post("/edge/v1/models/pull", opt=needs("operate"), status_code=202)
 async def pull_model(request: HttpRequest, state: State) -> Job:
     """Begin to fetch a model; the job tells how far it is."""
     body, _ = parse_body(await request.body(), PullRequest)
-    async with act(request, "model.pull", f"{body.source} {body.name or ''}".strip()):
-        return appliance_of(state).pull(body)
+    async with act(request, "model.pull", f"{without_query(body.source)} {body.name or ''}".strip()):
+        return appliance_of(state).pull(body, caller_of(request.scope))
 
 
 @get("/edge/v1/jobs", opt=needs("view"))
-async def jobs(state: State) -> JobList:
-    """Jobs, the newest first."""
-    return JobList(jobs=appliance_of(state).jobs.list())
+async def jobs(request: HttpRequest, state: State) -> JobList:
+    """Jobs, the newest first; a key for some models sees its own."""
+    return JobList(jobs=appliance_of(state).jobs.list(caller_of(request.scope).jobs_of))
 
 
 @get("/edge/v1/jobs/{job_id:str}", opt=needs("view"))
-async def job(state: State, job_id: str) -> Job:
+async def job(request: HttpRequest, state: State, job_id: str) -> Job:
     """One job."""
-    return appliance_of(state).jobs.get(job_id)
+    return appliance_of(state).jobs.get(job_id, caller_of(request.scope).jobs_of)
 
 
 @post("/edge/v1/jobs/{job_id:str}/cancel", opt=needs("operate"), status_code=200)
 async def cancel_job(request: HttpRequest, state: State, job_id: str) -> Job:
     """Ask a job to stop."""
     async with act(request, "job.cancel", job_id):
-        return appliance_of(state).jobs.cancel(job_id)
+        return appliance_of(state).jobs.cancel(job_id, caller_of(request.scope).jobs_of)
 
 
 @get("/edge/v1/telemetry", opt=needs("view"))

@@ -12,7 +12,7 @@ import socket
 import statistics
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from pathlib import Path
 
 import msgspec
@@ -22,10 +22,13 @@ from litestar.datastructures import State
 from edge import __version__
 from edge.access.keys import Limits
 from edge.config import Settings
-from edge.errors import InvalidRequest, ModelNotFound, PinNotFound, QueueFull, VisionUnsupported
+from edge.errors import Forbidden, InvalidRequest, ModelNotFound, PinNotFound, QueueFull, VisionUnsupported
 from edge.hardware.memory import available_bytes, total_bytes, usable_cores
 from edge.kinds import ModelKind
+from edge.store.digest import Digest
+from edge.store.manifest import ModelRef
 from edge.store.models import ModelStore, StoredModel
+from edge.store.sources import FileSource, parse_source, without_query
 from edge.telemetry.host import temperature_c
 from edge.telemetry.service import Telemetry
 from edge.telemetry.span import Operation, RequestRecord
@@ -83,7 +86,7 @@ class Appliance:
         self.pool = pool
         self.access = Access(settings)
         self.jobs = Jobs(self._job_changed)
-        self._watchers: set[asyncio.Queue[bytes | None]] = set()
+        self._watchers: dict[asyncio.Queue[bytes | None], Caller] = {}
         self._started = time.monotonic()
         self._num_requests = self._num_failed = 0
         self._ttft_s: deque[float] = deque(maxlen=100)
@@ -168,6 +171,28 @@ class Appliance:
                     hint="GET /v1/models lists what it may use.",
                 )
 
+    def check_target(self, limits: Limits, name: str) -> None:
+        """See that a key may use what will have this name.
+
+        Raises:
+            Forbidden: It may not.
+            InvalidReference: It is not a model's name.
+        """
+        if limits.models and not limits.may_use(str(ModelRef.parse(name))):
+            names = ", ".join(limits.models)
+            raise Forbidden(
+                f"This key may not use a model named '{name[:200]}'.", hint=f"Give a name that it may use: {names}."
+            )
+
+    async def may_use_blob(self, limits: Limits, digest: Digest) -> bool:
+        """Whether the store has these bytes, and they are no others' model only. Of none at all yet they may be."""
+        if not self.store.blobs.has(digest):
+            return False
+        if not limits.models:
+            return True
+        holders = [m for m in await self.stored_models() if any(f.digest == digest for f in m.files)]
+        return not holders or any(limits.may_use(str(m.ref)) for m in holders)
+
     async def check_purpose(self, ref: str, operation: Operation, limits: Limits | None = None) -> str:
         """See that a model does what is asked of it, without loading it.
 
@@ -208,11 +233,13 @@ class Appliance:
             names = [str(m.ref) for m in await self.stored_models() if m.projector is not None]
             raise VisionUnsupported(str(model.ref), field=field, known=[n for n in names if limits.may_use(n)])
 
-    async def model_infos(self) -> list[ModelInfo]:
-        """Every model of the store, with what the runtime does with it; those that make text first."""
+    async def model_infos(self, limits: Limits | None = None) -> list[ModelInfo]:
+        """Every model of the store, as far as `limits` go, with what the runtime does with it; those that make text
+        first."""
         hosts = {h.ref: h for h in self.pool.hosts()}
         pins = await asyncio.to_thread(self.store.pins)
-        models = sorted(await self.stored_models(), key=lambda m: m.kind != "text")
+        usable = [m for m in await self.stored_models() if limits is None or limits.may_use(str(m.ref))]
+        models = sorted(usable, key=lambda m: m.kind != "text")
         return [_model_info(m, hosts.get(str(m.ref)), pins) for m in models]
 
     async def model_info(self, ref: str) -> ModelInfo:
@@ -259,11 +286,12 @@ class Appliance:
                 return prefix
         raise PinNotFound(name, model=host.ref)
 
-    async def prefixes(self, ref: str | None) -> list[PinnedPrefix]:
-        """What is pinned for a model; without one, for each that is loaded."""
+    async def prefixes(self, ref: str | None, limits: Limits) -> list[PinnedPrefix]:
+        """What is pinned for a model; without one, for each that is loaded, as far as `limits` go."""
         if ref is not None:
             return await self._prefixes_of(await self._ready(ref))
-        return [p for host in self.pool.hosts() if host.state == "ready" for p in await self._prefixes_of(host)]
+        hosts = [h for h in self.pool.hosts() if h.state == "ready" and limits.may_use(h.ref)]
+        return [p for host in hosts for p in await self._prefixes_of(host)]
 
     async def remove_prefix(self, ref: str, name: str) -> None:
         """Unpin a prefix.
@@ -282,9 +310,17 @@ class Appliance:
         pins = (await host.pins()).pins
         return [PinnedPrefix(model=host.ref, **dataclasses.asdict(pin)) for pin in pins]
 
-    def pull(self, request: PullRequest) -> Job:
-        """Begin to fetch a model."""
+    def pull(self, request: PullRequest, caller: Caller) -> Job:
+        """Begin to fetch a model.
+
+        Raises:
+            Forbidden: The caller may not have it under that name, or not from there.
+            InvalidReference: Source or name cannot be read.
+            QueueFull: Too much is being fetched.
+        """
         from edge.store.fetch import Progress, pull
+
+        self._check_pull(request, caller)
 
         def work(control: JobControl) -> str:
             def report(p: Progress) -> None:
@@ -293,7 +329,26 @@ class Appliance:
             model = pull(self.store, request.source, name=request.name, progress=report, cancelled=control.is_cancelled)
             return f"{model.ref} is in the store"
 
-        return self.jobs.start("pull", request.source, work)
+        return self.jobs.start("pull", without_query(request.source), work, owner=caller.id)
+
+    def _check_pull(self, request: PullRequest, caller: Caller) -> None:
+        from edge.store.fetch import in_catalog
+
+        known = in_catalog(request.source)
+        if known is None and isinstance(parse_source(request.source), FileSource) and not caller.may_read_files:
+            raise Forbidden(
+                f"'{request.source[:200]}' is neither in the catalog nor on the network, and files of this device are "
+                "pulled by programs that run on it.",
+                hint="Name hf://OWNER/REPO/FILE.gguf or https://HOST/FILE.gguf, or run on the device: edge pull FILE.",
+            )
+        name = request.name or (str(known[0]) if known else "")
+        if caller.limits.models and not name:
+            raise Forbidden(
+                "This key has to say what to name the model.",
+                hint=f"Give a 'name' that it may use: {', '.join(caller.limits.models)}.",
+            )
+        if name:
+            self.check_target(caller.limits, name)
 
     # ------------------------------------------------------------------ telemetry and status
 
@@ -310,9 +365,9 @@ class Appliance:
         """The telemetry spool."""
         return msgspec.convert(self.telemetry.status(), OutboxStatus, from_attributes=True)
 
-    async def status(self) -> DeviceStatus:
-        """How the device is now."""
-        models = await self.model_infos()
+    async def status(self, caller: Caller) -> DeviceStatus:
+        """How the device is now, as far as the caller may see it."""
+        models = await self.model_infos(caller.limits)
         hosts = self.pool.hosts()
         rates = [h.rates() for h in hosts]
         disk_free = shutil.disk_usage(_existing(self.settings.home)).free
@@ -341,7 +396,7 @@ class Appliance:
             ttft_p50_s=statistics.median(self._ttft_s) if self._ttft_s else None,
             models=models,
             outbox=self.outbox(),
-            jobs=self.jobs.list()[:10],
+            jobs=self.jobs.list(caller.jobs_of)[:10],
             alerts=self._alerts(models, disk_free=disk_free, memory_share=available / total),
         )
 
@@ -386,13 +441,13 @@ class Appliance:
         if len(self._watchers) >= MAX_WATCHERS:
             raise QueueFull(retry_after_s=5)
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=64)
-        self._watchers.add(queue)
+        self._watchers[queue] = caller
         try:
-            yield sse.event("status", msgspec.json.encode(await self.status()))
+            yield sse.event("status", msgspec.json.encode(await self.status(caller)))
             while (event := await queue.get()) is not None and self.access.is_valid(caller):
                 yield event
         finally:
-            self._watchers.discard(queue)
+            del self._watchers[queue]
 
     def end_events(self) -> None:
         """End every stream of events: they have no end of their own, and the server is to stop."""
@@ -401,23 +456,29 @@ class Appliance:
                 queue.get_nowait()
             queue.put_nowait(None)
 
-    def _publish(self, event: bytes) -> None:
-        for queue in self._watchers:
+    def _publish(self, event: bytes, queues: Iterable[asyncio.Queue[bytes | None]]) -> None:
+        for queue in queues:
             with contextlib.suppress(asyncio.QueueFull):  # the next status tells it all again
                 queue.put_nowait(event)
 
     def _job_changed(self, job: Job) -> None:
-        if self._watchers:
-            self._publish(sse.event("job", msgspec.json.encode(job)))
+        owner = self.jobs.owner(job.id)
+        if queues := [q for q, caller in self._watchers.items() if caller.jobs_of in (None, owner)]:
+            self._publish(sse.event("job", msgspec.json.encode(job)), queues)
 
     async def _broadcast(self) -> None:
         while True:
             await asyncio.sleep(STATUS_INTERVAL_S)
             try:
-                if self._watchers:
-                    self._publish(sse.event("status", msgspec.json.encode(await self.status())))
+                await self._tell_status()
             except Exception:  # the supervisor of a task: the next second may be better
                 log.exception("no status")
+
+    async def _tell_status(self) -> None:
+        watchers = dict(self._watchers)
+        for who in {c.jobs_of: c for c in watchers.values()}.values():  # all who may see everything get one picture
+            event = sse.event("status", msgspec.json.encode(await self.status(who)))
+            self._publish(event, [q for q, caller in watchers.items() if caller.jobs_of == who.jobs_of])
 
     def tidy(self) -> None:
         """Have the house kept now: a model may have become one that nobody wants loaded."""

@@ -16,6 +16,7 @@ from edge.errors import EdgeError
 from edge.telemetry.span import Operation
 from runtime import wire
 from runtime.api.access import needs
+from runtime.api.admin import act
 from runtime.api.appliance import appliance_of
 from runtime.api.call import Call, HttpRequest, Steps
 from runtime.api.embeddings import EmbeddingRequest, read_texts, written
@@ -151,13 +152,15 @@ async def _loaded(http: HttpRequest, name: str, operation: Operation) -> ModelHo
 
 
 async def _unload(http: HttpRequest, name: str) -> None:
-    caller_of(http.scope).check("operate")
-    pool = appliance_of(http.app.state).pool
-    host = await pool.host((await pool.select(name, ())).model)
-    if host.is_idle:
-        await host.unload()
-    elif host.state in ("ready", "loading"):
-        host.keep_alive_s = 0
+    caller, appliance = caller_of(http.scope), appliance_of(http.app.state)
+    caller.check("operate")
+    async with act(http, "model.unload", name):
+        await appliance.check_allowed(caller.limits, name)
+        host = await appliance.pool.host((await appliance.pool.select(name, ())).model)
+        if host.is_idle:
+            await host.unload()
+        elif host.state in ("ready", "loading"):
+            host.keep_alive_s = 0
 
 
 def _keep(http: HttpRequest, host: ModelHost | None, keep_alive: KeepAlive) -> None:

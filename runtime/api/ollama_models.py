@@ -11,13 +11,14 @@ from litestar import Response, delete, get, head, post
 from litestar.datastructures import State
 
 from edge import __version__
-from edge.errors import Cancelled, DeadlineExceeded, EdgeError, InvalidRequest, ModelNotFound
+from edge.access.keys import Limits
+from edge.errors import Cancelled, DeadlineExceeded, EdgeError, InvalidReference, InvalidRequest, ModelNotFound
 from edge.store.catalog import catalog
 from edge.store.derived import Changes, derive, parts_of
 from edge.store.details import ModelDetails
 from edge.store.digest import Digest
-from edge.store.models import PackageFile, StoredModel
-from edge.store.sources import FileSource, parse_source
+from edge.store.models import ModelStore, PackageFile, StoredModel
+from edge.store.sources import FileSource, parse_source, without_query
 from edge.store.uploads import MAX_UPLOAD_BYTES, receiving
 from runtime.api.access import needs
 from runtime.api.admin import act
@@ -137,17 +138,21 @@ def _running(appliance: Appliance, host: ModelHost) -> Listed:
 async def delete_model(request: HttpRequest, state: State) -> None:
     """Unload a model and remove it from the store."""
     body, _ = parse_body(await request.body(), OllamaShowRequest)
+    appliance = appliance_of(state)
     async with act(request, "model.delete", body.wanted):
-        await appliance_of(state).remove(body.wanted)
+        await appliance.check_allowed(caller_of(request.scope).limits, body.wanted)
+        await appliance.remove(body.wanted)
 
 
 @post("/api/copy", opt=needs("operate"), status_code=200)
 async def copy(request: HttpRequest, state: State) -> None:
     """Give a model a second name; what had it before loses it."""
     body, _ = parse_body(await request.body(), OllamaCopyRequest)
-    appliance = appliance_of(state)
+    appliance, limits = appliance_of(state), caller_of(request.scope).limits
     source, target = ollama_name(body.source), ollama_name(body.destination)
     async with act(request, "model.copy", f"{source} {target}"):
+        await appliance.check_allowed(limits, source)
+        appliance.check_target(limits, target)
         model = await asyncio.to_thread(appliance.store.copy, source, target)
         await appliance.pool.forget(str(model.ref))
 
@@ -167,8 +172,8 @@ async def pull(request: HttpRequest, state: State) -> Response[Progressed] | Eve
     source, name = source_of(body.given)
     if body.insecure:
         warnings.append("insecure has no effect: certificates are always checked")
-    async with act(request, "model.pull", f"{source} {name or ''}".strip()):
-        job = appliance.pull(PullRequest(source=source, name=name))
+    async with act(request, "model.pull", f"{without_query(source)} {name or ''}".strip()):
+        job = appliance.pull(PullRequest(source=source, name=name), caller_of(request.scope))
     lines, headers = _pulling(appliance, job, source, warnings), warning_headers(warnings)
 
     def stop() -> None:
@@ -271,6 +276,7 @@ async def create(request: HttpRequest, state: State) -> Response[Progressed] | R
         await check_template(body.template)
     appliance = appliance_of(state)
     async with act(request, "model.create", f"{body.wanted} {body.base or ''}".strip()):
+        await _check_material(appliance, caller_of(request.scope).limits, body)
         files, known = await asyncio.to_thread(_material, appliance, body)
         model = await asyncio.to_thread(derive, appliance.store, body.wanted, files, known, _changes(body, known))
         await appliance.pool.forget(str(model.ref))
@@ -280,6 +286,15 @@ async def create(request: HttpRequest, state: State) -> Response[Progressed] | R
     used = [Progressed(status=f"using existing layer {f.digest}") for f in model.files]
     lines = b"".join(map(ndjson, [*used, Progressed(status="writing manifest"), last]))
     return Response(lines, media_type=NDJSON, headers=headers)
+
+
+async def _check_material(appliance: Appliance, limits: Limits, body: OllamaCreateRequest) -> None:
+    appliance.check_target(limits, body.wanted)
+    if body.base:
+        await appliance.check_allowed(limits, ollama_name(body.base))
+    for digest in map(Digest.parse, (body.files or {}).values()):
+        if not await appliance.may_use_blob(limits, digest):
+            raise InvalidReference(f"There is no blob {digest}.", hint="Send it first: POST /api/blobs/DIGEST.")
 
 
 def _material(appliance: Appliance, body: OllamaCreateRequest) -> tuple[list[PackageFile], ModelDetails]:
@@ -317,9 +332,9 @@ def _parameter_warnings(content: bytes, parameters: Options | None) -> list[str]
 
 
 @head("/api/blobs/{digest:str}", opt=needs("operate"))
-async def has_blob(state: State, digest: str) -> Response[None]:
-    """Whether the store has these bytes."""
-    has = appliance_of(state).store.blobs.has(Digest.parse(digest))
+async def has_blob(request: HttpRequest, state: State, digest: str) -> Response[None]:
+    """Whether the store has these bytes, and the key may use them."""
+    has = await appliance_of(state).may_use_blob(caller_of(request.scope).limits, Digest.parse(digest))
     return Response(None, status_code=200 if has else 404)
 
 
@@ -329,6 +344,12 @@ async def send_blob(request: HttpRequest, state: State, digest: str) -> Response
     wanted, store = Digest.parse(digest), appliance_of(state).store
     if await asyncio.to_thread(store.blobs.has, wanted):
         return Response(None, status_code=200)
+    async with act(request, "blob.upload", str(wanted)):
+        await _receive(request, store, wanted)
+    return Response(None, status_code=201)
+
+
+async def _receive(request: HttpRequest, store: ModelStore, wanted: Digest) -> None:
     stack = ExitStack()
     upload = await asyncio.to_thread(stack.enter_context, receiving(store, wanted))
     try:
@@ -337,7 +358,6 @@ async def send_blob(request: HttpRequest, state: State, digest: str) -> Response
         await asyncio.to_thread(upload.finish)
     finally:
         await asyncio.to_thread(stack.close)
-    return Response(None, status_code=201)
 
 
 async def _chunks(request: HttpRequest) -> AsyncGenerator[bytes]:

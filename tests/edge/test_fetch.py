@@ -18,6 +18,7 @@ from edge.errors import (
     DigestMismatch,
     DiskFull,
     InvalidModelFile,
+    InvalidReference,
     ModelNotFound,
     SourceUnavailable,
     StoreError,
@@ -233,6 +234,46 @@ def test_what_does_not_fit_is_refused_before_it_is_fetched(tmp_path: Path, serve
     assert server.requests("GET") == []
     with pytest.raises(DiskFull):
         pull(store, str(write_gguf(tmp_path / "large.gguf", num_rows=12_000)))
+
+
+class FillingDisk(FileOps):
+    """Room for 80 MiB of what is fetched, beyond the reserve."""
+
+    root = Path()
+
+    @override
+    def free_bytes(self, path: Path) -> int:
+        return (112 << 20) - kept_bytes(self.root)
+
+
+def test_a_file_that_gives_more_than_its_size_does_not_fill_the_disk(tmp_path: Path) -> None:
+    disk = FillingDisk()
+    disk.root = tmp_path / "store"
+    asked = itertools.count()
+    with pytest.raises(DiskFull):
+        pull(ModelStore(disk.root, files=disk), "/proc/self/pagemap", cancelled=lambda: next(asked) > 200)
+    assert kept_bytes(disk.root) == 0, "nothing goes on from there"
+
+
+def test_a_cancelled_copy_leaves_nothing(store: ModelStore, tmp_path: Path) -> None:
+    path, asked = write_gguf(tmp_path / "large.gguf", num_rows=12_000), itertools.count()
+    with pytest.raises(Cancelled):
+        pull(store, str(path), cancelled=lambda: next(asked) > 3)
+    assert kept_bytes(store.root) == 0
+
+
+def test_a_signature_stands_in_no_error_and_no_manifest(store: ModelStore, server: FileServer) -> None:
+    query = "?X-Amz-Signature=5ecret#5ecret"
+    with pytest.raises(SourceUnavailable, match="404") as caught:
+        pull(store, f"{server.url}/absent.gguf{query}")
+    with pytest.raises(InvalidReference) as refused:
+        pull(store, f"ftp://host/x.gguf{query}")
+    model = pull(store, f"{server.url}{PATH}{query}")
+    (digest,) = (file.digest for file in model.files)
+    again = pull(store, f"{server.url}{PATH}{query}", sha256=str(digest))
+    for text in (str(caught.value), str(refused.value), model.source, again.source):
+        assert text is not None
+        assert "5ecret" not in text
 
 
 def test_a_cancelled_pull_stops_and_can_go_on(store: ModelStore, server: FileServer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -21,8 +22,10 @@ import openai
 import pytest
 
 from edge.access.keys import ROLES, Key, Keys, Limits
+from edge.store.models import ModelStore
 from tests.support import (
     DEFAULT_MODEL,
+    SEED,
     RunningAppliance,
     chat_body,
     edge_env,
@@ -61,6 +64,11 @@ def usage_of(appliance: RunningAppliance, key: Key) -> dict[str, Any]:
         "usage"
     ]
     return next((row for row in rows if row["key"] == key.id), dict[str, Any]())
+
+
+def acts_of(appliance: RunningAppliance, key: Key) -> list[tuple[str, str, str]]:
+    lines = json.loads(run_edge("audit", "show", "--json", home=appliance.home).stdout)["lines"]
+    return [(x["act"], x["target"], x["outcome"]) for x in lines if x["actor"] == f"key {key.id} ({key.id})"]
 
 
 def wait_for_usage(appliance: RunningAppliance, key: Key, requests: int) -> dict[str, Any]:
@@ -269,6 +277,96 @@ def test_a_key_sees_and_asks_its_own_models_only(guarded: RunningAppliance) -> N
         assert "minilm" not in reply.text
 
 
+def test_a_key_acts_on_its_own_models_only(guarded: RunningAppliance) -> None:
+    made, key = make(guarded, scopes=ROLES["admin"], models=("mine:*",))
+    _, all_models = make(guarded, scopes=ROLES["admin"])
+    with client(guarded, all_models) as http:
+        http.post("/api/copy", json={"source": DEFAULT_MODEL, "destination": "mine:a"}).raise_for_status()
+        job = http.post("/edge/v1/models/pull", json={"source": DEFAULT_MODEL}).json()["id"]
+    other = {"model": DEFAULT_MODEL}
+    with client(guarded, key) as http:
+        absent = [
+            http.post("/edge/v1/models/load", json=other),
+            http.post("/edge/v1/models/unload", json=other),
+            http.delete(f"/edge/v1/models/{DEFAULT_MODEL}"),
+            http.request("DELETE", "/api/delete", json=other),
+            http.post("/edge/v1/prefixes", json=other | {"system": "You."}),
+            http.get("/edge/v1/prefixes", params=other),
+            http.delete("/edge/v1/prefixes/x", params=other),
+            http.post("/api/copy", json={"source": DEFAULT_MODEL, "destination": "mine:b"}),
+            http.post("/api/create", json={"model": "mine:b", "from": DEFAULT_MODEL}),
+            http.post("/api/generate", json=other | {"keep_alive": 0}),
+            http.get(f"/edge/v1/jobs/{job}"),
+            http.post(f"/edge/v1/jobs/{job}/cancel"),
+        ]
+        assert {reply.status_code for reply in absent} == {404}, [(r.status_code, r.text) for r in absent]
+        refused = [
+            http.post("/api/copy", json={"source": "mine:a", "destination": "theirs:a"}),
+            http.post("/api/create", json={"model": "theirs:a", "from": "mine:a"}),
+            http.post("/api/pull", json={"model": DEFAULT_MODEL}),
+            http.post("/edge/v1/models/pull", json={"source": DEFAULT_MODEL}),
+            http.post("/edge/v1/models/pull", json={"source": DEFAULT_MODEL, "name": "theirs:a"}),
+            http.post("/edge/v1/models/pull", json={"source": "https://localhost:9/x.gguf"}),
+        ]
+        assert {reply.status_code for reply in refused} == {403}, [(r.status_code, r.text) for r in refused]
+        for what in (http.get("/edge/v1/models").json(), http.get("/edge/v1/status").json()):
+            assert [m["ref"] for m in what["models"]] == ["mine:a"]
+        assert http.get("/edge/v1/status").json()["jobs"] == http.get("/edge/v1/jobs").json()["jobs"] == []
+        with http.stream("GET", "/edge/v1/events") as events:
+            lines = (line for line in events.iter_lines() if line.startswith("data: "))
+            assert DEFAULT_MODEL not in next(lines) + next(lines)
+        assert http.post("/edge/v1/models/load", json={"model": "mine:a"}).status_code == 200
+        assert http.post("/api/copy", json={"source": "mine:a", "destination": "mine:b"}).status_code == 200
+        assert http.post("/api/generate", json={"model": "mine:a", "keep_alive": 0}).status_code == 200
+        for name in ("mine:a", "mine:b"):
+            assert http.delete(f"/edge/v1/models/{name}").status_code == 204
+    assert ("model.unload", "mine:a", "ok") in acts_of(guarded, made)
+
+
+def test_bytes_of_others_models_are_not_there(guarded: RunningAppliance) -> None:
+    _, key = make(guarded, scopes=ROLES["operator"], models=("mine:*",))
+    weights = ModelStore(guarded.home / "store", seed=SEED).get(DEFAULT_MODEL).files[0]
+    with client(guarded, key) as http:
+        assert http.head(f"/api/blobs/{weights.digest}").status_code == 404
+        body = {"model": "mine:c", "files": {"c.gguf": str(weights.digest)}}
+        assert http.post("/api/create", json=body).status_code == 400
+
+
+def test_a_sent_blob_is_in_the_audit_log(guarded: RunningAppliance) -> None:
+    made, key = make(guarded, scopes=ROLES["operator"])
+    data = b"no model, but bytes"
+    digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+    with client(guarded, key) as http:
+        assert http.post(f"/api/blobs/{digest}", content=b"others").status_code == 422
+        assert http.post(f"/api/blobs/{digest}", content=data).status_code == 201
+    assert acts_of(guarded, made) == [("blob.upload", digest, "digest_mismatch"), ("blob.upload", digest, "ok")]
+
+
+def test_files_of_the_device_are_pulled_by_its_own_programs(guarded: RunningAppliance, tmp_path: Path) -> None:
+    made, key = make(guarded, scopes=ROLES["admin"])
+    file = tmp_path / "file.gguf"
+    file.write_bytes(b"GGUF")
+    with client(guarded, key) as http:
+        for source in (str(file), f"file://{file}", "/proc/self/pagemap", str(tmp_path), "absent"):
+            reply = http.post("/edge/v1/models/pull", json={"source": source})
+            assert (reply.status_code, reply.json()["code"]) == (403, "forbidden"), source
+        signed = "http://127.0.0.1:9/x.gguf?X-Amz-Signature=5ecret"
+        job = http.post("/edge/v1/models/pull", json={"source": signed}).json()
+        assert job["subject"] == signed.partition("?")[0]
+        http.post("/edge/v1/models/pull", json={"source": signed}).raise_for_status()
+        wait_until(lambda: not _unfinished(http), what="the pulls to end")
+        assert "5ecret" not in http.get("/edge/v1/jobs").text + http.get("/edge/v1/logs").text
+    assert "5ecret" not in str(acts_of(guarded, made))
+    transport = httpx.HTTPTransport(uds=str(guarded.socket))
+    with httpx.Client(transport=transport, base_url="http://localhost", timeout=30) as http:
+        for headers in ({}, {"authorization": f"Bearer {key}"}):
+            assert http.post("/edge/v1/models/pull", json={"source": str(file)}, headers=headers).status_code == 202
+
+
+def _unfinished(http: httpx.Client) -> list[str]:
+    return [job["id"] for job in http.get("/edge/v1/jobs").json()["jobs"] if job["state"] in ("queued", "running")]
+
+
 def test_limits_are_held_and_told(guarded: RunningAppliance) -> None:
     _, key = make(guarded, rpm=2, tokens_per_day=100_000)
     with client(guarded, key) as http:
@@ -407,9 +505,7 @@ def test_acts_are_in_the_audit_log_and_keys_in_no_file(guarded: RunningAppliance
         assert http.delete("/edge/v1/models/absent:x").status_code == 404
         assert http.post("/edge/v1/models/load", json={"model": "a\nb\x1b[2J"}).status_code == 400
         metrics = http.get("/metrics").text
-    lines = json.loads(run_edge("audit", "show", "--json", home=guarded.home).stdout)["lines"]
-    acts = [(x["act"], x["target"], x["outcome"]) for x in lines if x["actor"] == f"key {made.id} ({made.id})"]
-    assert acts == [
+    assert acts_of(guarded, made) == [
         ("model.unload", DEFAULT_MODEL, "ok"),
         ("model.delete", "absent:x", "model_not_found"),
         ("model.load", "a�b�[2J", "invalid_reference"),
