@@ -472,6 +472,7 @@ class Engine:
         self._pinning = []
         self._backend.clear()
         self._scheduler.cache.forget()
+        self._flush()  # before it may end the engine: who failed is told, and not suspected
         self._guard.failed(error)
 
     def _book(self, batch: Batch, logits: NDArray[np.float32]) -> list[int]:
@@ -508,7 +509,7 @@ class Engine:
                 text += more
                 if reason is not None or guesses[num_drawn - 1 : num_drawn] != [token]:
                     break
-        except ConstraintFailed as e:
+        except (ConstraintFailed, BackendError) as e:  # of this answer alone: no form, or no score that can be used
             failure = e
         gained = sum(at not in sequence.forced for at in range(first + 1, len(sequence.tokens)))
         self._scheduler.update(chunk, num_rejected=len(rows) - num_drawn)

@@ -297,6 +297,7 @@ class Scheduler:
         self._release(sequence)
         self.cache.empty(slot)
         sequence.num_computed = 0
+        sequence.checkpoints.clear()  # they are set anew when it is placed
         sequence.num_preemptions += 1
         sequence.status = Status.WAITING
         self._preemptions += 1

@@ -84,7 +84,7 @@ class Sequence:
     def before_checkpoint(self, length: int) -> int:
         """How many of the next `length` tokens a step may compute: a checkpoint ends it."""
         ahead = (c - self.num_computed for c in self.checkpoints if c > self.num_computed)
-        return min(length, *ahead) if self.checkpoints else length
+        return min([length, *ahead])
 
     def shared_with(self, other: Sequence) -> int:
         """Tokens that both begin with, of which the other has one more to compute."""

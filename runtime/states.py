@@ -317,6 +317,10 @@ class SavedStates:
             return None
         known, length = self._disk.find(tokens, (scope,), limit=len(tokens), may_cut=_never)
         known = known if length == len(tokens) else None
+        if known is not None and known.in_memory:
+            known.uses = max(known.uses, uses)
+            self._appraise(known)
+            return None
         for beginning in self._outgrown(tokens, scope) if self.limits.may_cut(len(tokens)) else ():
             self._forget(beginning)
         if not self._make_memory(size):
@@ -481,10 +485,13 @@ class SavedStates:
             self._disk_ops.append(LoadState(state))
 
     def loaded(self, state: SavedState, *, is_good: bool) -> bool:
-        """Book what came of a read: whether the backend is to hold its bytes. A file that proves bad is forgotten."""
+        """Book what came of a read: whether the backend is to hold its bytes. A file that proves bad is forgotten, and
+        written anew where memory has got the state meanwhile."""
         state.is_loading = False
         if not is_good:
             self.remove(state)
+            if state.pin or state.uses >= HOT_USES:
+                self.persist(state)
             return False
         if state.in_memory or not state.on_disk or not self._make_memory(state.size_bytes):
             return False

@@ -335,7 +335,7 @@ class Worker:
                 time.monotonic() - started, load.draft if drafter is not None else "", problem,
             )
         )  # fmt: skip
-        limit_memory(self._budget_bytes)
+        limit_memory(self._budget_bytes, promised_bytes=self._promised_bytes())
         self._start_threads()
         self._engine.run()
         if files is not None:
@@ -565,10 +565,15 @@ def limit_process() -> None:
         log.warning("the kernel was not told to end this process first: %s", e)
 
 
-def limit_memory(budget_bytes: int) -> None:
-    """Bound what the process may take from now on (RLIMIT_DATA: not the weights, which are mapped from their file)."""
+def limit_memory(budget_bytes: int, *, promised_bytes: int = 0) -> None:
+    """Bound what the process may take from now on (RLIMIT_DATA: not the weights, which are mapped from their file).
+
+    Args:
+        promised_bytes: Of what it has already, what is not resident yet, so that it looks free.
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    most = data_bytes() + budget_bytes + min(MAX_GROWTH_BYTES, max(MIN_GROWTH_BYTES, available_bytes() // 2))
+    room_bytes = (available_bytes() - promised_bytes) // 2
+    most = data_bytes() + budget_bytes + min(MAX_GROWTH_BYTES, max(MIN_GROWTH_BYTES, room_bytes))
     if hard == resource.RLIM_INFINITY or most < hard:
         resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 

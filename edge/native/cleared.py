@@ -26,6 +26,8 @@ _HEADER_AT = 48
 are these bytes, and the size with flags (malloc/malloc.c, `mmapped chunk`)."""
 _IS_MMAPPED = 2
 _MAX_ABOVE = 16 << 20
+_LEAST = 2 << 20
+"""Less is not worth the search, and may lie among other data."""
 _DATA_AT = _HEADER_AT + 16
 _LOWEST_BIT = bytes(i & 1 for i in range(256))
 
@@ -90,6 +92,8 @@ def give_back(size: int, before: list[Mapping]) -> Cleared | None:
         size: Its bytes.
         before: The mappings before it was made. No other thread may have run since.
     """
+    if size < _LEAST:
+        return None
     new = added(before, own_mappings())
     for mapping in new:  # those beside it too: what is used of them is little, and huge pages would take all
         _libc().madvise(mapping.start, mapping.end - mapping.start, _MADV_NOHUGEPAGE)

@@ -17,7 +17,7 @@ T = TypeVar("T")
 Temperature = Annotated[float, msgspec.Meta(ge=0, le=2)]
 Probability = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
-RepeatPenalty = Annotated[float, msgspec.Meta(gt=0, le=100)]
+RepeatPenalty = Annotated[float, msgspec.Meta(ge=0.01, le=100)]
 LastN = Annotated[int, msgspec.Meta(ge=-1, le=(1 << 31) - 1)]
 DryMultiplier = Annotated[float, msgspec.Meta(ge=0, le=100)]
 DryBase = Annotated[float, msgspec.Meta(ge=1, le=100)]

@@ -301,7 +301,7 @@ class LlamaBackend:
     def __init__(
         self, path: Path, options: LlamaOptions, *, on_progress: Callable[[float], None] | None = None
     ) -> None:
-        self._lib = lib = bindings()
+        self._lib = bindings()
         self._context: Any = None
         self._model: Any = None
         self._vision: LlamaVision | None = None
@@ -313,6 +313,15 @@ class LlamaBackend:
         self._may_settle = size * 2 <= options.available_bytes  # else they stay the kernel's to give back
         self._kept_free_bytes = options.state_bytes + options.adapter_bytes + PROCESS_BYTES
         self._model = load_model(path, on_progress)
+        try:
+            self._set_up(options, size)
+        except BaseException:
+            self.close()
+            raise
+
+    def _set_up(self, options: LlamaOptions, size: int) -> None:
+        """Make what the model is computed with; `size` is the bytes of its files."""
+        lib = self._lib
         self.tokenizer = LlamaTokenizer(lib.llama_model_get_vocab(self._model))
         self._vocab_size = self.tokenizer.vocab_size
         size += self._open_projector(options)
@@ -334,7 +343,8 @@ class LlamaBackend:
         self._memory = lib.llama_get_memory(self._context)
         if not self._memory:
             raise UnsupportedFormat(
-                f"{path.name} is an encoder, and its package does not say so.", hint="Pull it again with this version."
+                f"{self._path.name} is an encoder, and its package does not say so.",
+                hint="Pull it again with this version.",
             )
         self._batch = _NativeBatch(lib, options.step_tokens, shadow=self._shadow)
         self._on_gpu: bool = lib.llama_supports_gpu_offload()

@@ -75,3 +75,12 @@ def _joined(pages: set[int]) -> list[Mapping]:
 def test_what_is_new_is_all_that_was_not_there(before: set[int], after: set[int]) -> None:
     new = added(_joined(before), _joined(after))
     assert [p for m in new for p in range(m.start, m.end)] == sorted(after - before)
+
+
+def test_less_than_a_page_is_left_where_it_is() -> None:
+    before = own_mappings()
+    address = _allocate(2048)
+    try:
+        assert give_back(2048, before) is None
+    finally:
+        _libc.free(address)

@@ -10,7 +10,17 @@ from runtime.prefix_cache import PrefixCache
 from runtime.radix import RadixTree, common_prefix
 from runtime.request import Request, RequestId
 from runtime.sequence import Sequence
-from runtime.states import DiskOp, LoadState, RemoveState, SavedState, SavedStates, Scope, StateLimits, StoreState
+from runtime.states import (
+    HOT_USES,
+    DiskOp,
+    LoadState,
+    RemoveState,
+    SavedState,
+    SavedStates,
+    Scope,
+    StateLimits,
+    StoreState,
+)
 
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=12)
 
@@ -298,3 +308,15 @@ def test_where_the_budget_shrank_the_longest_unused_files_go() -> None:
     assert states.adopt([2] * 120, OWN, uses=1, pin="") is None, (
         "it is worth less for each byte than what it would push out"
     )
+
+
+def test_a_state_that_memory_and_the_disk_hold_is_not_booked_twice() -> None:
+    states = SavedStates(StateLimits(100_000, 100_000))
+    first = states.add(list(range(80)), Scope(), uses=HOT_USES)
+    assert first is not None
+    for op in states.take_disk_ops():
+        assert isinstance(op, StoreState)
+        states.written(op.state, is_good=True)
+    used_bytes = states.memory_bytes
+    assert states.add(list(range(80)), Scope(), uses=HOT_USES) is None
+    assert states.memory_bytes == used_bytes

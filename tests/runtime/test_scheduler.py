@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from typing_extensions import override
 
 from edge.errors import BackendError, ContextOverflow, QueueFull
@@ -16,7 +18,7 @@ from runtime.engine import Delta, Engine
 from runtime.loop import Observer
 from runtime.prefix_cache import MIN_SHARED_TOKENS
 from runtime.radix import common_prefix
-from runtime.request import FinishReason, Request, RequestId, SamplingParams
+from runtime.request import FinishReason, Request, RequestId, SamplingParams, TokenId
 from runtime.scheduler import Limits, Scheduler
 from runtime.sequence import Sequence
 from runtime.speculate import AdaptiveSpeculator, SpeculationStats, Speculator
@@ -452,3 +454,30 @@ def test_a_seed_decides_whatever_else_is_computed() -> None:
 
 def test_nothing_to_do_is_no_batch() -> None:
     assert Scheduler(Limits(2, 100, 16)).schedule() is None
+
+
+class PartlyBrokenBackend(ScriptedBackend):
+    """Gives no number after texts that begin with 6."""
+
+    @override
+    def scores(self, cells: list[TokenId]) -> NDArray[np.float32]:
+        return np.full(97, np.nan if cells[0] == 6 else 1.0, np.float32)
+
+
+def test_an_answer_without_usable_scores_ends_alone() -> None:
+    sink = CollectingSink()
+    engine = Engine(PartlyBrokenBackend(Capabilities(4, 256, 256, 64)), sink, max_queue=10)
+    engine.submit(Request(RequestId(1), (5, 6), 8, SamplingParams(temperature=0), ignore_eos=True))
+    engine.submit(Request(RequestId(2), (6, 5), 8, SamplingParams(temperature=1)))
+    while engine.advance():
+        pass
+    assert {*sink.failures} == {RequestId(2)}
+    assert sink.last[RequestId(1)].finish_reason is FinishReason.LENGTH
+
+
+def test_a_sequence_beyond_its_checkpoints_goes_on() -> None:
+    sequence = Sequence(Request(RequestId(1), tuple(range(9)), 1), 1)
+    sequence.checkpoints |= {3, 6}
+    assert sequence.before_checkpoint(9) == 3
+    sequence.num_computed = 6
+    assert sequence.before_checkpoint(3) == 3
