@@ -184,24 +184,28 @@ class Grammars:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._native: LLTokenizer | None = None
-        self._compiled: OrderedDict[Constraint, Grammar] = OrderedDict()
+        self._compiled: OrderedDict[tuple[str, Constraint], Grammar] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._compiled)
 
-    def compile(self, constraint: Constraint) -> Grammar:
+    def compile(self, constraint: Constraint, tenant: str = "") -> Grammar:
         """The grammar of a constraint.
+
+        Args:
+            tenant: Whose request it is. How long this takes tells whether somebody had the same; only one's own do.
 
         Raises:
             InvalidRequest: It does not parse, asks for what the decoder cannot hold, allows no answer, or is too large.
             UnsupportedFormat: The model's vocabulary does not allow for any.
         """
-        if (found := self._compiled.get(constraint)) is None:
+        key = tenant, constraint
+        if (found := self._compiled.get(key)) is None:
             found = self._compile(constraint)
-            self._compiled[constraint] = found
+            self._compiled[key] = found
             while len(self._compiled) > MAX_GRAMMARS:
                 self._compiled.popitem(last=False)
-        self._compiled.move_to_end(constraint)
+        self._compiled.move_to_end(key)
         return found
 
     def _compile(self, constraint: Constraint) -> Grammar:

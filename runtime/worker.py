@@ -204,7 +204,7 @@ class PromptMaker:
             raise ContextOverflow(
                 limit_tokens=self._context_tokens, prompt_tokens=len(tokens), completion_tokens=max_tokens
             )
-        grammar = self._grammars.compile(message.constraint) if message.constraint else None
+        grammar = self._grammars.compile(message.constraint, message.tenant) if message.constraint else None
         return Request(
             RequestId(message.id), tuple(tokens), max_tokens, message.params, tuple(message.stop), message.ignore_eos,
             message.return_tokens, self._breakers(message.params), tenant=message.tenant, cache_key=message.cache_key,

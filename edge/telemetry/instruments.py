@@ -9,6 +9,8 @@ from . import semconv
 from .metrics import Labels, Registry, labels_of
 from .span import RequestRecord
 
+UNKNOWN_MODEL = "unknown"
+
 
 @dataclass(frozen=True, slots=True)
 class RequestTotals:
@@ -90,8 +92,9 @@ def _labels(record: RequestRecord) -> Labels:
     attributes = {
         semconv.OPERATION_NAME: record.operation,
         semconv.PROVIDER_NAME: semconv.PROVIDER,
-        semconv.REQUEST_MODEL: record.request_model,
-        semconv.RESPONSE_MODEL: record.response_model,
+        # What a client types belongs into spans: anyone could make labels of it without end.
+        semconv.REQUEST_MODEL: record.known_model or UNKNOWN_MODEL,
+        semconv.RESPONSE_MODEL: record.response_model if record.known_model else UNKNOWN_MODEL,
     }
     if record.error_type:
         attributes[semconv.ERROR_TYPE] = record.error_type

@@ -33,6 +33,7 @@ class RequestRecord:
         error_type: Stable code of the error that ended it; None if it ended well.
         trace_parent: The caller's W3C ``traceparent`` header; an invalid one is as none.
         key_id: Name of the API key that asked, never the key.
+        known_model: The model's whole name; empty where none was found.
     """
 
     operation: Operation
@@ -56,6 +57,7 @@ class RequestRecord:
     seed: int | None = None
     trace_parent: str | None = None
     key_id: str | None = None
+    known_model: str = ""
 
     @property
     def is_failure(self) -> bool:

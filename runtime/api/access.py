@@ -125,6 +125,8 @@ class Meter:
     status: int | None = None
     day: TokenDay | None = None
     _held: int = 0
+    _num_bytes: int = 0
+    _seen_bytes: int = 0
 
     def hold(self, tokens: int) -> None:
         """Set aside what it may take of its key's day, until it ends.
@@ -139,6 +141,27 @@ class Meter:
                 f"{self.day.limit:,} tokens a day, if what is under way takes all it may", retry_after_s=5
             )
         self._held += tokens
+
+    def announce(self, num_bytes: int) -> None:
+        """Hold for a body of so many bytes.
+
+        Raises:
+            RateLimited: As `hold`.
+        """
+        self._num_bytes = num_bytes
+        self.hold(num_bytes // BYTES_PER_TOKEN)
+
+    def arrive(self, num_bytes: int) -> None:
+        """Hold for bytes that came, as far as they were not announced: a body that comes in chunks is not.
+
+        Raises:
+            RateLimited: As `hold`.
+        """
+        self._seen_bytes += num_bytes
+        if self._seen_bytes > self._num_bytes:
+            held = self._num_bytes // BYTES_PER_TOKEN
+            self._num_bytes = self._seen_bytes
+            self.hold(self._seen_bytes // BYTES_PER_TOKEN - held)
 
     def release(self) -> None:
         """Give that back."""
@@ -248,7 +271,7 @@ class Access:
             if day.left(now_s) == 0:
                 raise RateLimited(f"{day.limit:,} tokens a day", retry_after_s=day.reset_s(now_s))
             meter.day = day
-            meter.hold(num_bytes // BYTES_PER_TOKEN)
+            meter.announce(num_bytes)
         if window is not None and (wait_s := window.take(now_s)) is not None:
             raise RateLimited(f"{window.limit:,} requests a minute", retry_after_s=wait_s)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+
 from litestar import Litestar, Response, Router, get
 from litestar.datastructures import State
 from litestar.openapi import OpenAPIConfig
@@ -9,7 +12,6 @@ from litestar.plugins import PluginProtocol
 from litestar.plugins.core import MsgspecDIPlugin
 from typing_extensions import override
 
-from edge import __version__
 from runtime.api import admin, embeddings, ollama, ollama_models, openai
 from runtime.api.access import needs
 from runtime.api.appliance import Appliance, appliance_of
@@ -19,7 +21,28 @@ from runtime.api.guard import guard
 from runtime.api.schema import ModelInfo
 
 PARTS = (openai, embeddings, ollama, ollama_models, admin)
+API_VERSION = "1"
+"""Of this API, for who reads its description without a key; the appliance's own is told to those who have one."""
+HEALTH_S = 1.0
 PROMETHEUS_TYPE = "text/plain; version=0.0.4"
+
+
+class Health:
+    """The state of the models, looked at once in `HEALTH_S`: anyone may ask for it, as often as he likes."""
+
+    def __init__(self, appliance: Appliance) -> None:
+        self._appliance = appliance
+        self._infos: list[ModelInfo] = []
+        self._looked_s = float("-inf")
+        self._lock = asyncio.Lock()
+
+    async def infos(self) -> list[ModelInfo]:
+        """Every model of the store and its state."""
+        async with self._lock:
+            if time.monotonic() - self._looked_s > HEALTH_S:
+                self._infos = await self._appliance.model_infos()
+                self._looked_s = time.monotonic()
+            return self._infos
 
 
 @get("/livez", opt=needs("nothing"), sync_to_thread=False)
@@ -31,25 +54,29 @@ def livez() -> dict[str, str]:
 @get("/readyz", opt=needs("nothing"))
 async def readyz(state: State) -> Response[dict[str, str]]:
     """Whether requests can be served: a model is there that did not fail to load."""
-    infos = _that_count(await appliance_of(state).model_infos())
+    infos = _that_count(await _health_of(state).infos())
     if not infos:
         return Response({"status": "no models"}, status_code=503)
     if all(i.state == "failed" for i in infos):
-        return Response({"status": "no model can be loaded", "error": infos[0].error or ""}, status_code=503)
+        return Response({"status": "no model can be loaded"}, status_code=503)
     return Response({"status": "ok"}, status_code=200)
 
 
 @get("/health", opt=needs("nothing"))
 async def health(state: State) -> Response[dict[str, str]]:
     """As `/readyz`, under llama-server's name."""
-    appliance = appliance_of(state)
-    loading = [h.ref for h in appliance.pool.hosts() if h.state == "loading"]
-    infos = _that_count(await appliance.model_infos())
+    known = await _health_of(state).infos()
+    infos = _that_count(known)
     if not infos or all(i.state == "failed" for i in infos):
         return Response({"status": "error"}, status_code=503)
-    if loading and not any(i.state == "ready" for i in infos):
+    if any(i.state == "loading" for i in known) and not any(i.state == "ready" for i in infos):
         return Response({"status": "loading model"}, status_code=503)
     return Response({"status": "ok"}, status_code=200)
+
+
+def _health_of(state: State) -> Health:
+    health: Health = state.health
+    return health
 
 
 def _that_count(infos: list[ModelInfo]) -> list[ModelInfo]:
@@ -77,13 +104,13 @@ def create_app(appliance: Appliance) -> Litestar:
     """The ASGI application of an appliance, which it starts and closes."""
     return _MsgspecApp(
         [livez, readyz, health, metrics, *(handler for part in PARTS for handler in part.HANDLERS)],
-        state=State({"appliance": appliance}),
+        state=State({"appliance": appliance, "health": Health(appliance)}),
         middleware=[guard(appliance.settings, appliance.access)],
         exception_handlers={Exception: to_response},
         request_max_body_size=appliance.settings.max_body_bytes,
         openapi_config=OpenAPIConfig(
             title="slm-edge",
-            version=__version__,
+            version=API_VERSION,
             openapi_router=Router("/docs", route_handlers=[], opt=needs("nothing")),
             render_plugins=PLUGINS,
             use_handler_docstrings=True,

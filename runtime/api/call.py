@@ -224,6 +224,7 @@ class Call:
                 operation=self.operation,
                 request_model=self.body.model,
                 response_model=self.model,
+                known_model=self.known_model,
                 started_unix_ns=self._started_ns,
                 duration_s=ended - self._started,
                 queue_s=p.queue_s if p else 0.0,

@@ -12,7 +12,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from litestar import Request
-from litestar.types import ASGIApp, HTTPScope, Message, Receive, Scope, Send
+from litestar.types import (
+    ASGIApp,
+    HTTPReceiveMessage,
+    HTTPScope,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    WebSocketReceiveMessage,
+)
 
 from edge.config import Settings, listed
 from edge.errors import EdgeError, Forbidden
@@ -112,6 +121,12 @@ class _Gate:
                 message["headers"] = [*message["headers"], *raw]
             await send(message)
 
+        async def counted() -> HTTPReceiveMessage | WebSocketReceiveMessage:
+            message = await receive()
+            if message["type"] == "http.request" and meter is not None:
+                meter.arrive(len(message["body"]))
+            return message
+
         try:
             headers |= self._check_page(scope)
             if scope["method"] == "OPTIONS":
@@ -124,7 +139,7 @@ class _Gate:
                 if is_metered:
                     self._access.admit(meter, num_bytes=_body_bytes(scope))
                 headers |= self._access.limit_headers(caller)
-            await app(scope, receive, with_headers)
+            await app(scope, counted, with_headers)
         except EdgeError as e:  # the page that asks is told why, so the answer goes through the same door
             request: Request[Any, Any, Any] = Request(scope, receive, send)
             response = to_response(request, e).to_asgi_response(None, request)  # pyright: ignore[reportUnknownMemberType]  # litestar leaves an encoder's type open

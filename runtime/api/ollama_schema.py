@@ -31,6 +31,7 @@ from runtime.api.openai_schema import (
     TokenCount,
     TopLogprobs,
 )
+from runtime.api.parsing import MAX_WARNINGS
 from runtime.api.structured import Schema, Structure
 from runtime.request import Constraint
 
@@ -180,12 +181,14 @@ def option_warnings(body: bytes, field: str = "options", *, known: frozenset[str
         options = msgspec.json.decode(found, type=dict[str, msgspec.Raw])
     warnings: list[str] = []
     for name, raw in options.items():
+        if len(warnings) == MAX_WARNINGS:
+            break
         value: object = None if name in known else msgspec.json.decode(raw)
         if value is not None and value not in WITHOUT_EFFECT.get(name, ()):
             is_ours = name in WITHOUT_EFFECT or name in _OPTIONS
             why = "has no effect here" if is_ours else "is unknown and was ignored"
             warnings.append(f"{field}.{name[:64]} {why}")
-    return warnings[:20]
+    return warnings
 
 
 # ---------------------------------------------------------------- requests

@@ -31,6 +31,7 @@ def request_record(**changes: Any) -> RequestRecord:
         "operation": "chat",
         "request_model": "smollm2",
         "response_model": "smollm2:135m-instruct",
+        "known_model": "smollm2:135m-instruct",
         "started_unix_ns": time.time_ns(),
         "duration_s": 2.0,
         "queue_s": 0.25,

@@ -93,7 +93,7 @@ def test_a_request_is_counted_under_opentelemetry_names() -> None:
     labels = {
         ("gen_ai_operation_name", "chat"),
         ("gen_ai_provider_name", "slm-edge"),
-        ("gen_ai_request_model", "smollm2"),
+        ("gen_ai_request_model", "smollm2:135m-instruct"),
         ("gen_ai_response_model", "smollm2:135m-instruct"),
     }
     assert types["gen_ai_server_request_duration_seconds"] == "histogram"
@@ -126,7 +126,7 @@ def test_both_renderings_say_the_same() -> None:
     instruments = RequestInstruments(registry)
     registry.gauge("edge.models.loaded", unit="{model}", text="Models.").watch(lambda: 2)
     for number in range(50):
-        instruments.observe(request_record(duration_s=number / 3, request_model=f"m{number % 4}"))
+        instruments.observe(request_record(duration_s=number / 3, known_model=f"m{number % 4}"))
     metrics = registry.collect()
     _, samples = parse_prometheus(render_prometheus(metrics))
     body = otlp.encode_metrics(otlp.Resource("d", "h", "v"), metrics, start_unix_ns=5, now_unix_ns=9)
@@ -161,12 +161,23 @@ def test_names_from_clients_cannot_fill_the_memory() -> None:
     registry = Registry()
     instruments = RequestInstruments(registry)
     for number in range(3 * MAX_SERIES):
-        instruments.observe(request_record(request_model=f"made-up-{number}" + "x" * 10_000))
+        instruments.observe(request_record(known_model=f"made-up-{number}" + "x" * 10_000))
     for metric in registry.collect():
         assert len(metric.points) <= MAX_SERIES + 1
         assert all(len(value) <= 256 for point in metric.points for _, value in point.labels)
         assert any(point.labels == OVERFLOW for point in metric.points)
     assert instruments.totals().requests == 3 * MAX_SERIES
+
+
+def test_what_a_client_types_is_no_label() -> None:
+    registry = Registry()
+    instruments = RequestInstruments(registry)
+    for number in range(10):
+        typed = {"request_model": f"typed-{number}", "response_model": f"typed-{number}"}
+        instruments.observe(request_record(**typed, known_model="", error_type="model_not_found"))
+    text = render_prometheus(registry.collect())
+    assert "typed" not in text
+    assert 'gen_ai_request_model="unknown",gen_ai_response_model="unknown"' in text
 
 
 def test_counts_are_exact_under_many_threads() -> None:

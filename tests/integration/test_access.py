@@ -21,6 +21,7 @@ import httpx
 import openai
 import pytest
 
+from edge import __version__
 from edge.access.keys import ROLES, Key, Keys, Limits
 from edge.store.models import ModelStore
 from tests.support import (
@@ -81,8 +82,10 @@ def wait_for_usage(appliance: RunningAppliance, key: Key, requests: int) -> dict
 
 def test_without_a_key_only_the_health_is_told(guarded: RunningAppliance) -> None:
     with guarded.client() as http:
-        for path in ("/livez", "/readyz", "/health", "/docs", "/docs/openapi.json"):
-            assert http.get(path).status_code == 200, path
+        for path in ("/livez", "/readyz", "/health", "/", "/docs", "/docs/openapi.json"):
+            reply = http.get(path)
+            assert reply.status_code == 200, path
+            assert __version__ not in reply.text + str(reply.headers), path
         for path in ("/v1/models", "/metrics", "/edge/v1/status", "/edge/v1/logs", "/edge/v1/events"):
             reply = http.get(path)
             assert reply.status_code == 401, path
@@ -388,6 +391,19 @@ def test_limits_are_held_and_told(guarded: RunningAppliance) -> None:
         assert refused.headers["x-ratelimit-remaining-tokens"] == "0"
         assert refused.headers["x-should-retry"] == "false"
         assert int(refused.headers["retry-after"]) > 80_000
+
+
+def test_chunks_count_against_the_day_as_they_come(guarded: RunningAppliance) -> None:
+    _, key = make(guarded, tokens_per_day=1000)
+    story = json.dumps(chat_body("Tell a story.", max_tokens=500, stream=True, ignore_eos=True)).encode()
+    body = json.dumps(chat_body("word " * 600, max_tokens=1)).encode()
+    with client(guarded, key) as http, http.stream("POST", "/v1/chat/completions", content=story) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        with client(guarded, key) as beside:
+            for content in (body, iter([body[:1000], body[1000:]])):
+                refused = beside.post("/v1/chat/completions", content=content)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
 
 
 # ---------------------------------------------------------------- what a key is charged

@@ -51,7 +51,10 @@ def test_a_model_that_cannot_be_served_fails_at_once_and_leaves_no_process(home:
         http.delete(f"/edge/v1/models/{DEFAULT_MODEL}").raise_for_status()
         infos = http.get("/edge/v1/models").json()["models"]
         assert "embeddings" in [i["kind"] for i in infos]
-        assert (http.get("/readyz").status_code, http.get("/health").status_code) == (503, 503), "none makes text"
+        wait_until(lambda: http.get("/readyz").status_code == 503, what="it to be seen that none makes text")
+        ready, health = http.get("/readyz"), http.get("/health")
+        assert (ready.status_code, health.status_code) == (503, 503)
+        assert (ready.json(), health.json()) == ({"status": "no model can be loaded"}, {"status": "error"})
 
 
 def test_loads_and_unloads_beside_requests_leave_one_worker(home: Path) -> None:

@@ -88,6 +88,24 @@ def test_requests_at_once_cannot_take_more_than_the_day_and_one(tmp_path: Path) 
     meters[2].hold(30)
 
 
+def test_a_body_in_chunks_holds_what_comes() -> None:
+    key = Key(id="k", name="k", limits=Limits(tokens_per_day=100), created_s=0.0, digest=b"")
+    day = TokenDay(100, now_s=0.0)
+    first, second, third = (Meter(Caller(key, "unix"), day=day) for _ in range(3))
+    first.announce(0)
+    for _ in range(200):
+        first.arrive(1)
+    second.announce(200)
+    for _ in range(2):
+        second.arrive(100)  # was announced
+    third.announce(0)
+    with pytest.raises(RateLimited):
+        third.arrive(4)
+    for meter in (first, second, third):
+        meter.release()
+    third.announce(400)
+
+
 def settings_of(tmp_path: Path, **fields: object) -> Settings:
     return load_settings({"EDGE_HOME": str(tmp_path)}, fields)
 

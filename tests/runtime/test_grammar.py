@@ -356,6 +356,7 @@ def test_what_cannot_be_followed_is_refused(kind: Any, text: str, reason: str) -
 def test_compiled_grammars_are_kept_within_bounds() -> None:
     grammars = Grammars(TOKENIZER, VOCAB)
     first = grammars.compile(Constraint("regex", "a0"))
+    assert grammars.compile(Constraint("regex", "a0"), "another key") is not first, "time would tell what others ask"
     for i in range(MAX_GRAMMARS + 5):
         grammars.compile(Constraint("regex", f"a{i}"))
         assert grammars.compile(Constraint("regex", "a0")) is first

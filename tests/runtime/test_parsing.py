@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from edge.errors import InvalidRequest
 from runtime.api.embeddings import EmbeddingRequest
 from runtime.api.openai_schema import ChatRequest
-from runtime.api.parsing import MAX_VALUES, parse_body
+from runtime.api.parsing import MAX_FIELDS, MAX_VALUES, MAX_WARNINGS, parse_body
 
 NUMBERS = [999] * (MAX_VALUES + 2)
 
@@ -27,6 +28,27 @@ def test_so_are_messages() -> None:
     messages = [{"role": "user", "content": "x"}] * MAX_VALUES
     with pytest.raises(InvalidRequest, match="'messages' holds more than"):
         parse_body(json.dumps({"model": "m", "messages": messages}).encode(), ChatRequest)
+
+
+@pytest.mark.parametrize("names", [map(str, range(160_000)), ["model"] * 160_000, map(str, range(MAX_FIELDS + 1))])
+def test_fields_without_number_are_refused(names: Iterable[str]) -> None:
+    body = ",".join(['{"model": "m", "input": "x"', *(f'"{name}": "m"' for name in names)]) + "}"
+    with pytest.raises(InvalidRequest, match="1,000 fields"):
+        parse_body(body.encode(), EmbeddingRequest)
+
+
+def test_warnings_end_where_nobody_reads_on() -> None:
+    body = {"model": "m", "input": "x"} | {f"unknown{i}": 1 for i in range(MAX_FIELDS // 2)}
+    assert len(parse_body(json.dumps(body).encode(), EmbeddingRequest)[1]) == MAX_WARNINGS
+    chat = body | {"messages": [{"role": "user", "content": "x"}], "tools": [1]}
+    with pytest.raises(InvalidRequest, match="'tools' is not supported"):
+        parse_body(json.dumps(chat).encode(), ChatRequest)
+
+
+def test_colons_of_known_fields_are_no_fields() -> None:
+    messages = [{"role": "user", "content": "a: b"}] * 10_000
+    body = {"model": "m", "messages": messages, "metadata": {"note": ":" * 20_000}}
+    assert len(parse_body(json.dumps(body).encode(), ChatRequest)[0].messages) == 10_000
 
 
 @pytest.mark.parametrize("text", [", " * MAX_VALUES, '\\",' * MAX_VALUES, "\\" * 7 + "," * 2 * MAX_VALUES])
