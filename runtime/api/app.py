@@ -28,10 +28,11 @@ PROMETHEUS_TYPE = "text/plain; version=0.0.4"
 
 
 class Health:
-    """The state of the models, looked at once in `HEALTH_S`: anyone may ask for it, as often as he likes."""
+    """The state of the models, looked at once in `every_s` seconds: anyone may ask for it, as often as he likes."""
 
-    def __init__(self, appliance: Appliance) -> None:
+    def __init__(self, appliance: Appliance, *, every_s: float = HEALTH_S) -> None:
         self._appliance = appliance
+        self._every_s = every_s
         self._infos: list[ModelInfo] = []
         self._looked_s = float("-inf")
         self._lock = asyncio.Lock()
@@ -39,7 +40,7 @@ class Health:
     async def infos(self) -> list[ModelInfo]:
         """Every model of the store and its state."""
         async with self._lock:
-            if time.monotonic() - self._looked_s > HEALTH_S:
+            if time.monotonic() - self._looked_s > self._every_s:
                 self._infos = await self._appliance.model_infos()
                 self._looked_s = time.monotonic()
             return self._infos

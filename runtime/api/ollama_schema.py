@@ -31,7 +31,7 @@ from runtime.api.openai_schema import (
     TokenCount,
     TopLogprobs,
 )
-from runtime.api.parsing import MAX_WARNINGS
+from runtime.api.parsing import MAX_WARNINGS, check_num_fields
 from runtime.api.structured import Schema, Structure
 from runtime.request import Constraint
 
@@ -178,6 +178,7 @@ def option_warnings(body: bytes, field: str = "options", *, known: frozenset[str
     found = msgspec.json.decode(body, type=dict[str, msgspec.Raw]).get(field)
     options: dict[str, msgspec.Raw] = {}
     if found is not None and bytes(found) != b"null":
+        check_num_fields(bytes(found), known)
         options = msgspec.json.decode(found, type=dict[str, msgspec.Raw])
     warnings: list[str] = []
     for name, raw in options.items():

@@ -66,7 +66,7 @@ def parse_body(body: bytes, kind: type[T]) -> tuple[T, list[str]]:
     """
     try:
         known = frozenset(f.encode_name for f in msgspec.structs.fields(kind))  # pyright: ignore[reportArgumentType]  # kind is a Struct
-        _check_num_fields(body, known)
+        check_num_fields(body, known.union(_REFUSED, _HARMLESS))
         raw = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         if len(raw) > MAX_FIELDS:
             raise _too_many_fields()
@@ -84,11 +84,18 @@ def parse_body(body: bytes, kind: type[T]) -> tuple[T, list[str]]:
     return parsed, _check_others({k: v for k, v in raw.items() if k not in known})
 
 
-def _check_num_fields(body: bytes, known: frozenset[str]) -> None:
-    """Refuse a body of unknown fields without number before each is made an object."""
+def check_num_fields(body: bytes, known: frozenset[str], *, is_list: bool = False) -> None:
+    """See that an object, or the objects of a list, do not have unknown fields without number, before each is made an
+    object of its own.
+
+    Raises:
+        InvalidRequest: They do.
+    """
     if (num := body.count(b":")) > MAX_COLONS:
-        found = msgspec.json.decode(body, type=_raw_fields(known.union(_REFUSED, _HARMLESS)))
-        if num - sum(bytes(value).count(b":") for value in msgspec.structs.astuple(found)) > MAX_COLONS:
+        kind = _raw_fields(known)
+        found = msgspec.json.decode(body, type=list[kind]) if is_list else [msgspec.json.decode(body, type=kind)]
+        values = (bytes(value) for fields in found for value in msgspec.structs.astuple(fields))
+        if num - sum(1 + value.count(b":") for value in values if value) > MAX_COLONS:
             raise _too_many_fields()
 
 
@@ -110,6 +117,7 @@ def check_items(body: bytes, list_name: str, known: frozenset[str], refused: fro
         InvalidRequest: A field of `refused` asks for something.
     """
     items = msgspec.json.decode(body, type=dict[str, msgspec.Raw])[list_name]
+    check_num_fields(bytes(items), known | refused, is_list=True)
     names: dict[str, None] = {}
     for i, item in enumerate(msgspec.json.decode(items, type=list[dict[str, msgspec.Raw]])):
         for name in item.keys() - known:

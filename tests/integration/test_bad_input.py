@@ -72,7 +72,7 @@ CASES: list[tuple[str, str, Any, int, str | None, str]] = [
     ("n zero", CHAT, chat(n=0), 400, "n", ">= 1"),
     ("n nine", CHAT, chat(n=9), 400, "n", "<= 8"),
     ("best of more", TEXT, {"model": DEFAULT_MODEL, "prompt": "a", "best_of": 3}, 400, "best_of", "n"),
-    ("repeat_penalty zero", CHAT, chat(repeat_penalty=0), 400, "repeat_penalty", "> 0"),
+    ("repeat_penalty zero", CHAT, chat(repeat_penalty=0), 400, "repeat_penalty", ">= 0.01"),
     ("two repetition penalties", CHAT, chat(repeat_penalty=1.1, repetition_penalty=1.2),
      400, "repetition_penalty", "differ"),
     ("repeat_last_n below -1", CHAT, chat(repeat_last_n=-2), 400, "repeat_last_n", ">= -1"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from litestar import Litestar
+from typing_extensions import override
 
 from edge.access.keys import Key, Limits
 from edge.access.quota import TokenDay
@@ -16,8 +18,9 @@ from edge.errors import ConfigError, RateLimited
 from edge.store.models import ModelStore
 from edge.telemetry.service import Telemetry
 from runtime.api.access import Caller, Meter
-from runtime.api.app import create_app
+from runtime.api.app import Health, create_app
 from runtime.api.appliance import Appliance
+from runtime.api.schema import ModelInfo
 from runtime.logs import RecentLines
 from runtime.pool import Pool
 from runtime.server import check_bind
@@ -45,6 +48,23 @@ def test_every_route_says_what_it_needs_and_only_these_need_nothing(tmp_path: Pa
             assert need in (("view",) if method == "GET" else ("operate", "admin")), name
         elif path.startswith("/v1/") and method == "POST":
             assert need in ("chat", "embed"), name
+
+
+async def test_health_is_looked_at_once_however_many_ask(tmp_path: Path) -> None:
+    class Counting(Appliance):
+        num = 0
+
+        @override
+        async def model_infos(self, limits: Limits | None = None) -> list[ModelInfo]:
+            self.num += 1
+            return await super().model_infos(limits)
+
+    settings = Settings(home=tmp_path)
+    store = ModelStore(settings.store_dir)
+    appliance = Counting(settings, store, Pool(settings, store), Telemetry(settings), RecentLines())
+    health = Health(appliance, every_s=1000)
+    await asyncio.gather(*(health.infos() for _ in range(20)))
+    assert appliance.num == 1
 
 
 class Answer:

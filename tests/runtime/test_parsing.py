@@ -10,8 +10,9 @@ import pytest
 
 from edge.errors import InvalidRequest
 from runtime.api.embeddings import EmbeddingRequest
+from runtime.api.ollama_schema import option_warnings
 from runtime.api.openai_schema import ChatRequest
-from runtime.api.parsing import MAX_FIELDS, MAX_VALUES, MAX_WARNINGS, parse_body
+from runtime.api.parsing import MAX_FIELDS, MAX_VALUES, MAX_WARNINGS, check_items, parse_body
 
 NUMBERS = [999] * (MAX_VALUES + 2)
 
@@ -35,6 +36,22 @@ def test_fields_without_number_are_refused(names: Iterable[str]) -> None:
     body = ",".join(['{"model": "m", "input": "x"', *(f'"{name}": "m"' for name in names)]) + "}"
     with pytest.raises(InvalidRequest, match="1,000 fields"):
         parse_body(body.encode(), EmbeddingRequest)
+
+
+@pytest.mark.parametrize("num_messages", [1, 50_000])
+def test_so_are_those_of_messages(num_messages: int) -> None:
+    unknown = {f"unknown{i}": 1 for i in range(100_000 // num_messages)}
+    body = json.dumps({"messages": [{"role": "user", "content": "x"} | unknown] * num_messages}).encode()
+    with pytest.raises(InvalidRequest, match="1,000 fields"):
+        check_items(body, "messages", frozenset({"role", "content"}), frozenset())
+    plain = json.dumps({"messages": [{"role": "user", "content": "x: y"}] * num_messages}).encode()
+    assert check_items(plain, "messages", frozenset({"role", "content"}), frozenset()) == []
+
+
+def test_so_are_options() -> None:
+    body = json.dumps({"options": {f"unknown{i}": None for i in range(100_000)}}).encode()
+    with pytest.raises(InvalidRequest, match="1,000 fields"):
+        option_warnings(body)
 
 
 def test_warnings_end_where_nobody_reads_on() -> None:
