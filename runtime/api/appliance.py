@@ -507,7 +507,7 @@ def _model_info(model: StoredModel, host: ModelHost | None, pins: frozenset[str]
         size_bytes=model.size_bytes,
         state="unloaded",
         kind=model.kind,
-        capabilities=model.capabilities,
+        capabilities=tuple(model.capabilities),
         architecture=model.architecture,
         quantization=model.quantization,
         num_parameters=model.num_parameters,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -25,7 +24,7 @@ class ModelInfo(msgspec.Struct, kw_only=True):
     size_bytes: int
     state: ModelState
     kind: ModelKind = "text"
-    capabilities: Sequence[str] = ()
+    capabilities: tuple[str, ...] = ()
     """As `/v1/models` lists them."""
     error: str | None = None
     """Why the model is `failed`."""

@@ -63,7 +63,7 @@ def test_a_gguf_becomes_an_adapter(base: Path, tmp_path: Path, capsys: pytest.Ca
     [
         ((), "--base MODEL"),
         (("--base", "nobody"), "nobody"),
-        (("--base", "tiny", "--dry-run"), "a directory is converted"),
+        (("--base", "tiny", "--dry-run"), "a directory that is converted"),
     ],
 )
 def test_what_is_missing_is_said(
