@@ -157,7 +157,7 @@ def test_the_last_value_of_each_metric_is_told(gateway: GatewayProcess) -> None:
     duration = found["gen_ai.server.request.duration"]
     assert (duration["count"], duration["sum"], duration["unit"]) == (2, 4.0, "s")
     assert len(duration["counts"]) == len(duration["bounds"]) + 1
-    assert duration["attributes"]["gen_ai.request.model"] == "smollm2"
+    assert duration["attributes"]["gen_ai.request.model"] == "smollm2:135m-instruct"
 
 
 def test_what_was_answered_survives_a_kill(tmp_path: Path) -> None:
