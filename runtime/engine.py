@@ -196,7 +196,7 @@ class Engine:
         self.context_tokens = can.context_tokens
         self._eog_tokens = list(backend.tokenizer.eog_tokens)
         self._costs = StepCosts()
-        self._budget = BudgetTuner(self._costs, interval_s=token_interval_s)
+        self._budget = BudgetTuner(self._costs, interval_s=token_interval_s, ahead_s=self._ahead_s)
         self._scheduler = Scheduler(
             Limits(can.num_slots, can.num_cells, can.max_step_tokens, states=can.states), self._budget.prompt_tokens
         )
@@ -260,7 +260,6 @@ class Engine:
         """Take what has arrived, then plan, compute and deliver one step. False if there was nothing to compute."""
         self._inbox.take_all()
         self._flush()  # who was accepted or refused hears it before the step, which may be long
-        self._budget.ahead_s = self._ahead_s()
         batch = self._scheduler.schedule(self._guess)
         self._inbox.note(len(self._scheduler.running))
         if batch is not None:

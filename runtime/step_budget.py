@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from runtime.batch import TILE_TOKENS
 from runtime.step_cost import StepCosts
 
@@ -31,14 +33,16 @@ class BudgetTuner:
 
     Args:
         interval_s: Longest wanted time between two tokens of a decoding sequence; 0 chooses from the plain step.
+        ahead_s: Of the answer that is least ahead of its reader.
     """
 
-    def __init__(self, costs: StepCosts, *, interval_s: float = 0.0) -> None:
+    def __init__(
+        self, costs: StepCosts, *, interval_s: float = 0.0, ahead_s: Callable[[], float] = lambda: 0.0
+    ) -> None:
         self._costs = costs
         self._interval_s = interval_s
         self.threads = 0
-        self.ahead_s = 0.0
-        """Of the answer that is least ahead of its reader."""
+        self._ahead_s = ahead_s
 
     def prompt_tokens(self, num_decoding: int, room: int) -> int:
         """Prompt tokens, at most `room`, for a step that has `num_decoding` tokens of decoding sequences.
@@ -48,8 +52,7 @@ class BudgetTuner:
         plain = self._costs.predict(num_decoding, threads=self.threads) if num_decoding else None
         if plain is None:
             return room
-        pause = min(max(0.0, self.ahead_s - DEFAULT_INTERVAL_S), MAX_PAUSE_S)
-        target = self._interval_s or max(PLAIN_STEPS * plain, DEFAULT_INTERVAL_S + pause)
+        target = self._interval_s or max(PLAIN_STEPS * plain, self._longest_s())
         low, high = min(MIN_PROMPT_TOKENS, room), room
         while low < high:
             middle = (low + high + 1) // 2
@@ -59,6 +62,10 @@ class BudgetTuner:
             else:
                 high = middle - 1
         return min(room, _whole_tiles(low))
+
+    def _longest_s(self) -> float:
+        """What a step may last without that a reader catches up, and `MAX_PAUSE_S` more than the interval at most."""
+        return min(max(DEFAULT_INTERVAL_S, self._ahead_s()), DEFAULT_INTERVAL_S + MAX_PAUSE_S)
 
 
 def _whole_tiles(num_tokens: int) -> int:

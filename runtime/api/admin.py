@@ -36,10 +36,20 @@ from runtime.api.schema import (
 
 
 @asynccontextmanager
-async def act(request: HttpRequest, what: str, target: str) -> AsyncGenerator[None]:
-    """Note what is done inside, and what came of it, in the audit log, where it is before the answer leaves."""
+async def act(request: HttpRequest, what: str, target: str, *, on: str | None = None) -> AsyncGenerator[None]:
+    """Note what is done inside, and what came of it, in the audit log, where it is before the answer leaves.
+
+    Args:
+        on: The model that it is done to, which the key has to be allowed to use.
+
+    Raises:
+        ModelNotFound: The key may not, or there is none.
+    """
+    appliance, caller = appliance_of(request.app.state), caller_of(request.scope)
     outcome = "ok"
     try:
+        if on is not None:
+            await appliance.check_allowed(caller.limits, on)
         yield
     except EdgeError as e:
         outcome = e.code
@@ -48,7 +58,7 @@ async def act(request: HttpRequest, what: str, target: str) -> AsyncGenerator[No
         outcome = "cancelled" if not isinstance(e, Exception) else "internal_error"
         raise
     finally:
-        await appliance_of(request.app.state).access.note(caller_of(request.scope), what, target, outcome)
+        await appliance.access.note(caller, what, target, outcome)
 
 
 @get("/edge/v1/status", opt=needs("view"))
@@ -68,8 +78,7 @@ async def load_model(request: HttpRequest, state: State) -> ModelInfo:
     """Load a model; answers when it is ready."""
     body, _ = parse_body(await request.body(), ModelRequest)
     appliance = appliance_of(state)
-    async with act(request, "model.load", body.model):
-        await appliance.check_allowed(caller_of(request.scope).limits, body.model)
+    async with act(request, "model.load", body.model, on=body.model):
         await appliance.pool.ready(body.model, timeout_s=600)
     return await appliance.model_info(body.model)
 
@@ -79,8 +88,7 @@ async def unload_model(request: HttpRequest, state: State) -> ModelInfo:
     """Unload a model; requests that it still answers end with an error."""
     body, _ = parse_body(await request.body(), ModelRequest)
     appliance = appliance_of(state)
-    async with act(request, "model.unload", body.model):
-        await appliance.check_allowed(caller_of(request.scope).limits, body.model)
+    async with act(request, "model.unload", body.model, on=body.model):
         host = await appliance.pool.host(body.model)
         await host.unload()
     return await appliance.model_info(body.model)
@@ -90,8 +98,7 @@ async def unload_model(request: HttpRequest, state: State) -> ModelInfo:
 async def delete_model(request: HttpRequest, state: State, ref: str) -> None:
     """Unload a model and remove it from the store."""
     appliance, ref = appliance_of(state), ref.lstrip("/")
-    async with act(request, "model.delete", ref):
-        await appliance.check_allowed(caller_of(request.scope).limits, ref)
+    async with act(request, "model.delete", ref, on=ref):
         await appliance.remove(ref)
 
 
@@ -100,8 +107,7 @@ async def warm(request: HttpRequest, state: State) -> PinnedPrefix:
     """Compute what conversations with a system prompt share, and pin it; loads the model."""
     body, _ = parse_body(await request.body(), WarmRequest)
     appliance = appliance_of(state)
-    async with act(request, "prefix.pin", f"{body.model} {body.name or ''}".strip()):
-        await appliance.check_allowed(caller_of(request.scope).limits, body.model)
+    async with act(request, "prefix.pin", f"{body.model} {body.name or ''}".strip(), on=body.model):
         return await appliance.warm(body)
 
 
@@ -124,8 +130,7 @@ async def delete_prefix(
 ) -> None:
     """Unpin a prefix and forget it; loads the model."""
     appliance = appliance_of(state)
-    async with act(request, "prefix.unpin", f"{model} {name}"):
-        await appliance.check_allowed(caller_of(request.scope).limits, model)
+    async with act(request, "prefix.unpin", f"{model} {name}", on=model):
         await appliance.remove_prefix(model, name)
 
 

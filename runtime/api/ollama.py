@@ -152,10 +152,9 @@ async def _loaded(http: HttpRequest, name: str, operation: Operation) -> ModelHo
 
 
 async def _unload(http: HttpRequest, name: str) -> None:
-    caller, appliance = caller_of(http.scope), appliance_of(http.app.state)
-    caller.check("operate")
-    async with act(http, "model.unload", name):
-        await appliance.check_allowed(caller.limits, name)
+    appliance = appliance_of(http.app.state)
+    caller_of(http.scope).check("operate")
+    async with act(http, "model.unload", name, on=name):
         host = await appliance.pool.host((await appliance.pool.select(name, ())).model)
         if host.is_idle:
             await host.unload()

@@ -139,8 +139,7 @@ async def delete_model(request: HttpRequest, state: State) -> None:
     """Unload a model and remove it from the store."""
     body, _ = parse_body(await request.body(), OllamaShowRequest)
     appliance = appliance_of(state)
-    async with act(request, "model.delete", body.wanted):
-        await appliance.check_allowed(caller_of(request.scope).limits, body.wanted)
+    async with act(request, "model.delete", body.wanted, on=body.wanted):
         await appliance.remove(body.wanted)
 
 
@@ -150,8 +149,7 @@ async def copy(request: HttpRequest, state: State) -> None:
     body, _ = parse_body(await request.body(), OllamaCopyRequest)
     appliance, limits = appliance_of(state), caller_of(request.scope).limits
     source, target = ollama_name(body.source), ollama_name(body.destination)
-    async with act(request, "model.copy", f"{source} {target}"):
-        await appliance.check_allowed(limits, source)
+    async with act(request, "model.copy", f"{source} {target}", on=source):
         appliance.check_target(limits, target)
         model = await asyncio.to_thread(appliance.store.copy, source, target)
         await appliance.pool.forget(str(model.ref))
