@@ -384,11 +384,14 @@ class ModelHost:
     async def unload(self) -> None:
         """End the worker and give its memory back. Requests it still holds end with an error."""
         self._stop.set()
-        self._fail_all(ServerStopping(f"The model '{self.ref}' was unloaded."))
-        if self._supervisor is not None:
+        if self._supervisor is None or self._supervisor.done():
+            self._set_state("unloaded")
+        else:
+            self._fail_unloaded()
             await asyncio.wait([self._supervisor])
+
+    def _fail_unloaded(self) -> None:
         self._fail_all(ServerStopping(f"The model '{self.ref}' was unloaded."))
-        self._set_state("unloaded")
 
     # ------------------------------------------------------------------ the process
 
@@ -400,6 +403,9 @@ class ModelHost:
             self._drop_box()
             if self._waiting_process is not None:
                 self._waiting_process.discard()
+            if stop.is_set():  # here, and not where it was asked for: by then it may be loading again
+                self._fail_unloaded()
+                self._set_state("unloaded")
 
     async def _keep_running(self, stop: asyncio.Event) -> None:
         deaths = load_deaths = 0

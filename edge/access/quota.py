@@ -18,7 +18,7 @@ class RequestWindow:
     def take(self, now_s: float) -> float | None:
         """Count a request; the seconds to wait where there is no room for one, which is then not counted."""
         if self.left(now_s) == 0:
-            return max(0.0, self._times[0] + WINDOW_S - now_s)
+            return min(max(0.0, self._times[0] + WINDOW_S - now_s), WINDOW_S)
         self._times.append(now_s)
         return None
 
