@@ -144,6 +144,8 @@ class ModelHost:
         self.error: EdgeError | None = None
         self.ready: wire.Ready | None = None
         self.heartbeat: wire.Heartbeat | None = None
+        self.promised_bytes = 0
+        """Memory that looks free but is for its cells that nobody used yet."""
         self.num_restarts = 0
         self.ready_since: float | None = None
         self._ready_at: float | None = None
@@ -215,7 +217,7 @@ class ModelHost:
     def memory_bytes(self) -> int:
         """What it takes, or its weights where it has not said so yet."""
         beat = self.heartbeat
-        return beat.memory_bytes + beat.promised_bytes if beat is not None else self.model.size_bytes
+        return beat.memory_bytes + self.promised_bytes if beat is not None else self.model.size_bytes
 
     @property
     def pid(self) -> int | None:
@@ -653,6 +655,7 @@ class ModelHost:
                     asked.set_result(message)
             case wire.Loading():
                 self._last_progress = time.monotonic()
+                self.promised_bytes = message.promised_bytes
             case wire.Ready():
                 now = time.monotonic()
                 self.ready, self.ready_since, self._ready_at = message, now, now
@@ -679,7 +682,7 @@ class ModelHost:
                 generation.fail(error)
 
     def _on_heartbeat(self, beat: wire.Heartbeat) -> None:
-        self.heartbeat = beat
+        self.heartbeat, self.promised_bytes = beat, beat.promised_bytes
         now = self._last_beat = time.monotonic()
         if beat.steps != self._last_steps:
             self._last_steps, self._last_progress = beat.steps, now
@@ -705,6 +708,7 @@ class ModelHost:
             self.keep_alive_s = None
         if state != "ready":
             self.ready = self.heartbeat = self.ready_since = None
+            self.promised_bytes = 0
             self._samples.clear()
         self._changed.set()
         self._changed = asyncio.Event()

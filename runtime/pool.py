@@ -94,7 +94,7 @@ class Pool:
         """Memory that still looks free: weights of models that are being loaded, cells that nobody used yet."""
         loading = [h for h in self._hosts.values() if h.state == "loading" and h.ref != but]
         weights = sum(h.model.size_bytes + h.draft_bytes for h in loading)
-        return weights + sum(beat.promised_bytes for beat in self.heartbeats())
+        return weights + sum(h.promised_bytes for h in self._hosts.values() if h.ref != but)
 
     def _store_version(self) -> tuple[int, int]:
         """Changes with every change of the store: its index is replaced whole."""

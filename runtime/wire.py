@@ -133,6 +133,8 @@ class Loading(Message, frozen=True):
     """Progress of a load, 0 to 1."""
 
     fraction: float
+    promised_bytes: int = 0
+    """As in a `Heartbeat`, once the cells are there."""
 
 
 class Ready(Message, frozen=True):

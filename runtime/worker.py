@@ -318,6 +318,7 @@ class Worker:
             self._connection.send(wire.Step([], [failed(0, e)]))
             sys.exit(1)
         drafter, problem = self._open_drafter(load, backend)
+        self._tell_promised()
         self._engine = Engine(
             backend, SocketSink(self._connection), max_queue=load.max_queue, governor=_governor(load),
             observer=self._box,
@@ -438,7 +439,12 @@ class Worker:
             self._budget_bytes += self._image_bytes + DECODING_BYTES
         backend = LlamaBackend(Path(load.path), options, on_progress=self._reporter())
         self._promised_bytes = backend.promised_bytes
+        self._tell_promised()
         return backend
+
+    def _tell_promised(self) -> None:
+        """Before the first heartbeat does: meanwhile another model may be loaded."""
+        self._connection.send(wire.Loading(1.0, self._promised_bytes()))
 
     def _reporter(self) -> Callable[[float], None]:
         """Tells the front how far a load is, each twentieth."""

@@ -34,10 +34,20 @@ _LOWEST_BIT = bytes(i & 1 for i in range(256))
 
 @dataclass(frozen=True, slots=True)
 class Cleared:
-    """Whole pages that were zeros and belonged to nobody when they were given back."""
+    """Memory that was zeros and belonged to nobody when its whole pages were given back."""
 
-    start: int
-    end: int
+    address: int
+    size: int
+
+    @property
+    def start(self) -> int:
+        """Where its whole pages begin."""
+        return -(-self.address // _PAGE) * _PAGE
+
+    @property
+    def end(self) -> int:
+        """Where they end; not after `start` where there are none."""
+        return (self.address + self.size) // _PAGE * _PAGE
 
     def unused_bytes(self) -> int:
         """What of it is not taken yet (mincore(2))."""
@@ -46,6 +56,15 @@ class Cleared:
         if _libc().mincore(self.start, self.end - self.start, resident):
             return 0
         return (pages - bytes(resident).translate(_LOWEST_BIT).count(1)) * _PAGE
+
+    def give_back(self) -> bool:
+        """Have all of it read as zeros, its pages given back; nobody may use it meanwhile. False where the kernel
+        keeps them, and then nothing is changed."""
+        if self.end <= self.start or _libc().madvise(self.start, self.end - self.start, mmap.MADV_DONTNEED):
+            return False
+        ctypes.memset(self.address, 0, self.start - self.address)
+        ctypes.memset(self.end, 0, self.address + self.size - self.end)
+        return True
 
 
 @cache
@@ -101,10 +120,8 @@ def give_back(size: int, before: list[Mapping]) -> Cleared | None:
     if found is None:
         log.info("the cells are not where they were looked for: all of their memory stays taken")
         return None
-    start, end = -(-found // _PAGE) * _PAGE, (found + size) // _PAGE * _PAGE
-    if end <= start or _libc().madvise(start, end - start, mmap.MADV_DONTNEED):
-        return None
-    return Cleared(start, end)
+    cleared = Cleared(found, size)
+    return cleared if cleared.give_back() else None
 
 
 def _find(mapping: Mapping, size: int) -> int | None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edge.errors import BackendError, DoesNotFit, InvalidModelFile, UnsupportedFormat
 from edge.hardware.memory import available_bytes, data_bytes, takeable_bytes
 from edge.native import huge_pages
-from edge.native.cleared import give_back, own_mappings
+from edge.native.cleared import Cleared, give_back, own_mappings
 from edge.native.llama import bindings, last_error
 from runtime.backends.base import Capabilities, ModelFacts, StateRefused, Vision
 from runtime.batch import TILE_TOKENS, Batch, CacheOp, Chunk, CopyPrefix, DropState, RestoreState, SaveState, Truncate
@@ -305,6 +305,8 @@ class LlamaBackend:
         self._context: Any = None
         self._model: Any = None
         self._vision: LlamaVision | None = None
+        self._beside: LlamaBackend | None = None
+        self._cleared: Cleared | None = None
         self._decode_threads = options.decode_threads
         size = path.stat().st_size + (options.projector.stat().st_size if options.projector else 0)
         if size > options.available_bytes:
@@ -584,8 +586,15 @@ class LlamaBackend:
         return takeable_bytes(promised_bytes=self.promised_bytes()) >= size_bytes + MIN_FREE_BYTES
 
     def promised_bytes(self) -> int:
-        """Memory of cells that nobody used yet: it looks free, and is not. For any thread."""
-        return self._cleared.unused_bytes() if self._cleared is not None else 0
+        """Memory of cells that nobody used yet, also of the backend beside it: it looks free, and is not. For any
+        thread."""
+        cleared = self._cleared  # who closes it may be another thread
+        own = cleared.unused_bytes() if cleared is not None else 0
+        return own + (self._beside.promised_bytes() if self._beside is not None else 0)
+
+    def share_memory_with(self, other: LlamaBackend) -> None:
+        """Leave another backend of this process what its cells will take."""
+        self._beside = other
 
     def take_unsaved(self) -> list[StateId]:
         """States that were not saved; see :class:`runtime.backends.base.Backend`."""
@@ -634,8 +643,11 @@ class LlamaBackend:
         self._lib.llama_set_n_threads(self._context, min(threads, self._decode_threads or threads), threads)
 
     def clear(self) -> None:
-        """Empty the cache, and forget the saved states."""
-        self._lib.llama_memory_clear(self._memory, True)
+        """Empty the cache, and forget the saved states. What writing zeros would take is given back instead, but where
+        more than cells is kept."""
+        is_plain = self._capabilities.states.partial_reuse
+        are_zeros = is_plain and self._cleared is not None and self._cleared.give_back()
+        self._lib.llama_memory_clear(self._memory, not are_zeros)
         self._states.clear()
         self._unsaved.clear()
 
@@ -645,7 +657,7 @@ class LlamaBackend:
             self._vision.close()
         if self._context:
             self._lib.llama_free(self._context)
-            self._context = None
+            self._context = self._cleared = None
         if self._model:
             self._lib.llama_model_free(self._model)
             self._model = None

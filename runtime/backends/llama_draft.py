@@ -31,6 +31,7 @@ def open_drafter(path: Path, model: LlamaBackend, *, threads: int, available_byt
         if not backend.capabilities.states.partial_reuse:
             raise UnsupportedFormat("It is a recurrent model, which cannot take a guess back.")
         sizes = backend.facts.size_bytes, model.facts.size_bytes
+        model.share_memory_with(backend)
         return ModelDrafter(backend, vocab_size=model.tokenizer.vocab_size, relative_cost=sizes[0] / sizes[1])
     except BaseException:
         backend.close()

@@ -37,6 +37,11 @@ def test_what_was_cleared_is_given_back_and_taken_again_as_it_is_written() -> No
         ctypes.memset(cleared.start + 8192, 7, 4097)
         assert cleared.unused_bytes() == cleared.end - cleared.start - 8192
         assert ctypes.string_at(address, SIZE).count(0) == SIZE - 4097
+        ctypes.memset(address, 7, SIZE)
+        assert cleared.unused_bytes() == 0
+        assert cleared.give_back()
+        assert cleared.unused_bytes() == cleared.end - cleared.start
+        assert ctypes.string_at(address, SIZE).count(0) == SIZE, "also what lies on pages with others"
     finally:
         _libc.free(address)
 
@@ -47,7 +52,7 @@ def test_an_allocation_of_another_size_is_left_alone() -> None:
     try:
         assert give_back(SIZE + (1 << 20), before) is None
         assert give_back(SIZE - (1 << 20), before) is None
-        assert Cleared(address + 4096 & -4096, address + SIZE & -4096).unused_bytes() == 0
+        assert Cleared(address, SIZE).unused_bytes() == 0
     finally:
         _libc.free(address)
 

@@ -109,6 +109,13 @@ async def test_idle_models_give_way_only_where_that_helps(home: Path) -> None:
         await pool.close()
 
 
+async def test_unused_cells_are_reserved_as_soon_as_a_model_is_ready(pool: Pool) -> None:
+    await pool.ready(DEFAULT_MODEL)
+    assert pool._reserved_bytes(but=SECOND) > 20 << 20  # pyright: ignore[reportPrivateUsage]  # what a load is told
+    await pool.forget(DEFAULT_MODEL)
+    assert pool._reserved_bytes(but=SECOND) == 0  # pyright: ignore[reportPrivateUsage]  # as above
+
+
 async def first_heartbeat(host: ModelHost) -> None:
     """Wait until it said what memory it takes."""
     async with asyncio.timeout(30):

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from edge.store.models import ModelStore
 from runtime.backends.llama_cpp import NARROW_TOKENS, LlamaBackend, LlamaOptions, by_shape
+from runtime.backends.llama_draft import open_drafter
 from runtime.batch import TILE_TOKENS, Batch, Chunk
 from runtime.request import Request, RequestId, TokenId
 from runtime.sequence import Sequence
@@ -44,6 +45,29 @@ def test_what_is_short_together_is_one_call() -> None:
     assert by_shape(prompts) == [prompts]
     answers = tuple(chunk(i, 9, [1]) for i in range(TILE_TOKENS + 1))
     assert by_shape(answers) == [answers]
+
+
+def test_an_emptied_cache_gives_its_memory_back(backend: LlamaBackend) -> None:
+    text = list(range(100, 300))
+    backend.clear()
+    whole = backend.promised_bytes()
+    assert whole > 20 << 20
+    before = backend.decode(Batch((), (chunk(0, 0, text),))).copy()
+    assert backend.promised_bytes() < whole - (1 << 20)
+    backend.clear()
+    assert backend.promised_bytes() == whole
+    assert (backend.decode(Batch((), (chunk(0, 0, text),))) == before).all()
+
+
+def test_what_a_draft_model_will_take_is_promised_too(backend: LlamaBackend) -> None:
+    backend.clear()
+    own = backend.promised_bytes()
+    drafter = open_drafter(ModelStore(SEED).get(DEFAULT_MODEL).weights, backend, threads=1, available_bytes=4 << 30)
+    try:
+        assert backend.promised_bytes() >= own + (20 << 20)
+    finally:
+        drafter.close()
+    assert backend.promised_bytes() == own
 
 
 def test_scores_are_in_the_order_of_the_chunks(backend: LlamaBackend) -> None:
