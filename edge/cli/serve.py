@@ -50,7 +50,14 @@ def serve(verbose: bool, **flags: object) -> None:
     waiting = start_first(settings)
     from runtime.server import serve as run  # beside the worker, which takes as long to import what it needs
 
-    run(settings, logs, on_ready=lambda port: _announce(settings, port), waiting=waiting)
+    run(settings, logs, on_ready=lambda port: _on_ready(settings, port), waiting=waiting)
+
+
+def _on_ready(settings: Settings, port: int) -> None:
+    _announce(settings, port)
+    from edge.native import malloc  # what it takes to reach the C library would lengthen the start
+
+    malloc.give_large_blocks_back(malloc.LARGE_BODY_BYTES, malloc.MOST_FREE_BESIDE_BODIES)
 
 
 def _announce(settings: Settings, port: int) -> None:

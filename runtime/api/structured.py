@@ -14,6 +14,7 @@ import msgspec
 from edge.errors import ConstraintFailed, InvalidRequest
 from runtime import wire
 from runtime.api.json_schema import check_answer, parse_schema
+from runtime.api.parsing import check_size
 from runtime.request import Constraint
 
 MAX_TEXT_CHARS = 128 << 10
@@ -123,6 +124,7 @@ def _decoded(schema: Schema | str, path: str) -> Schema:
     if not isinstance(schema, str):
         return schema
     try:
+        check_size(path, schema.strip().encode())
         return msgspec.json.decode(schema, type=Schema)
     except (msgspec.MsgspecError, RecursionError, ValueError) as e:
         raise InvalidRequest(f"'{path}' is no JSON object: {e}.", field=path) from e

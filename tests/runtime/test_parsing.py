@@ -12,7 +12,7 @@ from edge.errors import InvalidRequest
 from runtime.api.embeddings import EmbeddingRequest
 from runtime.api.ollama_schema import option_warnings
 from runtime.api.openai_schema import ChatRequest
-from runtime.api.parsing import MAX_FIELDS, MAX_VALUES, MAX_WARNINGS, check_items, parse_body
+from runtime.api.parsing import MAX_FIELDS, MAX_PARTS, MAX_VALUES, MAX_WARNINGS, check_items, parse_body
 
 NUMBERS = [999] * (MAX_VALUES + 2)
 
@@ -29,6 +29,15 @@ def test_so_are_messages() -> None:
     messages = [{"role": "user", "content": "x"}] * MAX_VALUES
     with pytest.raises(InvalidRequest, match="'messages' holds more than"):
         parse_body(json.dumps({"model": "m", "messages": messages}).encode(), ChatRequest)
+
+
+@pytest.mark.parametrize("space", ["", " \n\t"])
+def test_so_are_schemas(space: str) -> None:
+    body = json.dumps({"model": "m", "messages": [], "response_format": "SCHEMA"})
+    schema = json.dumps({"type": "json_schema", "json_schema": {"schema": {"enum": list(range(MAX_PARTS + 1))}}})
+    with pytest.raises(InvalidRequest, match="10,000 values") as caught:
+        parse_body(body.replace('"SCHEMA"', space + schema).encode(), ChatRequest)
+    assert caught.value.field == "response_format"
 
 
 @pytest.mark.parametrize("names", [map(str, range(160_000)), ["model"] * 160_000, map(str, range(MAX_FIELDS + 1))])
