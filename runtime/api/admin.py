@@ -11,11 +11,12 @@ from litestar import Response, delete, get, post
 from litestar.datastructures import State
 from litestar.params import Parameter
 
-from edge.errors import EdgeError
+from edge.errors import EdgeError, GatewayUnavailable, JobNotFound, NoRoomToPin, PinNotFound
 from edge.store.sources import without_query
 from runtime.api.access import needs
 from runtime.api.appliance import appliance_of
 from runtime.api.call import HttpRequest
+from runtime.api.describe import EVENTS, OPERATING, exchanges
 from runtime.api.guard import caller_of
 from runtime.api.parsing import parse_body
 from runtime.api.responses import EventStream
@@ -73,7 +74,7 @@ async def models(request: HttpRequest, state: State) -> ModelList:
     return ModelList(models=await appliance_of(state).model_infos(caller_of(request.scope).limits))
 
 
-@post("/edge/v1/models/load", opt=needs("operate"), status_code=200)
+@post("/edge/v1/models/load", opt=needs("operate") | exchanges(ModelRequest), status_code=200)
 async def load_model(request: HttpRequest, state: State) -> ModelInfo:
     """Load a model; answers when it is ready."""
     body, _ = parse_body(await request.body(), ModelRequest)
@@ -83,7 +84,7 @@ async def load_model(request: HttpRequest, state: State) -> ModelInfo:
     return await appliance.model_info(body.model)
 
 
-@post("/edge/v1/models/unload", opt=needs("operate"), status_code=200)
+@post("/edge/v1/models/unload", opt=needs("operate") | exchanges(ModelRequest), status_code=200)
 async def unload_model(request: HttpRequest, state: State) -> ModelInfo:
     """Unload a model; requests that it still answers end with an error."""
     body, _ = parse_body(await request.body(), ModelRequest)
@@ -102,7 +103,7 @@ async def delete_model(request: HttpRequest, state: State, ref: str) -> None:
         await appliance.remove(ref)
 
 
-@post("/edge/v1/prefixes", opt=needs("operate"), status_code=200)
+@post("/edge/v1/prefixes", opt=needs("operate") | exchanges(WarmRequest, errors=(NoRoomToPin,)), status_code=200)
 async def warm(request: HttpRequest, state: State) -> PinnedPrefix:
     """Compute what conversations with a system prompt share, and pin it; loads the model."""
     body, _ = parse_body(await request.body(), WarmRequest)
@@ -111,7 +112,7 @@ async def warm(request: HttpRequest, state: State) -> PinnedPrefix:
         return await appliance.warm(body)
 
 
-@get("/edge/v1/prefixes", opt=needs("view"))
+@get("/edge/v1/prefixes", opt=needs("view") | exchanges(errors=OPERATING))
 async def prefixes(
     request: HttpRequest, state: State, model: Annotated[str, Parameter(max_length=400)] | None = None
 ) -> PinnedPrefixList:
@@ -124,7 +125,7 @@ async def prefixes(
     return PinnedPrefixList(prefixes=await appliance.prefixes(model, caller.limits))
 
 
-@delete("/edge/v1/prefixes/{name:str}", opt=needs("operate"), status_code=204)
+@delete("/edge/v1/prefixes/{name:str}", opt=needs("operate") | exchanges(errors=(PinNotFound,)), status_code=204)
 async def delete_prefix(
     request: HttpRequest, state: State, name: str, model: Annotated[str, Parameter(max_length=400)]
 ) -> None:
@@ -134,7 +135,7 @@ async def delete_prefix(
         await appliance.remove_prefix(model, name)
 
 
-@post("/edge/v1/models/pull", opt=needs("operate"), status_code=202)
+@post("/edge/v1/models/pull", opt=needs("operate") | exchanges(PullRequest), status_code=202)
 async def pull_model(request: HttpRequest, state: State) -> Job:
     """Begin to fetch a model; the job tells how far it is."""
     body, _ = parse_body(await request.body(), PullRequest)
@@ -148,13 +149,13 @@ async def jobs(request: HttpRequest, state: State) -> JobList:
     return JobList(jobs=appliance_of(state).jobs.list(caller_of(request.scope).jobs_of))
 
 
-@get("/edge/v1/jobs/{job_id:str}", opt=needs("view"))
+@get("/edge/v1/jobs/{job_id:str}", opt=needs("view") | exchanges(errors=(JobNotFound,)))
 async def job(request: HttpRequest, state: State, job_id: str) -> Job:
     """One job."""
     return appliance_of(state).jobs.get(job_id, caller_of(request.scope).jobs_of)
 
 
-@post("/edge/v1/jobs/{job_id:str}/cancel", opt=needs("operate"), status_code=200)
+@post("/edge/v1/jobs/{job_id:str}/cancel", opt=needs("operate") | exchanges(errors=(JobNotFound,)), status_code=200)
 async def cancel_job(request: HttpRequest, state: State, job_id: str) -> Job:
     """Ask a job to stop."""
     async with act(request, "job.cancel", job_id):
@@ -167,7 +168,7 @@ async def telemetry(state: State) -> OutboxStatus:
     return appliance_of(state).outbox()
 
 
-@post("/edge/v1/telemetry/flush", opt=needs("operate"), status_code=200)
+@post("/edge/v1/telemetry/flush", opt=needs("operate") | exchanges(errors=(GatewayUnavailable,)), status_code=200)
 async def flush_telemetry(request: HttpRequest, state: State) -> OutboxStatus:
     """Send now what waits; answers after the attempt."""
     appliance = appliance_of(state)
@@ -182,7 +183,7 @@ async def logs(state: State, lines: Annotated[int, Parameter(ge=1, le=5000)] = 2
     return LogLines(lines=appliance_of(state).logs.last(lines))
 
 
-@get("/edge/v1/events", opt=needs("view"))
+@get("/edge/v1/events", opt=needs("view") | exchanges(streams=EVENTS))
 async def events(request: HttpRequest, state: State) -> Response[bytes]:
     """Server-sent events: `status` each second, `job` at each change of one."""
     return EventStream(appliance_of(state).events(caller_of(request.scope)), on_close=lambda: None)

@@ -5,24 +5,21 @@ from __future__ import annotations
 import asyncio
 import time
 
-from litestar import Litestar, Response, Router, get
+from litestar import Litestar, Response, get
 from litestar.datastructures import State
-from litestar.openapi import OpenAPIConfig
 from litestar.plugins import PluginProtocol
 from litestar.plugins.core import MsgspecDIPlugin
 from typing_extensions import override
 
-from runtime.api import admin, embeddings, ollama, ollama_models, openai
+from runtime.api import admin, docs, embeddings, ollama, ollama_models, openai
 from runtime.api.access import needs
 from runtime.api.appliance import Appliance, appliance_of
-from runtime.api.docs import PLUGINS
+from runtime.api.describe import exchanges
 from runtime.api.errors import to_response
 from runtime.api.guard import guard
 from runtime.api.schema import ModelInfo
 
-PARTS = (openai, embeddings, ollama, ollama_models, admin)
-API_VERSION = "1"
-"""Of this API, for who reads its description without a key; the appliance's own is told to those who have one."""
+PARTS = (openai, embeddings, ollama, ollama_models, admin, docs)
 HEALTH_S = 1.0
 PROMETHEUS_TYPE = "text/plain; version=0.0.4"
 
@@ -52,7 +49,7 @@ def livez() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@get("/readyz", opt=needs("nothing"))
+@get("/readyz", opt=needs("nothing") | exchanges(also={503: dict[str, str]}))
 async def readyz(state: State) -> Response[dict[str, str]]:
     """Whether requests can be served: a model is there that did not fail to load."""
     infos = _that_count(await _health_of(state).infos())
@@ -63,7 +60,7 @@ async def readyz(state: State) -> Response[dict[str, str]]:
     return Response({"status": "ok"}, status_code=200)
 
 
-@get("/health", opt=needs("nothing"))
+@get("/health", opt=needs("nothing") | exchanges(also={503: dict[str, str]}))
 async def health(state: State) -> Response[dict[str, str]]:
     """As `/readyz`, under llama-server's name."""
     known = await _health_of(state).infos()
@@ -109,13 +106,7 @@ def create_app(appliance: Appliance) -> Litestar:
         middleware=[guard(appliance.settings, appliance.access)],
         exception_handlers={Exception: to_response},
         request_max_body_size=appliance.settings.max_body_bytes,
-        openapi_config=OpenAPIConfig(
-            title="slm-edge",
-            version=API_VERSION,
-            openapi_router=Router("/docs", route_handlers=[], opt=needs("nothing")),
-            render_plugins=PLUGINS,
-            use_handler_docstrings=True,
-        ),
+        openapi_config=None,
         on_startup=[appliance.start],
         on_shutdown=[appliance.close],
         logging_config=None,

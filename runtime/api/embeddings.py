@@ -17,6 +17,7 @@ from runtime import wire
 from runtime.api.access import needs
 from runtime.api.appliance import appliance_of
 from runtime.api.call import Call, HttpRequest, start_all, usage_of
+from runtime.api.describe import exchanges
 from runtime.api.openai import warning_headers, whole_answers
 from runtime.api.openai_schema import SamplingFields, TokenCount
 from runtime.api.parsing import parse_body
@@ -204,7 +205,7 @@ def _usage(call: Call) -> TextUsage:
     return TextUsage(prompt_tokens=tokens, total_tokens=tokens)
 
 
-@post("/v1/embeddings", opt=needs("embed"), status_code=200)
+@post("/v1/embeddings", opt=needs("embed") | exchanges(EmbeddingRequest), status_code=200)
 async def embeddings(request: HttpRequest, state: State) -> Response[EmbeddingList]:
     """Make a vector of each text."""
     body, warnings = parse_body(await request.body(), EmbeddingRequest)
@@ -220,7 +221,7 @@ async def embeddings(request: HttpRequest, state: State) -> Response[EmbeddingLi
     return Response(answered, headers=warning_headers(warnings))
 
 
-@post("/v1/rerank", opt=needs("embed"), status_code=200)
+@post("/v1/rerank", opt=needs("embed") | exchanges(RerankRequest), status_code=200)
 async def rerank(request: HttpRequest, state: State) -> Response[RerankList]:
     """Sort documents by how well they answer a query."""
     body, warnings = parse_body(await request.body(), RerankRequest)

@@ -19,6 +19,7 @@ from runtime.api.access import needs
 from runtime.api.admin import act
 from runtime.api.appliance import appliance_of
 from runtime.api.call import Call, HttpRequest, Steps
+from runtime.api.describe import exchanges
 from runtime.api.embeddings import EmbeddingRequest, read_texts, written
 from runtime.api.errors import fault_of
 from runtime.api.guard import caller_of
@@ -93,7 +94,7 @@ def _fill(line: Timed, call: Call, started: float) -> None:
         line.eval_duration = nanoseconds(p.total_s - p.queue_s - p.prefill_s)
 
 
-@post("/api/chat", opt=needs("chat"), status_code=200)
+@post("/api/chat", opt=needs("chat") | exchanges(OllamaChatRequest, streams=NDJSON), status_code=200)
 async def chat(request: HttpRequest, state: State) -> Response[Line] | EventStream:
     """Answer a conversation."""
     started, content = time.perf_counter(), await request.body()
@@ -106,7 +107,7 @@ async def chat(request: HttpRequest, state: State) -> Response[Line] | EventStre
     return await _answer(asked, *await start_chat(request, state, body.answer()))
 
 
-@post("/api/generate", opt=needs("chat"), status_code=200)
+@post("/api/generate", opt=needs("chat") | exchanges(OllamaGenerateRequest, streams=NDJSON), status_code=200)
 async def generate(request: HttpRequest, state: State) -> Response[Line] | EventStream:
     """Answer a prompt, or with `raw` continue it as it stands."""
     started, content = time.perf_counter(), await request.body()
@@ -256,7 +257,7 @@ def ndjson(line: msgspec.Struct) -> bytes:
 _TEXT_OPTIONS = frozenset({"num_ctx"})
 
 
-@post("/api/embed", opt=needs("embed"), status_code=200)
+@post("/api/embed", opt=needs("embed") | exchanges(OllamaEmbedRequest), status_code=200)
 async def embed(request: HttpRequest, state: State) -> Response[Embeddings]:
     """Make a vector of each text."""
     started, content = time.perf_counter(), await request.body()
@@ -269,7 +270,7 @@ async def embed(request: HttpRequest, state: State) -> Response[Embeddings]:
     return Response(line, headers=warning_headers(line.warnings))
 
 
-@post("/api/embeddings", opt=needs("embed"), status_code=200)
+@post("/api/embeddings", opt=needs("embed") | exchanges(OllamaEmbeddingsRequest), status_code=200)
 async def embeddings(request: HttpRequest, state: State) -> Response[OneEmbedding]:
     """Make a vector of one text, the older way."""
     started, content = time.perf_counter(), await request.body()

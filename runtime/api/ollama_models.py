@@ -24,6 +24,7 @@ from runtime.api.access import needs
 from runtime.api.admin import act
 from runtime.api.appliance import Appliance, appliance_of
 from runtime.api.call import HttpRequest
+from runtime.api.describe import exchanges
 from runtime.api.errors import fault_of
 from runtime.api.guard import caller_of
 from runtime.api.ollama import NDJSON, ndjson
@@ -94,7 +95,7 @@ def tags_head() -> None:
     """Whether models can be listed."""
 
 
-@post("/api/show", opt=needs("key"), status_code=200)
+@post("/api/show", opt=needs("key") | exchanges(OllamaShowRequest), status_code=200)
 async def show(request: HttpRequest, state: State) -> Response[Shown]:
     """All about one model. Loads nothing."""
     body, warnings = parse_body(await request.body(), OllamaShowRequest)
@@ -134,7 +135,7 @@ def _running(appliance: Appliance, host: ModelHost) -> Listed:
 # ---------------------------------------------------------------- coming and going
 
 
-@delete("/api/delete", opt=needs("admin"), status_code=200)
+@delete("/api/delete", opt=needs("admin") | exchanges(OllamaShowRequest), status_code=200)
 async def delete_model(request: HttpRequest, state: State) -> None:
     """Unload a model and remove it from the store."""
     body, _ = parse_body(await request.body(), OllamaShowRequest)
@@ -143,7 +144,7 @@ async def delete_model(request: HttpRequest, state: State) -> None:
         await appliance.remove(body.wanted)
 
 
-@post("/api/copy", opt=needs("operate"), status_code=200)
+@post("/api/copy", opt=needs("operate") | exchanges(OllamaCopyRequest), status_code=200)
 async def copy(request: HttpRequest, state: State) -> None:
     """Give a model a second name; what had it before loses it."""
     body, _ = parse_body(await request.body(), OllamaCopyRequest)
@@ -155,14 +156,14 @@ async def copy(request: HttpRequest, state: State) -> None:
         await appliance.pool.forget(str(model.ref))
 
 
-@post("/api/push", opt=needs("operate"), status_code=501)
+@post("/api/push", opt=needs("operate") | exchanges(OllamaPullRequest), status_code=501)
 async def push(request: HttpRequest) -> OllamaError:
     """Models are not pushed to Ollama's registry."""
     parse_body(await request.body(), OllamaPullRequest)
     return OllamaError(error="Pushing is not supported by this version. edge show NAME --json has each file's path.")
 
 
-@post("/api/pull", opt=needs("operate"), status_code=200)
+@post("/api/pull", opt=needs("operate") | exchanges(OllamaPullRequest, streams=NDJSON), status_code=200)
 async def pull(request: HttpRequest, state: State) -> Response[Progressed] | EventStream:
     """Fetch a model; the lines tell how far it is. Who goes away stops it, and another pull goes on from there."""
     body, warnings = parse_body(await request.body(), OllamaPullRequest)
@@ -262,7 +263,7 @@ async def _ending_well(lines: AsyncIterable[Progressed]) -> AsyncGenerator[bytes
 # ---------------------------------------------------------------- making models
 
 
-@post("/api/create", opt=needs("operate"), status_code=200)
+@post("/api/create", opt=needs("operate") | exchanges(OllamaCreateRequest, streams=NDJSON), status_code=200)
 async def create(request: HttpRequest, state: State) -> Response[Progressed] | Response[bytes]:
     """Make a model of one that is here, or of a GGUF file that was sent, with a system prompt, a chat template or
     parameters of its own. One that had the name before is unloaded and replaced."""
@@ -329,14 +330,19 @@ def _parameter_warnings(content: bytes, parameters: Options | None) -> list[str]
     return warnings
 
 
-@head("/api/blobs/{digest:str}", opt=needs("operate"))
+@head("/api/blobs/{digest:str}", opt=needs("operate") | exchanges(also={404: None}))
 async def has_blob(request: HttpRequest, state: State, digest: str) -> Response[None]:
     """Whether the store has these bytes, and the key may use them."""
     has = await appliance_of(state).may_use_blob(caller_of(request.scope).limits, Digest.parse(digest))
     return Response(None, status_code=200 if has else 404)
 
 
-@post("/api/blobs/{digest:str}", opt=needs("operate"), status_code=201, request_max_body_size=MAX_UPLOAD_BYTES)
+@post(
+    "/api/blobs/{digest:str}",
+    opt=needs("operate") | exchanges(sends="application/octet-stream", also={200: None}),
+    status_code=201,
+    request_max_body_size=MAX_UPLOAD_BYTES,
+)
 async def send_blob(request: HttpRequest, state: State, digest: str) -> Response[None]:
     """Keep bytes for a model to be made of them; refused where they are others than the digest says."""
     wanted, store = Digest.parse(digest), appliance_of(state).store

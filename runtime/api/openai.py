@@ -18,6 +18,7 @@ from runtime.api import sse
 from runtime.api.access import needs
 from runtime.api.appliance import appliance_of
 from runtime.api.call import Call, HttpRequest, Make, Steps, merged, start_all, usage_of
+from runtime.api.describe import EVENTS, exchanges
 from runtime.api.errors import fault_of
 from runtime.api.guard import caller_of
 from runtime.api.images import Conversation, conversation_of
@@ -250,7 +251,7 @@ async def start_completion(http: HttpRequest, state: State, body: CompletionRequ
     return calls, await start_all(calls, http.receive, _generate(calls, body, max_tokens, prompt=body.prompt))
 
 
-@post("/v1/chat/completions", opt=needs("chat"), status_code=200)
+@post("/v1/chat/completions", opt=needs("chat") | exchanges(ChatRequest, streams=EVENTS), status_code=200)
 async def chat_completions(request: HttpRequest, state: State) -> Response[ChatCompletion] | EventStream:
     """Answer a conversation."""
     content = await request.body()
@@ -285,7 +286,7 @@ async def chat_completions(request: HttpRequest, state: State) -> Response[ChatC
     return Response(completion, headers=warning_headers(warnings))
 
 
-@post("/v1/completions", opt=needs("chat"), status_code=200)
+@post("/v1/completions", opt=needs("chat") | exchanges(CompletionRequest, streams=EVENTS), status_code=200)
 async def completions(request: HttpRequest, state: State) -> Response[Completion] | EventStream:
     """Continue a text, or token ids."""
     body, warnings = parse_body(await request.body(), CompletionRequest)

@@ -1,20 +1,29 @@
-"""Malformed requests: the right status, OpenAI's error object, the field and the fix, and a server that goes on."""
+"""Malformed requests: the right status, the error body that the path's clients read, the field and the fix, and a
+server that goes on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 
+from tests.described import Described
 from tests.support import DEFAULT_MODEL, RunningAppliance, chat_body
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+CHAT, TEXT, VECTORS, RERANK = "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/rerank"
+EMBEDDER = "minilm:l6-v2"
+DIGEST = f"sha256:{'0' * 64}"
 HI = [{"role": "user", "content": "hi"}]
 
 
 def chat(**more: Any) -> dict[str, Any]:
     return {"model": DEFAULT_MODEL, "messages": HI, **more}
+
+
+def create(**more: Any) -> dict[str, Any]:
+    return {"model": "x", "from": DEFAULT_MODEL, **more}
 
 
 SCHEMA = "response_format.json_schema.schema"
@@ -136,7 +145,177 @@ CASES: list[tuple[str, str, Any, int, str | None, str]] = [
     ("prompts of texts", TEXT, {"model": DEFAULT_MODEL, "prompt": ["a", "b"]}, 400, "prompt[0]", "str"),
     ("echo", TEXT, {"model": DEFAULT_MODEL, "prompt": "a", "echo": True}, 400, "echo", "not supported"),
     ("suffix", TEXT, {"model": DEFAULT_MODEL, "prompt": "a", "suffix": "b"}, 400, "suffix", "not supported"),
+    ("no input", VECTORS, {"model": EMBEDDER}, 400, "input", "input"),
+    ("empty input", VECTORS, {"model": EMBEDDER, "input": []}, 400, "input", "empty"),
+    ("input a number", VECTORS, {"model": EMBEDDER, "input": 3}, 400, "input", "int"),
+    ("texts and tokens", VECTORS, {"model": EMBEDDER, "input": ["a", 3]}, 400, "input", "mixes"),
+    ("an input of null", VECTORS, {"model": EMBEDDER, "input": [None]}, 400, "input[0]", "null"),
+    ("too many texts", VECTORS, {"model": EMBEDDER, "input": ["a"] * 2049}, 400, "input", "2,048"),
+    ("a long text", VECTORS, {"model": EMBEDDER, "input": "word " * 5000}, 400, "input[0]", "maximum context length"),
+    ("negative token to read", VECTORS, {"model": EMBEDDER, "input": [-1]}, 400, "input[0]", ">= 0"),
+    ("unknown token to read", VECTORS, {"model": EMBEDDER, "input": [10**8]}, 400, "input", "token"),
+    ("unknown form of vectors", VECTORS, {"model": EMBEDDER, "input": "a", "encoding_format": "hex"},
+     400, "encoding_format", "hex"),
+    ("no dimensions", VECTORS, {"model": EMBEDDER, "input": "a", "dimensions": 0}, 400, "dimensions", ">= 1"),
+    ("too many dimensions", VECTORS, {"model": EMBEDDER, "input": "a", "dimensions": 385}, 400, "dimensions", "384"),
+    ("cut at nothing", VECTORS, {"model": EMBEDDER, "input": "a", "truncate_prompt_tokens": 0},
+     400, "truncate_prompt_tokens", "at least 1"),
+    ("vectors of a model that chats", VECTORS, {"model": DEFAULT_MODEL, "input": "a"}, 400, "model", "embedding"),
+    ("vectors of no model", VECTORS, {"model": "none:such", "input": "a"}, 404, None, "none:such"),
+    ("vectors not json", VECTORS, b"input=a", 400, None, "not valid JSON"),
+    ("chat with a model that reads", CHAT, {"model": EMBEDDER, "messages": HI}, 400, "model", "embedding"),
+    ("no query", RERANK, {"model": EMBEDDER, "documents": ["a"]}, 400, "query", "query"),
+    ("empty query", RERANK, {"model": EMBEDDER, "query": "", "documents": ["a"]}, 400, "query", "length"),
+    ("no documents", RERANK, {"model": EMBEDDER, "query": "a", "documents": []}, 400, "documents", "length"),
+    ("document a number", RERANK, {"model": EMBEDDER, "query": "a", "documents": [1]}, 400, "documents[0]", "int"),
+    ("document without text", RERANK, {"model": EMBEDDER, "query": "a", "documents": [{}]},
+     400, "documents[0]", "text"),
+    ("the best none", RERANK, {"model": EMBEDDER, "query": "a", "documents": ["a"], "top_n": 0}, 400, "top_n", ">= 1"),
+    ("scores of a model that chats", RERANK, {"model": DEFAULT_MODEL, "query": "a", "documents": ["a"]},
+     400, "model", "rerank"),
+    ("lora a name", CHAT, chat(lora="polite"), 400, "lora", "array"),
+    ("lora without a name", CHAT, chat(lora=[{"scale": 1}]), 400, "lora[0]", "name"),
+    ("lora too strong", CHAT, chat(lora=[{"name": "a", "scale": 1000}]), 400, "lora[0].scale", "<= 100"),
+    ("lora unknown", CHAT, chat(lora=[{"name": "none:such"}]), 404, None, "none:such"),
+    ("priority four", CHAT, chat(priority=4), 400, "priority", "<= 3"),
+    ("no time", CHAT, chat(timeout_s=0), 400, "timeout_s", "> 0"),
+    ("a long cache key", CHAT, chat(prompt_cache_key="x" * 300), 400, "prompt_cache_key", "length"),
+    ("stream options a text", CHAT, chat(stream=True, stream_options="usage"), 400, "stream_options", "object"),
+    ("tokens in a stream", CHAT, chat(stream=True, return_token_ids=True), 400, "return_token_ids", "streams"),
+    ("a thousand unknown fields", CHAT, chat(**{f"field{i}": 1 for i in range(1001)}), 400, None, "1,000 fields"),
+    ("an array of a million", CHAT, b'{"model":"x","messages":[],"stop":[' + b"1," * 400_000 + b"1]}",
+     400, "stop", "300,000"),
 ]  # fmt: skip
+
+OTHERS: list[tuple[str, str, Any, int, str]] = [
+    # name, method and path, body, status, part of the text
+    ("not json", "POST /api/chat", b"{", 400, "not valid JSON"),
+    ("a list", "POST /api/chat", b"[]", 400, "object"),
+    ("no model", "POST /api/chat", {"messages": HI}, 400, "model"),
+    ("model a number", "POST /api/chat", {"model": 1}, 400, "model"),
+    ("model too long", "POST /api/chat", {"model": "x" * 500}, 400, "length"),
+    ("unknown model", "POST /api/chat", {"model": "none:such", "messages": HI}, 404, "model not found"),
+    ("unparsable model", "POST /api/chat", {"model": "a b:c:d", "messages": HI}, 400, "a b:c:d"),
+    ("messages a text", "POST /api/chat", chat(messages="hi"), 400, "messages"),
+    ("message without role", "POST /api/chat", chat(messages=[{"content": "x"}]), 400, "role"),
+    ("unknown role", "POST /api/chat", chat(messages=[{"role": "king", "content": "x"}]), 400, "king"),
+    ("content a number", "POST /api/chat", chat(messages=[{"role": "user", "content": 1}]), 400, "content"),
+    ("image no base64", "POST /api/chat", chat(messages=[{"role": "user", "content": "x", "images": ["%"]}]),
+     400, "base64"),
+    ("stream a text", "POST /api/chat", chat(stream="yes"), 400, "stream"),
+    ("format a number", "POST /api/chat", chat(format=3), 400, "format"),
+    ("format unknown", "POST /api/chat", chat(format="xml"), 400, "format"),
+    ("format no schema", "POST /api/chat", chat(format={"type": "strin"}), 400, "format"),
+    ("options a list", "POST /api/chat", chat(options=[]), 400, "options"),
+    ("temperature a text", "POST /api/chat", chat(options={"temperature": "hot"}), 400, "options.temperature"),
+    ("temperature huge", "POST /api/chat", chat(options={"temperature": 9}), 400, "options.temperature"),
+    ("num_predict below -2", "POST /api/chat", chat(options={"num_predict": -3}), 400, "options.num_predict"),
+    ("mirostat", "POST /api/chat", chat(options={"mirostat": 1}), 400, "not supported"),
+    ("too many stops", "POST /api/chat", chat(options={"stop": ["a"] * 50}), 400, "options.stop"),
+    ("keep_alive no duration", "POST /api/chat", chat(keep_alive="soon"), 400, "keep_alive"),
+    ("keep_alive a list", "POST /api/chat", chat(keep_alive=[]), 400, "keep_alive"),
+    ("top_logprobs alone", "POST /api/chat", chat(top_logprobs=3), 400, "logprobs"),
+    ("too many logprobs", "POST /api/chat", chat(logprobs=True, top_logprobs=21), 400, "top_logprobs"),
+    ("too long a prompt", "POST /api/chat", chat(messages=[{"role": "user", "content": "word " * 20_000}]),
+     400, "maximum context length"),
+    ("prompt a number", "POST /api/generate", {"model": DEFAULT_MODEL, "prompt": 1}, 400, "prompt"),
+    ("raw with system", "POST /api/generate", {"model": DEFAULT_MODEL, "prompt": "a", "raw": True, "system": "b"},
+     400, "system"),
+    ("raw with images", "POST /api/generate", {"model": DEFAULT_MODEL, "prompt": "a", "raw": True, "images": ["aa"]},
+     400, "base64"),
+    ("template", "POST /api/generate", {"model": DEFAULT_MODEL, "prompt": "a", "template": "b"}, 400, "not supported"),
+    ("context", "POST /api/generate", {"model": DEFAULT_MODEL, "prompt": "a", "context": [1]}, 400, "not supported"),
+    ("generate unknown", "POST /api/generate", {"model": "none:such", "prompt": "a"}, 404, "model not found"),
+    ("unknown to load", "POST /api/generate", {"model": "none:such"}, 404, "model not found"),
+    ("no input", "POST /api/embed", {"input": "a"}, 400, "model"),
+    ("input a number", "POST /api/embed", {"model": EMBEDDER, "input": 1}, 400, "input"),
+    ("input of tokens", "POST /api/embed", {"model": EMBEDDER, "input": [1]}, 400, "input"),
+    ("negative dimensions", "POST /api/embed", {"model": EMBEDDER, "input": "a", "dimensions": -1}, 400, "dimensions"),
+    ("vectors of a model that chats", "POST /api/embed", {"model": DEFAULT_MODEL, "input": "a"}, 400, "embedding"),
+    ("too long and not to be cut", "POST /api/embed", {"model": EMBEDDER, "input": "a " * 5000, "truncate": False},
+     400, "maximum context length"),
+    ("texts for one vector", "POST /api/embeddings", {"model": EMBEDDER, "prompt": ["a"]}, 400, "prompt"),
+    ("vector of no model", "POST /api/embeddings", {"model": "none:such", "prompt": "a"}, 404, "model not found"),
+    ("show nothing", "POST /api/show", {}, 400, "model"),
+    ("show a list", "POST /api/show", {"model": []}, 400, "model"),
+    ("show unknown", "POST /api/show", {"model": "none:such"}, 404, "model not found"),
+    ("show not json", "POST /api/show", b"smollm2", 400, "not valid JSON"),
+    ("delete nothing", "DELETE /api/delete", {}, 400, "model"),
+    ("delete unknown", "DELETE /api/delete", {"model": "none:such"}, 404, "model not found"),
+    ("delete not json", "DELETE /api/delete", b"", 400, "not valid JSON"),
+    ("copy without a name", "POST /api/copy", {"source": DEFAULT_MODEL}, 400, "destination"),
+    ("copy to an empty name", "POST /api/copy", {"source": DEFAULT_MODEL, "destination": ""}, 400, "destination"),
+    ("copy to no name", "POST /api/copy", {"source": DEFAULT_MODEL, "destination": "a b"}, 400, "a b"),
+    ("copy unknown", "POST /api/copy", {"source": "none:such", "destination": "x"}, 404, "model not found"),
+    ("pull nothing", "POST /api/pull", {}, 400, "model"),
+    ("pull unknown", "POST /api/pull", {"model": "none:such"}, 404, "model not found"),
+    ("pull a file", "POST /api/pull", {"model": "/etc/passwd"}, 404, "model not found"),
+    ("pull another hub's tag", "POST /api/pull", {"model": "hf.co/a/b:Q4_0"}, 400, "names no file"),
+    ("pull unsafely a text", "POST /api/pull", {"model": "x", "insecure": "x"}, 400, "insecure"),
+    ("push not json", "POST /api/push", b"", 400, "not valid JSON"),
+    ("create of nothing", "POST /api/create", {"model": "x"}, 400, "from"),
+    ("create of two", "POST /api/create", create(files={"a": "b"}), 400, "from"),
+    ("create without a name", "POST /api/create", {"from": DEFAULT_MODEL}, 400, "model"),
+    ("create of unknown", "POST /api/create", {"model": "x", "from": "none:such"}, 404, "model not found"),
+    ("create of two files", "POST /api/create", {"model": "x", "files": {"a": "b", "c": "d"}}, 400, "files"),
+    ("create of no digest", "POST /api/create", {"model": "x", "files": {"a": "b"}}, 400, "b"),
+    ("create of no blob", "POST /api/create", {"model": "x", "files": {"a": DIGEST}}, 400, "no blob"),
+    ("create and quantize", "POST /api/create", create(quantize="q4_0"), 400, "not supported"),
+    ("create with adapters", "POST /api/create", create(adapters={"a": "b"}), 400, "not supported"),
+    ("create with messages", "POST /api/create", create(messages=HI), 400, "not supported"),
+    ("create with a Go template", "POST /api/create", create(template="{{ .Prompt }}"), 400, "template"),
+    ("create with a broken template", "POST /api/create", create(template="{% if %}"), 400, "template"),
+    ("create with a long license", "POST /api/create", create(license="x" * 501), 400, "license"),
+    ("create with a hot parameter", "POST /api/create", create(parameters={"temperature": 9}), 400, "parameters"),
+    ("blob of no digest", "POST /api/blobs/abc", b"x", 400, "abc"),
+    ("blob of another digest", f"POST /api/blobs/{DIGEST}", b"x", 422, "sha256"),
+    ("load unknown", "POST /edge/v1/models/load", {"model": "none:such"}, 404, "model_not_found"),
+    ("load nothing", "POST /edge/v1/models/load", {}, 400, "invalid_request"),
+    ("load not json", "POST /edge/v1/models/load", b"", 400, "invalid_request"),
+    ("load no name", "POST /edge/v1/models/load", {"model": "a b"}, 400, "invalid_reference"),
+    ("unload unknown", "POST /edge/v1/models/unload", {"model": "none:such"}, 404, "model_not_found"),
+    ("unload a list", "POST /edge/v1/models/unload", {"model": []}, 400, "invalid_request"),
+    ("remove unknown", "DELETE /edge/v1/models/none:such", None, 404, "model_not_found"),
+    ("remove no name", "DELETE /edge/v1/models/a%20b", None, 400, "invalid_reference"),
+    ("fetch a number", "POST /edge/v1/models/pull", {"source": 3}, 400, "invalid_request"),
+    ("fetch a long name", "POST /edge/v1/models/pull", {"source": "x" * 5000}, 400, "invalid_request"),
+    ("fetch nothing", "POST /edge/v1/models/pull", {"source": ""}, 400, "invalid_request"),
+    ("fetch by another protocol", "POST /edge/v1/models/pull", {"source": "ftp://a/b.gguf"}, 400, "invalid_reference"),
+    ("unknown job", "GET /edge/v1/jobs/none", None, 404, "job_not_found"),
+    ("cancel an unknown job", "POST /edge/v1/jobs/none/cancel", None, 404, "job_not_found"),
+    ("too few lines", "GET /edge/v1/logs?lines=-1", None, 400, "invalid_request"),
+    ("too many lines", "GET /edge/v1/logs?lines=5001", None, 400, "invalid_request"),
+    ("lines a text", "GET /edge/v1/logs?lines=all", None, 400, "invalid_request"),
+    ("warm nothing", "POST /edge/v1/prefixes", {"model": DEFAULT_MODEL}, 400, "invalid_request"),
+    ("warm an empty prompt", "POST /edge/v1/prefixes", {"model": DEFAULT_MODEL, "system": ""}, 400, "invalid_request"),
+    ("warm a short prompt", "POST /edge/v1/prefixes", {"model": DEFAULT_MODEL, "system": "a"}, 400, "invalid_request"),
+    ("warm under no name", "POST /edge/v1/prefixes", {"model": DEFAULT_MODEL, "system": "a", "name": "../x"},
+     400, "invalid_request"),
+    ("warm an unknown model", "POST /edge/v1/prefixes", {"model": "none:such", "system": "a"}, 404, "model_not_found"),
+    ("pins of an unknown model", "GET /edge/v1/prefixes?model=none:such", None, 404, "model_not_found"),
+    ("pins of a long name", f"GET /edge/v1/prefixes?model={'x' * 401}", None, 400, "invalid_reference"),
+    ("unpin without a model", "DELETE /edge/v1/prefixes/x", None, 400, "invalid_request"),
+    ("unpin what is not", f"DELETE /edge/v1/prefixes/x?model={DEFAULT_MODEL}", None, 404, "pin_not_found"),
+    ("no such path of OpenAI's", "GET /v1/nothing", None, 404, "not_found"),
+    ("no such model of OpenAI's", "GET /v1/models/none:such", None, 404, "model_not_found"),
+    ("no model's name", "GET /v1/models/a%20b", None, 400, "invalid_reference"),
+    ("chat by GET", f"GET {CHAT}", None, 405, "method_not_allowed"),
+    ("models by POST", "POST /v1/models", None, 405, "method_not_allowed"),
+    ("models by DELETE", "DELETE /v1/models", None, 405, "method_not_allowed"),
+    ("no such path of Ollama's", "GET /api/nothing", None, 404, ""),
+    ("Ollama's chat by GET", "GET /api/chat", None, 405, ""),
+    ("no such path of the operator's", "GET /edge/v1/nothing", None, 404, "not_found"),
+    ("status by POST", "POST /edge/v1/status", None, 405, "method_not_allowed"),
+    ("no such page", "GET /docs/nothing", None, 404, "not_found"),
+    ("health by PUT", "PUT /livez", None, 405, "method_not_allowed"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def described(appliance: RunningAppliance) -> Described:
+    """What the appliance says of itself; every answer to a malformed request is as it says."""
+    with appliance.client() as http:
+        return Described(http.get("/docs/openapi.json").json())
 
 
 @pytest.fixture(autouse=True)
@@ -146,13 +325,20 @@ def still_serving(appliance: RunningAppliance) -> Iterator[None]:
         http.post(CHAT, json=chat_body("Hi", max_tokens=1)).raise_for_status()
 
 
+def answer(appliance: RunningAppliance, method: str, path: str, body: Any) -> httpx.Response:
+    with appliance.client() as http:
+        if isinstance(body, bytes):
+            return http.request(method, path, content=body)
+        return http.request(method, path, json=body)
+
+
 @pytest.mark.parametrize(("path", "body", "status", "param", "part"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
 def test_malformed_requests(
-    appliance: RunningAppliance, path: str, body: Any, status: int, param: str | None, part: str
+    appliance: RunningAppliance, described: Described, path: str, body: Any, status: int, param: str | None, part: str
 ) -> None:
-    with appliance.client() as http:
-        reply = http.post(path, content=body) if isinstance(body, bytes) else http.post(path, json=body)
+    reply = answer(appliance, "POST", path, body)
     assert reply.status_code == status, reply.text
+    described.check(reply)
     error = reply.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert part in error["message"]
@@ -160,51 +346,37 @@ def test_malformed_requests(
         assert error["param"] == param
 
 
+@pytest.mark.parametrize(
+    ("route", "body", "status", "part"), [c[1:] for c in OTHERS], ids=[f"{c[1][:40]} {c[0]}" for c in OTHERS]
+)
+def test_malformed_requests_of_the_others(
+    appliance: RunningAppliance, described: Described, route: str, body: Any, status: int, part: str
+) -> None:
+    method, path = route.split()
+    reply = answer(appliance, method, path, body)
+    assert reply.status_code == status, reply.text
+    described.check(reply)
+    told = reply.json()
+    assert part in reply.text
+    if path.startswith("/v1/"):
+        assert set(told["error"]) == {"message", "type", "param", "code"}
+    elif path.startswith("/api/"):
+        assert set(told) == {"error"}
+    else:
+        assert reply.headers["content-type"] == "application/problem+json"
+        assert told["status"] == status
+        assert told["detail"]
+
+
+def test_the_table_is_long_enough() -> None:
+    assert len(CASES) + len(OTHERS) >= 150
+
+
 def test_a_stream_that_cannot_start_has_a_status(appliance: RunningAppliance) -> None:
     with appliance.client() as http:
         reply = http.post(CHAT, json=chat(stream=True, max_tokens=9000))
     assert reply.status_code == 400
     assert reply.json()["error"]["code"] == "context_length_exceeded"
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "status"),
-    [
-        ("GET", "/v1/nothing", 404),
-        ("GET", CHAT, 405),
-        ("GET", "/v1/models/none:such", 404),
-        ("POST", "/v1/models", 405),
-    ],
-)
-def test_unknown_paths_and_methods(appliance: RunningAppliance, method: str, path: str, status: int) -> None:
-    with appliance.client() as http:
-        reply = http.request(method, path)
-    assert reply.status_code == status
-    assert reply.json()["error"]["message"]
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "body", "status", "code"),
-    [
-        ("POST", "/edge/v1/models/load", {"model": "none:such"}, 404, "model_not_found"),
-        ("POST", "/edge/v1/models/load", {}, 400, "invalid_request"),
-        ("DELETE", "/edge/v1/models/none:such", None, 404, "model_not_found"),
-        ("GET", "/edge/v1/jobs/none", None, 404, "job_not_found"),
-        ("GET", "/edge/v1/logs?lines=-1", None, 400, "invalid_request"),
-        ("POST", "/edge/v1/models/pull", {"source": 3}, 400, "invalid_request"),
-        ("POST", "/edge/v1/models/pull", {"source": "x" * 5000}, 400, "invalid_request"),
-    ],
-)
-def test_the_admin_api_answers_with_problem_details(
-    appliance: RunningAppliance, method: str, path: str, body: Any, status: int, code: str
-) -> None:
-    with appliance.client() as http:
-        reply = http.request(method, path, json=body)
-    assert reply.status_code == status, reply.text
-    assert reply.headers["content-type"].startswith("application/problem+json")
-    problem = reply.json()
-    assert (problem["status"], problem["code"]) == (status, code)
-    assert problem["detail"]
 
 
 def test_a_body_over_the_limit_is_refused_while_it_is_read(appliance: RunningAppliance) -> None:

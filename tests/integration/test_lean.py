@@ -15,7 +15,7 @@ NEITHER = {
     "attr", "huggingface_hub", "httpx", "jsonschema", "llguidance", "onnxruntime", "opentelemetry.proto", "pydantic",
     "requests", "rich", "textual", "tokenizers", "torch", "transformers", "quantize", "tui",
 }  # fmt: skip
-NOT_THE_FRONT = {"jinja2", "llama_cpp", "numpy", "runtime.backends", "runtime.engine"}
+NOT_THE_FRONT = {"jinja2", "llama_cpp", "numpy", "runtime.api.openapi", "runtime.backends", "runtime.engine"}
 NOT_THE_WORKER = {
     "asyncio", "click", "edge.cli", "edge.store", "edge.telemetry", "email", "http", "httptools", "litestar", "psutil",
     "runtime.api", "runtime.pool", "sqlite3", "ssl", "uvicorn", "uvloop", "runtime.backends.llama_encoder",
