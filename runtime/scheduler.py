@@ -71,8 +71,8 @@ class Scheduler:
     Not thread-safe: one thread owns it.
 
     Args:
-        prompt_tokens: Most prompt tokens of a step, for so many tokens of decoding sequences that it has, and so much
-            room beside them; without it, all the room.
+        prompt_tokens: Prompt tokens of a step, for so many tokens of decoding sequences that it has, and so many wanted
+            for which it has room; without it, all of these.
     """
 
     def __init__(self, limits: Limits, prompt_tokens: Callable[[int, int], int] = lambda _, room: room) -> None:
@@ -336,7 +336,8 @@ class Scheduler:
         prompts = sorted((s for s in self._in_turn() if s.is_prefilling), key=self._turn)
         if not prompts:
             return []
-        room = self._prompt_tokens(num_decoding, self.limits.step_tokens - num_decoding)
+        wanted = sum(s.num_pending for s in prompts)
+        room = self._prompt_tokens(num_decoding, min(wanted, self.limits.step_tokens - num_decoding))
         shares: dict[int, int] = {}
         for members, part in _split(
             prompts, room, lambda s: s.request.priority, lambda s: CLASS_RATIO**-s.request.priority

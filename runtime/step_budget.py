@@ -23,6 +23,13 @@ Few long steps beat many short ones: prompts are read in larger chunks, and who 
 (four chats, without the limit: 15 % less time)."""
 
 
+WORTHWHILE_TOKENS = 4 * TILE_TOKENS
+"""Rather than fewer of a prompt's tokens at each step, steps without any come between, in which the answers get ahead
+of their readers. Attention without whole tiles makes a token up to 50 % dearer."""
+MAX_WAITS = 8
+"""Then so many steps without come between at most."""
+
+
 def ahead_s(num_output: int, since_first_s: float) -> float:
     """How long an answer may pause before a reader has caught up with it, who began at its first token."""
     return HEAD_START_S + num_output * DEFAULT_INTERVAL_S - since_first_s
@@ -43,25 +50,40 @@ class BudgetTuner:
         self._interval_s = interval_s
         self.threads = 0
         self._ahead_s = ahead_s
+        self._waits = 0
 
     def prompt_tokens(self, num_decoding: int, room: int) -> int:
-        """Prompt tokens, at most `room`, for a step that has `num_decoding` tokens of decoding sequences.
+        """Prompt tokens, at most `room`, for a step that has `num_decoding` tokens of decoding sequences; 0 where a
+        later step does better, which is said `MAX_WAITS` times in a row at most.
 
         Where nobody decodes, or nothing is known yet, all there is room for.
         """
         plain = self._costs.predict(num_decoding, threads=self.threads) if num_decoding else None
         if plain is None:
             return room
-        target = self._interval_s or max(PLAIN_STEPS * plain, self._longest_s())
+        tokens = self._fitting(num_decoding, room, self._interval_s or max(PLAIN_STEPS * plain, self._longest_s()))
+        if tokens < min(room, WORTHWHILE_TOKENS) and self._waits < MAX_WAITS and self._gets_ahead(plain):
+            self._waits += 1
+            return 0
+        self._waits = 0
+        return min(room, _whole_tiles(tokens))
+
+    def _gets_ahead(self, plain_s: float) -> bool:
+        """Whether answers get clearly ahead of their readers in steps without prompts, and that lets a later one last
+        longer."""
+        return not self._interval_s and plain_s < DEFAULT_INTERVAL_S / 2
+
+    def _fitting(self, num_decoding: int, room: int, target_s: float) -> int:
+        """The most prompt tokens with which a step takes no longer; `MIN_PROMPT_TOKENS` in any case."""
         low, high = min(MIN_PROMPT_TOKENS, room), room
         while low < high:
             middle = (low + high + 1) // 2
             seconds = self._costs.predict(num_decoding + middle, threads=self.threads)
-            if seconds is not None and seconds <= target:
+            if seconds is not None and seconds <= target_s:
                 low = middle
             else:
                 high = middle - 1
-        return min(room, _whole_tiles(low))
+        return low
 
     def _longest_s(self) -> float:
         """What a step may last without that a reader catches up, and `MAX_PAUSE_S` more than the interval at most."""

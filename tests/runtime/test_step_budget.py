@@ -17,7 +17,7 @@ from runtime.backends.base import Capabilities
 from runtime.batch import Batch
 from runtime.engine import Engine
 from runtime.request import Request, RequestId, SamplingParams
-from runtime.step_budget import HEAD_START_S, MIN_PROMPT_TOKENS, BudgetTuner, ahead_s
+from runtime.step_budget import HEAD_START_S, MAX_WAITS, MIN_PROMPT_TOKENS, WORTHWHILE_TOKENS, BudgetTuner, ahead_s
 from runtime.step_cost import StepCosts
 from tests.support import CollectingSink, ScriptedBackend
 
@@ -60,7 +60,7 @@ def slow(n: int) -> float:
 
 
 def steps_beside(cost: Callable[[int], float], *, interval_s: float = 0.0) -> list[tuple[int, int, float]]:
-    """The steps in which a long prompt is read beside an answer."""
+    """The steps while a long prompt is read beside an answer."""
     backend = CostedBackend(cost)
     engine = Engine(backend, CollectingSink(), max_queue=10, token_interval_s=interval_s, clock=lambda: backend.now)
     engine.submit(Request(RequestId(1), (5, 6, 7), 400, GREEDY, ignore_eos=True))
@@ -69,7 +69,8 @@ def steps_beside(cost: Callable[[int], float], *, interval_s: float = 0.0) -> li
     engine.submit(Request(RequestId(2), tuple([7] * 4000), 1, GREEDY))
     while engine.stats().queues.num_running != 1 or engine.stats().queues.num_waiting or len(backend.steps) < 13:
         engine.advance()
-    return [s for s in backend.steps if s[0] and s[1]]
+    at_prompt = [i for i, (decoding, prompt, _) in enumerate(backend.steps) if decoding and prompt]
+    return backend.steps[at_prompt[0] : at_prompt[-1] + 1]
 
 
 @pytest.mark.parametrize(("cost", "longest"), [(dear, 1.2), (cheap, 0.2)])
@@ -82,6 +83,8 @@ def test_an_answer_keeps_ahead_of_its_reader_while_a_long_prompt_is_read(
     late_s = [sum(seconds for _, _, seconds in steps[: i + 1]) - 0.2 * i for i in range(len(steps))]
     assert max(late_s) <= HEAD_START_S + 10 * 0.2 + 0.5, "of its ten tokens it had none before"
     assert max(seconds for _, _, seconds in steps) >= 0.6 * longest, "no smaller than it has to be"
+    read = [prompt for _, prompt, _ in steps if prompt]
+    assert all(prompt >= WORTHWHILE_TOKENS for prompt in read[3:-1]), "rather seldom than in small pieces"
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.5, 5.0])
@@ -115,5 +118,7 @@ def test_whatever_was_measured_prompts_get_something_and_no_more_than_there_is(
     learned = StepCosts()
     for tokens, seconds in costs:
         learned.record(tokens, threads=0, seconds=seconds)
-    tokens = BudgetTuner(learned, interval_s=interval_s).prompt_tokens(decoding, room)
-    assert min(room, MIN_PROMPT_TOKENS) <= tokens <= room
+    tuner = BudgetTuner(learned, interval_s=interval_s)
+    answers = [tuner.prompt_tokens(decoding, room) for _ in range(MAX_WAITS + 1)]
+    assert all(0 <= tokens <= room for tokens in answers)
+    assert any(tokens >= min(room, MIN_PROMPT_TOKENS) for tokens in answers)
