@@ -9,6 +9,6 @@ ModelKind = Literal["text", "embeddings", "reranking", "adapter"]
 """An adapter is no model: it changes one, is named with it (``model+adapter``) and never loaded by itself."""
 
 CAPABILITIES: Mapping[ModelKind, list[str]] = {
-    "text": ["completion"], "embeddings": ["embedding"], "reranking": ["rerank"], "adapter": [],
+    "text": ["completion", "tools"], "embeddings": ["embedding"], "reranking": ["rerank"], "adapter": [],
 }  # fmt: skip
 """What models of a kind do, for clients that ask before they send."""

@@ -535,16 +535,18 @@ class Engine:
         """The next token after these scores, which are overwritten, `best` being the best of them."""
         request = sequence.request
         answer = self._answers[request.id]
-        if answer.guide is not None:
-            if answer.guide.forced is not None:
-                return answer.guide.forced
-            # Finding all that is allowed takes ten times as long as asking for the one token that would be drawn.
-            if not (request.params.is_greedy and answer.guide.allows(best)):
-                answer.guide.mask(logits)
-                best = int(logits.argmax())
-        elif request.ignore_eos:  # forbidden rather than passed over, as llama-server does
+        guide = answer.guide
+        if guide is not None and guide.forced is not None:
+            return guide.forced
+        if request.ignore_eos and (
+            guide is None or guide.is_free
+        ):  # forbidden rather than passed over, as llama-server does
             logits[self._eog_tokens] = -np.inf
             best = int(logits.argmax()) if best in self._eog_tokens else best
+        # Finding all that is allowed takes ten times as long as asking for the one token that would be drawn.
+        if guide is not None and not (request.params.is_greedy and guide.allows(best)):
+            guide.mask(logits)
+            best = int(logits.argmax())
         if request.params.is_greedy and np.isfinite(logits[best]):
             return best
         return answer.sampler.draw(logits, sequence.tokens)
@@ -565,7 +567,8 @@ class Engine:
         tokenizer = self._backend.tokenizer
         if token in tokenizer.eog_tokens and not (request.ignore_eos and guide is None):
             return answer.last_text(), FinishReason.STOP
-        emission = answer.stops.push(answer.detokenizer.push(tokenizer.piece(token)))
+        piece = request.spelled.get(token) or tokenizer.piece(token)
+        emission = answer.stops.push(answer.detokenizer.push(piece))
         if emission.stopped:
             return emission.text, FinishReason.STOP
         if guide is not None and guide.is_complete:

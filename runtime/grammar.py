@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict, deque
+from collections.abc import Set
+from enum import Enum, auto
+from functools import cached_property
 from typing import TYPE_CHECKING, assert_never
 
 import numpy as np
@@ -32,6 +35,8 @@ JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separat
 """One way to write it, the one models have seen most: free white space lets small models write blank lines until they
 are cut, and leaves nothing between values to be forced."""
 _MAX_REASON_CHARS = 300
+_NEVER = b"\xff"
+"""A byte that no text has."""
 
 
 def _limits() -> LLParserLimits:
@@ -66,22 +71,79 @@ class _Vocabulary:
         return self._tokenizer.encode(text, add_special=False, parse_special=False)
 
 
+class Vocabulary:
+    """A model's tokens as guides look at them."""
+
+    def __init__(self, tokenizer: Tokenizer, size: int) -> None:
+        self._tokenizer = tokenizer
+        self.size = size
+        self.eog_tokens = tokenizer.eog_tokens
+        self._beyond: dict[bytes, list[tuple[TokenId, bytes]]] = {}
+        self._tokens_of: dict[bytes, TokenId | None] = {}
+
+    @cached_property
+    def _pieces(self) -> list[bytes]:
+        return [self._tokenizer.piece(t) for t in range(self.size)]
+
+    def spelling(self, token: TokenId) -> bytes:
+        """What spells a token, control tokens too."""
+        return self._tokenizer.piece(token) or self._tokenizer.text(token).encode()
+
+    def encode(self, data: bytes) -> list[TokenId]:
+        """Tokens of a text that is part of an answer."""
+        return self._tokenizer.encode(data.decode("utf-8", "replace"), add_special=False, parse_special=False)
+
+    def token_of(self, spelling: bytes) -> TokenId | None:
+        """The one token that spells a text; None where it takes several."""
+        if spelling not in self._tokens_of:
+            found = self._tokenizer.encode(spelling.decode(), add_special=False, parse_special=True)
+            self._tokens_of[spelling] = found[0] if len(found) == 1 else None
+        return self._tokens_of[spelling]
+
+    def beyond(self, end: bytes) -> list[tuple[TokenId, bytes]]:
+        """Tokens that begin with a text and go on, and with what. The whole vocabulary is looked at once for each."""
+        if end not in self._beyond:
+            self._beyond[end] = [
+                (t, piece[len(end) :]) for t, piece in enumerate(self._pieces)
+                if len(piece) > len(end) and piece.startswith(end)
+            ]  # fmt: skip
+        return self._beyond[end]
+
+
+class _Phase(Enum):
+    """How far an answer is that is not to be held from its beginning."""
+
+    OPENING = auto()
+    """It may still turn out to begin with what makes it free."""
+    THINKING = auto()
+    """It is free up to a text."""
+    FREE = auto()
+    """It is free, and may end, until it writes the trigger."""
+    FORM = auto()
+    """It is held."""
+
+
 class Guide:
     """A grammar on its way through one answer. One thread owns it.
 
     Args:
-        matcher: At the beginning of the answer; it runs ahead over what is forced.
-        begins_after: What ends the free part of the answer.
+        matcher: At the beginning of the form; it runs ahead over what is forced.
+        constraint: Says what is free before the form.
     """
 
-    def __init__(self, matcher: LLMatcher, tokenizer: Tokenizer, *, vocab_size: int, begins_after: bytes) -> None:
+    def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary, constraint: Constraint) -> None:
         self._matcher = matcher
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
-        self._awaited = begins_after
+        self._vocabulary = vocabulary
+        self._opens_with = constraint.opens_with.encode()
+        self._begins_after = constraint.begins_after.encode()
+        self._trigger = constraint.trigger.encode()
+        self._triggers_at_start = constraint.triggers_at_start
         self._tail = b""
         self._forced: deque[TokenId] = deque()
-        if not begins_after:
+        self._phase = _Phase.FREE if self._trigger else _Phase.FORM
+        if self._begins_after:
+            self._phase = _Phase.OPENING if self._opens_with else _Phase.THINKING
+        if self._phase is _Phase.FORM:
             self._look_ahead()
 
     @property
@@ -92,13 +154,22 @@ class Guide:
     @property
     def is_complete(self) -> bool:
         """Whether the answer is whole and cannot go on."""
-        return not self._awaited and not self._forced and self._matcher.is_stopped()
+        return self._phase is _Phase.FORM and not self._forced and self._matcher.is_stopped()
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the answer may end where it stands, without ever having the form."""
+        return bool(self._trigger) and self._phase is not _Phase.FORM
 
     def allows(self, token: TokenId) -> bool:
         """Whether a token may come next."""
-        if self._awaited:
-            return token not in self._tokenizer.eog_tokens
-        return self._matcher.validate_tokens([token]) == 1
+        if self._phase is _Phase.FORM:
+            return self._matcher.validate_tokens([token]) == 1
+        if self._is_held_opening:
+            return token == self._opening_token or self._matcher.validate_tokens([token]) == 1
+        if token in self._vocabulary.eog_tokens:
+            return self.is_free
+        return token not in self._spoilers()
 
     def mask(self, logits: NDArray[np.float32]) -> None:
         """Set the scores of all tokens that may not come next to minus infinity.
@@ -106,16 +177,22 @@ class Guide:
         Raises:
             ConstraintFailed: Finding them is too costly, or there are none.
         """
-        if self._awaited:
-            allowed = np.ones(self._vocab_size, np.bool_)
-            allowed[list(self._tokenizer.eog_tokens)] = False
-        else:
+        if self._phase is _Phase.FORM or self._is_held_opening:
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
             self._check()
-            allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(np.bool_)
-        if not allowed.any():
-            raise ConstraintFailed("No token of the model can go on with the answer in the form that was asked for.")
-        logits[~allowed] = -np.inf
+            allowed = np.unpackbits(bits, count=self._vocabulary.size, bitorder="little").astype(np.bool_)
+            if self._is_held_opening and self._opening_token is not None:
+                allowed[self._opening_token] = True
+            if not allowed.any():
+                raise ConstraintFailed(
+                    "No token of the model can go on with the answer in the form that was asked for."
+                )
+            logits[~allowed] = -np.inf
+            return
+        if not self.is_free:
+            logits[list(self._vocabulary.eog_tokens)] = -np.inf
+        if spoilers := self._spoilers():
+            logits[list(spoilers)] = -np.inf
 
     def consume(self, token: TokenId) -> None:
         """Go on by the next token of the answer.
@@ -123,21 +200,82 @@ class Guide:
         Raises:
             ConstraintFailed: It may not come here, or following the grammar became too costly.
         """
-        if self._awaited:
-            self._await(token)
-        elif self._forced:
+        if self._forced:
             self._forced.popleft()
-        else:
+        elif self._phase is _Phase.FORM or (self._is_held_opening and token != self._opening_token):
+            self._phase = _Phase.FORM
             self._matcher.consume_token(token)
             self._look_ahead()
+        elif token not in self._vocabulary.eog_tokens:
+            self._tail += self._vocabulary.spelling(token)
+            while self._leave_phase():  # false in the form
+                pass
 
-    def _await(self, token: TokenId) -> None:
-        self._tail += self._tokenizer.piece(token)
-        if self._awaited in self._tail:
-            self._awaited = b""
-            self._look_ahead()
-        else:
-            self._tail = self._tail[-len(self._awaited) :]
+    @property
+    def _is_held_opening(self) -> bool:
+        """Whether the form comes at once, unless the token comes that begins the free part."""
+        return self._phase is _Phase.OPENING and not self._trigger
+
+    @property
+    def _opening_token(self) -> TokenId | None:
+        return self._vocabulary.token_of(self._opens_with)
+
+    def _leave_phase(self) -> bool:
+        """Go on to the next phase where the tail says so."""
+        if self._phase is _Phase.OPENING:
+            said = self._tail.lstrip()
+            if said.startswith(self._opens_with):
+                self._phase, self._tail = _Phase.THINKING, said[len(self._opens_with) :]
+                return True
+            if self._opens_with.startswith(said):
+                return False
+            self._phase = _Phase.FREE
+        if self._phase is _Phase.FREE and self._triggers_at_start:
+            return self._leave_start()
+        awaited = self._begins_after if self._phase is _Phase.THINKING else self._trigger
+        _, found, rest = self._tail.partition(awaited)
+        if not found:
+            self._tail = self._tail[-len(awaited) :]
+            return False
+        if self._phase is _Phase.THINKING and self._trigger:
+            self._phase, self._tail = _Phase.FREE, rest
+            return True
+        self._enter_form(rest.lstrip() if self._phase is _Phase.THINKING else rest)
+        return False
+
+    def _leave_start(self) -> bool:
+        said = self._tail.lstrip()
+        if said.startswith(self._trigger):
+            self._enter_form(said[len(self._trigger) :])
+        elif not self._trigger.startswith(said):
+            self._trigger, self._triggers_at_start = _NEVER, False
+        return False
+
+    def _enter_form(self, rest: bytes) -> None:
+        """Begin with what the last token brought beyond what was waited for."""
+        self._phase = _Phase.FORM
+        if rest:
+            tokens = self._vocabulary.encode(rest)
+            if self._matcher.validate_tokens(tokens) != len(tokens):
+                raise ConstraintFailed("The answer does not go on in the form that was asked for.")
+            self._matcher.consume_tokens(tokens)
+        self._look_ahead()
+
+    def _spoilers(self) -> Set[TokenId]:
+        """Tokens that would complete what is waited for, and bring with it what the form does not begin with."""
+        awaited = self._begins_after if self._phase is _Phase.THINKING else self._trigger
+        if self._phase is _Phase.OPENING or (self._phase is _Phase.THINKING and self._trigger):
+            return frozenset()
+        begun = next((n for n in range(len(awaited) - 1, 0, -1) if self._tail.endswith(awaited[:n])), 0)
+        if not begun:
+            return frozenset()
+        may_be_white = self._phase is _Phase.THINKING
+        found = self._vocabulary.beyond(awaited[begun:])
+        return {t for t, rest in found if not self._goes_on(rest.lstrip() if may_be_white else rest)}
+
+    def _goes_on(self, rest: bytes) -> bool:
+        tokens = self._vocabulary.encode(rest)
+        return self._matcher.validate_tokens(tokens) == len(tokens)
 
     def _look_ahead(self) -> None:
         forced = self._matcher.compute_ff_tokens()
@@ -157,11 +295,10 @@ class Guide:
 class Grammar:
     """A compiled constraint. Any number of answers may follow it at once."""
 
-    def __init__(self, matcher: LLMatcher, tokenizer: Tokenizer, *, vocab_size: int, begins_after: str) -> None:
+    def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary, constraint: Constraint) -> None:
         self._matcher = matcher
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
-        self._begins_after = begins_after.encode()
+        self._vocabulary = vocabulary
+        self._constraint = constraint
 
     def start(self) -> Guide:
         """A guide at the beginning of an answer.
@@ -169,9 +306,7 @@ class Grammar:
         Raises:
             ConstraintFailed: Even its beginning is too costly.
         """
-        return Guide(
-            self._matcher.deep_copy(), self._tokenizer, vocab_size=self._vocab_size, begins_after=self._begins_after
-        )
+        return Guide(self._matcher.deep_copy(), self._vocabulary, self._constraint)
 
 
 class Grammars:
@@ -183,6 +318,7 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
+        self._tokens = Vocabulary(tokenizer, vocab_size)
         self._native: LLTokenizer | None = None
         self._compiled: OrderedDict[tuple[str, Constraint], Grammar] = OrderedDict()
 
@@ -217,7 +353,7 @@ class Grammars:
             probe.compute_bitmask()  # that it allows nothing at all shows in the first step
         if probe.is_error() or probe.is_stopped():
             raise _refused(constraint, _reason(probe.get_error()) or "it allows no answer")
-        return Grammar(matcher, self._tokenizer, vocab_size=self._vocab_size, begins_after=constraint.begins_after)
+        return Grammar(matcher, self._tokens, constraint)
 
     def _vocabulary(self) -> LLTokenizer:
         if self._native is None:
@@ -261,6 +397,8 @@ def grammar_of(constraint: Constraint) -> str:
             return LLMatcher.grammar_from_lark(_bounded(constraint, text))
         case "gbnf":
             return LLMatcher.grammar_from_lark(_bounded(constraint, _lark_of(constraint)))
+        case "calls":
+            return LLMatcher.grammar_from_lark(text)
         case _:
             assert_never(constraint.kind)
 
@@ -303,6 +441,7 @@ _HINTS = {
     "choice": "Send a list of different texts.",
     "lark": "See llguidance's syntax of Lark grammars.",
     "gbnf": "See the syntax of llama.cpp's grammars.",
+    "calls": "docs/api.md lists the keywords of schemas that are done.",
 }
 
 

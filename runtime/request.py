@@ -86,7 +86,7 @@ class SamplingParams:
         return self.temperature == 0 and not self.has_penalties
 
 
-ConstraintKind = Literal["json_object", "json_schema", "regex", "choice", "lark", "gbnf"]
+ConstraintKind = Literal["json_object", "json_schema", "regex", "choice", "lark", "gbnf", "calls"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +94,23 @@ class Constraint:
     """What an answer must look like.
 
     Attributes:
-        text: The schema as JSON, the expression, the grammar, or a JSON list of the choices; empty for any JSON object.
+        text: The schema as JSON, the expression, the grammar, or a JSON list of the choices; empty for any JSON object;
+            of ``calls`` a grammar of our own making, with schemas inside.
         field: Where the request asked for it, as a JSON path.
         begins_after: The answer is free up to and with this text, such as the end of a thinking block; empty constrains
             it from its beginning.
+        opens_with: Only where the answer begins with this text does it have that free part.
+        trigger: After that it is free, and may end, until it writes this text, behind which the constraint begins.
+        triggers_at_start: Only where that text comes first.
     """
 
     kind: ConstraintKind
     text: str = ""
     field: str = ""
     begins_after: str = ""
+    opens_with: str = ""
+    trigger: str = ""
+    triggers_at_start: bool = False
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -184,6 +191,7 @@ class Request:
         pin: Keep the prompt's keys and values for all, under this name, until it is unpinned. The answer is for
             nobody: `max_tokens` is 1.
         tiles: Parts of images, by position; the prompt holds their placeholders there.
+        spelled: Control tokens that are part of the answer's text, and how: markers of thinking and of calls.
     """
 
     id: RequestId
@@ -202,3 +210,4 @@ class Request:
     cache_key: str = ""
     pin: str = ""
     tiles: tuple[PlacedTile, ...] = ()
+    spelled: Mapping[TokenId, bytes] = field(default_factory=dict[TokenId, bytes])

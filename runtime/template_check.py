@@ -13,6 +13,7 @@ import sys
 
 from edge.errors import EdgeError, InvalidRequest
 from runtime.chat import ChatTemplate
+from runtime.wire import ChatMessage
 
 TIMEOUT_S = 10.0
 MAX_CPU_S = 2
@@ -50,7 +51,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_S, MAX_CPU_S))
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     try:
-        text = ChatTemplate(sys.stdin.read(), markers=()).render([("user", _SAID)])
+        text = ChatTemplate(sys.stdin.read(), markers=()).render([ChatMessage("user", _SAID)])
     except EdgeError as e:
         sys.stdout.write(e.message)
         sys.exit(1)

@@ -24,12 +24,34 @@ class Message(msgspec.Struct, tag=True, array_like=True, frozen=True):
 # ---------------------------------------------------------------- front to worker
 
 
+class ToolCall(msgspec.Struct, array_like=True, frozen=True):
+    """A call of a tool by the model. `arguments` is a JSON text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class Tool(msgspec.Struct, array_like=True, frozen=True):
+    """What the model may call. `parameters` is a JSON schema, as JSON text."""
+
+    name: str
+    description: str
+    parameters: str
+
+
 class ChatMessage(msgspec.Struct, array_like=True, frozen=True):
     """One message of a conversation."""
 
     role: str
     content: str | list[str | int]
     """A text; or texts and the numbers of images, counted through the conversation."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    """Of a tool's result: the call it answers."""
+    name: str = ""
+    """Of a tool's result: the tool."""
+    reasoning: str = ""
 
 
 class Generate(Message, frozen=True):
@@ -58,6 +80,12 @@ class Generate(Message, frozen=True):
     """Where `max_tokens` exceeds what is left of the context, that is what it means."""
     is_raw: bool = False
     """What spells a control token in `prompt` is one: who asks wrote the whole prompt, markers and all."""
+    tools: tuple[Tool, ...] = ()
+    tool_choice: str = "auto"
+    """``none``, ``auto``, ``required``, or ``=NAME``."""
+    parallel_tools: bool = True
+    template_options: str = ""
+    """Further variables of the chat template, a JSON object."""
 
 
 class Embed(Message, frozen=True):
@@ -154,6 +182,19 @@ class Ready(Message, frozen=True):
     """The model that guesses for it."""
     draft_problem: str = ""
     """Why none does, where one should."""
+    template_variables: tuple[str, ...] = ()
+    """What its chat template looks for beside messages and tools."""
+    thinks: bool = False
+    """Whether its template knows thinking before an answer."""
+
+
+class CallDelta(msgspec.Struct, array_like=True, frozen=True):
+    """What a step gave the call `index` of an answer: id and name once, at its beginning, then arguments bit by bit."""
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
 
 
 class Piece(msgspec.Struct, array_like=True, frozen=True):
@@ -164,7 +205,7 @@ class Piece(msgspec.Struct, array_like=True, frozen=True):
     num_output: int
     num_prompt: int
     num_cached: int
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None = None
     queue_s: float = 0.0
     prefill_s: float = 0.0
     total_s: float = 0.0
@@ -175,6 +216,11 @@ class Piece(msgspec.Struct, array_like=True, frozen=True):
     """What became of the texts of an `Embed`: float32, little-endian, one row after the other."""
     truncated: tuple[int, ...] = ()
     """Indices of texts that were cut."""
+    calls: tuple[CallDelta, ...] = ()
+    reasoning: str = ""
+    """What the model thought before it answered."""
+    num_reasoning: int = 0
+    """Tokens of thinking so far, of `num_output`."""
 
 
 class Failed(msgspec.Struct, array_like=True, frozen=True):

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,11 +34,12 @@ from runtime import wire
 from runtime.adapters import adapter_set
 from runtime.backends.base import Backend
 from runtime.blackbox import BlackBox
-from runtime.chat import CHATML, ChatTemplate, encode_prompt, split_images
+from runtime.chat import CHATML, encode_prompt, split_images
+from runtime.dialogues import Dialogues, num_chars, parts_of
 from runtime.embedding import Embedded, EmbedEngine, EmbedSink
 from runtime.engine import Delta, Engine, Failure, Sink
 from runtime.governor import Governor
-from runtime.grammar import Grammars
+from runtime.grammar import Grammar, Grammars
 from runtime.image_prompts import DECODING_BYTES, ImagePlacer
 from runtime.images import PlacedTile
 from runtime.penalties import find_breakers
@@ -48,6 +50,8 @@ from runtime.state_dirs import states_root
 from runtime.state_files import StateFiles, open_states
 from runtime.states import MIN_STATE_TOKENS
 from runtime.texts import TextMaker
+from runtime.tool_parser import AnswerReader
+from runtime.tool_prompts import Dialogue
 
 if TYPE_CHECKING:
     from runtime.backends.llama_cpp import LlamaBackend
@@ -129,15 +133,48 @@ def _piece(d: Delta) -> wire.Piece:
     )  # fmt: skip
 
 
+def read_piece(piece: wire.Piece, reader: AnswerReader) -> wire.Piece:
+    """What a step gave, with thoughts and calls apart from the text."""
+    reading = reader.push(piece.text)
+    reason = piece.finish_reason
+    if reason is not None:
+        last = reader.finish()
+        reading.text += last.text
+        reading.reasoning += last.reasoning
+        reason = "tool_calls" if reader.has_begun and reason == "stop" else reason
+    return msgspec.structs.replace(
+        piece, text=reading.text, reasoning=reading.reasoning, calls=tuple(reading.calls), finish_reason=reason,
+        num_reasoning=reader.count_reasoning(piece.num_output),
+    )  # fmt: skip
+
+
 class SocketSink(Sink):
     """Sends each step's results as one frame."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._readers: dict[int, AnswerReader] = {}
+
+    def expect(self, request_id: int, reader: AnswerReader) -> None:
+        """Have an answer read that is about to be asked for."""
+        self._readers[request_id] = reader
+
+    def drop(self, request_id: int) -> None:
+        """Forget an answer that nobody wants any more."""
+        self._readers.pop(request_id, None)
 
     def deliver(self, deltas: list[Delta], failures: list[Failure]) -> None:
         """Take the results of a step."""
-        self._connection.send(wire.Step([_piece(d) for d in deltas], [failed(f.request_id, f.error) for f in failures]))
+        pieces = list(map(self._read, deltas))
+        for failure in failures:
+            self.drop(failure.request_id)
+        self._connection.send(wire.Step(pieces, [failed(f.request_id, f.error) for f in failures]))
+
+    def _read(self, delta: Delta) -> wire.Piece:
+        reader = self._readers.get(delta.request_id)
+        if delta.finish_reason is not None:
+            self.drop(delta.request_id)
+        return _piece(delta) if reader is None else read_piece(_piece(delta), reader)
 
 
 class VectorSink(EmbedSink):
@@ -175,17 +212,15 @@ class PromptMaker:
         self._tokenizer = backend.tokenizer
         self._context_tokens = backend.capabilities.context_tokens
         self._vocab_size = facts.vocab_size
-        self._template = ChatTemplate(
-            template or facts.chat_template or CHATML, markers=facts.control_texts, bos=facts.bos, eos=facts.eos
-        )
+        self.dialogues = Dialogues(backend, template or facts.chat_template or CHATML)
         self._bos = facts.bos
         self._breakers_of: dict[tuple[str, ...], Breakers] = {}
         self._grammars = Grammars(backend.tokenizer, facts.vocab_size)
         self._sound_adapters: set[str] = set()
         self._images = ImagePlacer(backend.vision, context_tokens=self._context_tokens, room_bytes=image_bytes)
 
-    def request(self, message: wire.Generate) -> Request:
-        """The tokens and limits of one request.
+    def request(self, message: wire.Generate) -> tuple[Request, AnswerReader | None]:
+        """The tokens and limits of one request, and who reads its answer.
 
         Raises:
             InvalidRequest: The prompt is empty, a token id is unknown, the template refuses the messages, or the
@@ -193,7 +228,8 @@ class PromptMaker:
             ContextOverflow: The prompt, or the prompt and `max_tokens`, exceed the context.
             InvalidModelFile: An adapter's file is damaged.
         """
-        tokens, tiles = (self._prefix(message), ()) if message.pin else self._prompt(message)
+        dialogue = None if message.messages is None or message.pin else self._dialogue(message)
+        tokens, tiles = (self._prefix(message), ()) if message.pin else self._prompt(message, dialogue)
         if not tokens:
             raise InvalidRequest("The prompt is empty.", field="prompt", hint="Send at least one character.")
         room = self._context_tokens - len(tokens)
@@ -204,13 +240,25 @@ class PromptMaker:
             raise ContextOverflow(
                 limit_tokens=self._context_tokens, prompt_tokens=len(tokens), completion_tokens=max_tokens
             )
-        grammar = self._grammars.compile(message.constraint, message.tenant) if message.constraint else None
-        return Request(
+        request = Request(
             RequestId(message.id), tuple(tokens), max_tokens, message.params, tuple(message.stop), message.ignore_eos,
             message.return_tokens, self._breakers(message.params), tenant=message.tenant, cache_key=message.cache_key,
-            grammar=grammar, adapters=self._checked(message.adapters), priority=message.priority,
-            pin=message.pin, tiles=tiles,
+            grammar=self._grammar(message, dialogue), adapters=self._checked(message.adapters),
+            priority=message.priority, pin=message.pin, tiles=tiles,
+            spelled=self.dialogues.spelled(dialogue) if dialogue else {},
         )  # fmt: skip
+        return request, self.dialogues.reader(dialogue, message) if dialogue else None
+
+    def _grammar(self, message: wire.Generate, dialogue: Dialogue | None) -> Grammar | None:
+        constraint = self.dialogues.constraint(dialogue, message) if dialogue else message.constraint
+        if constraint is None:
+            return None
+        try:
+            return self._grammars.compile(constraint, message.tenant)
+        except InvalidRequest:
+            for part in parts_of(constraint, message):  # of several, the one that is at fault says so
+                self._grammars.compile(part, message.tenant)
+            raise
 
     def _breakers(self, params: SamplingParams) -> Breakers:
         """The tokens of the sequence breakers; those of the last request are kept, since few ask for others."""
@@ -247,31 +295,34 @@ class PromptMaker:
             )  # fmt: skip
         return prefix
 
-    def _prompt(self, message: wire.Generate) -> tuple[list[int], tuple[PlacedTile, ...]]:
-        if not message.images:
+    def _prompt(
+        self, message: wire.Generate, dialogue: Dialogue | None
+    ) -> tuple[list[int], tuple[PlacedTile, ...]]:  # fmt: skip
+        if dialogue is None:
             return self._tokens(message), ()
-        texts = split_images(self._render(message.messages or []), num_images=len(message.images))
+        if not message.images:
+            return encode_prompt(self._tokenizer, dialogue.text), ()
+        texts = split_images(dialogue.text, num_images=len(message.images))
         return self._images.place(message.images, [
             encode_prompt(self._tokenizer, text, is_first=not i) for i, text in enumerate(texts)
         ])  # fmt: skip
 
-    def _render(self, messages: list[wire.ChatMessage]) -> str:
+    def _dialogue(self, message: wire.Generate) -> Dialogue:
+        messages = message.messages or []
         if len(messages) > self._context_tokens:  # each takes a token at least
             raise ContextOverflow(
                 limit_tokens=self._context_tokens, prompt_tokens=len(messages), completion_tokens=0
             )  # fmt: skip
-        self._check_length(sum(len(m.content) if isinstance(m.content, str) else sum(
-            len(part) for part in m.content if isinstance(part, str)
-        ) for m in messages))  # fmt: skip
-        text = self._template.render([(m.role, m.content) for m in messages])
-        self._check_length(len(text))
-        if self._bos and text.startswith(self._bos):
-            text = text[len(self._bos) :] if self._adds_bos() else text
-        return text
+        self._check_length(num_chars(message))
+        dialogue = self.dialogues.of(message)
+        self._check_length(len(dialogue.text))
+        if self._bos and dialogue.text.startswith(self._bos) and self._adds_bos():
+            return replace(dialogue, text=dialogue.text[len(self._bos) :])
+        return dialogue
 
     def _tokens(self, message: wire.Generate) -> list[int]:
         if message.messages is not None:
-            return encode_prompt(self._tokenizer, self._render(message.messages))
+            return encode_prompt(self._tokenizer, self._dialogue(message).text)
         if isinstance(message.prompt, list):
             if bad := [t for t in message.prompt if not 0 <= t < self._vocab_size]:
                 raise InvalidRequest(f"There is no token {bad[0]}.", field="prompt")
@@ -299,6 +350,7 @@ class Worker:
 
     def __init__(self, connection: Connection, box: BlackBox) -> None:
         self._connection = connection
+        self._sink = SocketSink(connection)
         self._box = box
         self._serving: Engine | EmbedEngine
         self._take: Callable[[wire.Ask], None]
@@ -320,8 +372,7 @@ class Worker:
         drafter, problem = self._open_drafter(load, backend)
         self._tell_promised()
         self._engine = Engine(
-            backend, SocketSink(self._connection), max_queue=load.max_queue, governor=_governor(load),
-            observer=self._box,
+            backend, self._sink, max_queue=load.max_queue, governor=_governor(load), observer=self._box,
             speculator=AdaptiveSpeculator(drafter) if load.speculation == "auto" else None,
             token_interval_s=load.token_interval_ms / 1000, disk=files,
         )  # fmt: skip
@@ -334,6 +385,7 @@ class Worker:
                 facts.description, facts.architecture, facts.num_parameters, can.context_tokens, can.num_cells,
                 can.num_slots, facts.vocab_size, bool(load.template or facts.chat_template), _build(),
                 time.monotonic() - started, load.draft if drafter is not None else "", problem,
+                self._prompts.dialogues.variables, self._prompts.dialogues.thinks,
             )
         )  # fmt: skip
         limit_memory(self._budget_bytes, promised_bytes=self._promised_bytes())
@@ -464,6 +516,7 @@ class Worker:
                 case wire.Generate() | wire.Embed():
                     self._submit(message)
                 case wire.Cancel():
+                    self._sink.drop(message.id)
                     self._serving.cancel(RequestId(message.id))
                 case wire.AskPins():
                     self._ask_pins(message)
@@ -476,7 +529,10 @@ class Worker:
     def _generate(self, message: wire.Ask) -> None:
         if isinstance(message, wire.Embed):
             raise InvalidRequest("This model makes no embeddings.", field="model")
-        self._engine.submit(self._prompts.request(message))
+        request, reader = self._prompts.request(message)
+        if reader is not None:
+            self._sink.expect(message.id, reader)
+        self._engine.submit(request)
 
     def _submit(self, message: wire.Ask) -> None:
         self._box.begin_text(message.id)
@@ -484,6 +540,9 @@ class Worker:
             self._take(message)
         except EdgeError as e:
             self._connection.send(wire.Step([], [failed(message.id, e)]))
+        except RecursionError:
+            deep = InvalidRequest("The request is nested too deeply.", hint="Send it flatter.")
+            self._connection.send(wire.Step([], [failed(message.id, deep)]))
         self._box.end_text()
 
     def _ask_pins(self, message: wire.AskPins) -> None:

@@ -22,9 +22,9 @@ from runtime import wire
 from runtime.api.access import UNSTATED_TOKENS
 from runtime.api.appliance import Appliance
 from runtime.api.guard import meter_of
-from runtime.api.openai_schema import SamplingFields, TokenDetails, Usage
+from runtime.api.openai_schema import OutputDetails, SamplingFields, TokenDetails, Usage
 from runtime.api.responses import until_disconnect
-from runtime.api.structured import Structure, checked
+from runtime.api.tools import Promise, kept
 from runtime.generation import Generation
 from runtime.host import ModelHost
 from runtime.pool import READY_WAIT_S
@@ -51,14 +51,15 @@ class Call:
 
     Args:
         index: Which of the answers.
+        promise: What is checked before the answer ends.
         first_image: Where in the request its first image stands; empty where it has none.
     """
 
     def __init__(
         self, appliance: Appliance, http: HttpRequest, body: SamplingFields, *, operation: Operation, max_tokens: int,
-        index: int = 0, structure: Structure | None = None, first_image: str = "",
+        index: int = 0, promise: Promise | None = None, first_image: str = "",
     ) -> None:  # fmt: skip
-        self._structure = structure
+        self._promise = promise
         self._first_image = first_image
         self.appliance = appliance
         self.body = body
@@ -95,7 +96,8 @@ class Call:
     @property
     def constraint(self) -> Constraint | None:
         """The form that the answer shall have, for the decoder."""
-        return self._structure.constraint if self._structure is not None else None
+        structure = self._promise.structure if self._promise is not None else None
+        return structure.constraint if structure is not None else None
 
     async def start(self, make: Make) -> Steps:
         """Hand the request to the engine and wait until it is accepted.
@@ -111,8 +113,8 @@ class Call:
         """
         try:
             steps = self._steps(make)
-            if self._structure is not None:
-                steps = checked(steps, self._structure)
+            if self._promise is not None:
+                steps = kept(steps, self._promise)
             while not (first := await anext(steps)):
                 pass  # nobody to send a ping to yet
             # The first says that the engine accepted the request; more may have come with it.
@@ -304,11 +306,14 @@ def usage_of(calls: Sequence[Call]) -> Usage:
     last = [c.last for c in calls if c.last is not None]
     prompt = last[0].num_prompt if last else 0
     output = sum(p.num_output for p in last)
+    thinks = any(c.host is not None and c.host.ready is not None and c.host.ready.thinks for c in calls)
+    thought = sum(p.num_reasoning for p in last)
     return Usage(
         prompt_tokens=prompt,
         completion_tokens=output,
         total_tokens=prompt + output,
         prompt_tokens_details=TokenDetails(cached_tokens=min((p.num_cached for p in last), default=0)),
+        completion_tokens_details=OutputDetails(reasoning_tokens=thought) if thinks else msgspec.UNSET,
     )
 
 

@@ -11,10 +11,12 @@ from edge.errors import InvalidImage, InvalidRequest
 from edge.formats.images import MAX_IMAGE_BYTES
 from runtime import wire
 from runtime.api.openai_schema import ChatMessage, ImagePart
+from runtime.api.tools import wire_calls
 
 MAX_IMAGES = 16
 """Of one request."""
 _DATA_URL = re.compile(r"data:[^,;]{0,100}(?:;[^,;]{0,100}){0,4};base64,", re.IGNORECASE)
+_ROLES = {"developer": "system", "function": "tool"}
 
 
 @dataclass(slots=True)
@@ -32,12 +34,22 @@ def conversation_of(messages: Sequence[ChatMessage]) -> Conversation:
 
     Raises:
         InvalidImage: An image is not one in a data URL, or too large.
-        InvalidRequest: There are too many.
+        InvalidRequest: There are too many, or arguments of a call are no JSON object.
     """
     found = Conversation()
     for i, message in enumerate(messages):
-        role = "system" if message.role == "developer" else message.role
-        found.messages.append(wire.ChatMessage(role, _content(found, message, f"messages[{i}]")))
+        path = f"messages[{i}]"
+        if message.tool_calls and message.role != "assistant":
+            field = f"{path}.tool_calls"
+            raise InvalidRequest(f"'{field}': only messages of the assistant call tools.", field=field)
+        found.messages.append(
+            wire.ChatMessage(
+                _ROLES.get(message.role, message.role), _content(found, message, path),
+                wire_calls(message.tool_calls or (), f"{path}.tool_calls"), message.tool_call_id or "",
+                (message.name or "") if message.role in ("tool", "function") else "",
+                message.reasoning_content or message.reasoning or "",
+            )
+        )  # fmt: skip
     return found
 
 

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from decimal import Decimal
 from functools import cache
-from typing import Any, TypeGuard
+from typing import Any
 
 from edge.errors import ConstraintFailed, InvalidRequest
+from runtime.json_values import is_list, is_object
 
 MAX_DEPTH = 32
 MAX_NODES = 2000
@@ -45,20 +46,12 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _is_list(value: object) -> TypeGuard[list[object]]:
-    return isinstance(value, list)
-
-
-def _is_object(value: object) -> TypeGuard[dict[str, object]]:
-    return isinstance(value, dict)
-
-
 def _is_texts(value: object) -> bool:
-    return _is_list(value) and all(isinstance(v, str) for v in value)
+    return is_list(value) and all(isinstance(v, str) for v in value)
 
 
 def _is_type(value: object) -> bool:
-    return value in _TYPES or (_is_list(value) and bool(value) and all(v in _TYPES for v in value))
+    return value in _TYPES or (is_list(value) and bool(value) and all(v in _TYPES for v in value))
 
 
 def _is_positive(value: object) -> bool:
@@ -71,7 +64,7 @@ def _is_reference(value: object) -> bool:
 
 _VALUES: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "type": (_is_type, f"one of {', '.join(_TYPES)}, or a list of them"),
-    "enum": (lambda v: _is_list(v) and bool(v), "a list of values"),
+    "enum": (lambda v: is_list(v) and bool(v), "a list of values"),
     "const": (lambda _: True, "a value"),
     "required": (_is_texts, "a list of names"),
     "pattern": (lambda v: isinstance(v, str), "an expression"),
@@ -130,7 +123,7 @@ class _Walk:
     def _data(self, value: object, path: str, depth: int) -> None:
         """Count what a value holds; `enum` and `const` may hold anything."""
         self._count(path, depth)
-        inner = value if _is_list(value) else list(value.values()) if _is_object(value) else []
+        inner = value if is_list(value) else list(value.values()) if is_object(value) else []
         for v in inner:
             self._data(v, path, depth + 1)
 
@@ -143,13 +136,13 @@ class _Walk:
 
 
 def _object(value: object, path: str) -> dict[str, object]:
-    if not _is_object(value):
+    if not is_object(value):
         raise InvalidRequest(f"'{path[:300]}' has to be an object.", field=path[:300])
     return value
 
 
 def _some(value: object, path: str) -> list[object]:
-    if not _is_list(value) or not value:
+    if not is_list(value) or not value:
         raise InvalidRequest(f"'{path[:300]}' has to be a list of schemas.", field=path[:300])
     return value
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ import msgspec
 from litestar import Response, post
 from litestar.datastructures import State
 
-from edge.errors import EdgeError
+from edge.errors import EdgeError, InvalidRequest
 from edge.telemetry.span import Operation
 from runtime import wire
 from runtime.api.access import needs
@@ -24,7 +23,6 @@ from runtime.api.embeddings import EmbeddingRequest, read_texts, written
 from runtime.api.errors import fault_of
 from runtime.api.guard import caller_of
 from runtime.api.logprobs import chat_logprobs
-from runtime.api.ollama_facts import thinks
 from runtime.api.ollama_schema import (
     AnswerFields,
     Embeddings,
@@ -38,6 +36,8 @@ from runtime.api.ollama_schema import (
     OneEmbedding,
     Options,
     Said,
+    SaidCall,
+    SaidFunction,
     Timed,
     kept_s,
     nanoseconds,
@@ -45,9 +45,10 @@ from runtime.api.ollama_schema import (
     ollama_name,
     option_warnings,
 )
-from runtime.api.openai import start_chat, start_completion, warning_headers, whole_answers
+from runtime.api.openai import Answer, start_chat, start_completion, warning_headers, whole_answers
 from runtime.api.parsing import check_items, parse_body
 from runtime.api.responses import EventStream, until_disconnect
+from runtime.api.tools import CallCollector, unused_options
 from runtime.host import ModelHost
 from runtime.request import TokenLogprob
 
@@ -65,24 +66,49 @@ class _Asked:
     started: float
     is_chat: bool
 
-    def line(self, text: str, logprobs: list[TokenLogprob] | None = None, *, done: str = "") -> Line:
+    def line(
+        self, text: str, logprobs: Sequence[TokenLogprob] | None = None, *, done: str = "", thinking: str = "",
+        calls: Sequence[wire.ToolCall] = (),
+    ) -> Line:  # fmt: skip
         """The answer or a part of it; its end where `done` says why."""
+        thought = thinking or msgspec.UNSET
+        said = Said(content=text, thinking=thought, tool_calls=_said_calls(calls) or msgspec.UNSET)
         return Line(
             model=self.body.model,
             created_at=now(),
-            message=Said(content=text) if self.is_chat else msgspec.UNSET,
+            message=said if self.is_chat else msgspec.UNSET,
             response=msgspec.UNSET if self.is_chat else text,
+            thinking=msgspec.UNSET if self.is_chat else thought,
             logprobs=chat_logprobs(logprobs).content if logprobs else msgspec.UNSET,
             done=bool(done),
-            done_reason=done,
+            done_reason="stop" if done == "tool_calls" else done,
         )
 
-    def last(self, call: Call, text: str, logprobs: list[TokenLogprob] | None, *, reason: str) -> Line:
+    def last(self, call: Call, answer: Answer) -> Line:
         """The end of the answer, with what it took."""
-        line = self.line(text, logprobs, done=reason)
+        line = self.line(
+            answer.text, answer.logprobs, done=answer.reason, thinking=answer.reasoning, calls=answer.calls
+        )  # fmt: skip
         _fill(line, call, self.started)
         line.warnings = self.warnings
         return line
+
+
+def _said_calls(calls: Sequence[wire.ToolCall]) -> list[SaidCall]:
+    """Calls with their arguments as objects. One that the token limit cut is no call."""
+    whole = [c for c in calls if _is_object(c.arguments)]
+    return [
+        SaidCall(id=c.id, function=SaidFunction(name=c.name, arguments=msgspec.Raw(c.arguments.encode())))
+        for c in whole
+    ]
+
+
+def _is_object(text: str) -> bool:
+    try:
+        msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+    except msgspec.DecodeError:
+        return False
+    return True
 
 
 def _fill(line: Timed, call: Call, started: float) -> None:
@@ -100,7 +126,7 @@ async def chat(request: HttpRequest, state: State) -> Response[Line] | EventStre
     started, content = time.perf_counter(), await request.body()
     body, warnings = parse_body(content, OllamaChatRequest)
     if body.messages:
-        warnings += check_items(content, "messages", _MESSAGE_FIELDS, frozenset({"tool_calls"}))
+        warnings += check_items(content, "messages", _MESSAGE_FIELDS, frozenset[str]())
     asked = _checked(request, body, warnings + option_warnings(content), started, is_chat=True)
     if not body.messages:
         return await _load(asked)
@@ -201,30 +227,38 @@ async def _answer(asked: _Asked, calls: list[Call], streams: list[Steps]) -> Res
         (answer,) = await whole_answers(asked.http, calls, streams)
     finally:
         end()
-    line = asked.last(call, answer.text, answer.logprobs, reason=answer.reason)
+    line = asked.last(call, answer)
     return Response(line, headers=headers)
 
 
 async def _warnings_of(body: AnswerFields, host: ModelHost | None) -> list[str]:
-    """What this model leaves out of account."""
+    """What this model leaves out of account.
+
+    Raises:
+        InvalidRequest: It is to think, and cannot.
+    """
     if host is None or host.ready is None:
         return []
     warnings: list[str] = []
     wanted, there = (body.options or Options()).num_ctx or 0, host.ready.context_tokens
     if wanted > there:
         warnings.append(f"options.num_ctx is {wanted}, and this model's context has {there} tokens")
-    if body.think is False and await asyncio.to_thread(thinks, host.model):
-        warnings.append("think has no effect: this model decides by itself, and what it thinks stands in its answer")
+    if body.think and not host.ready.thinks:
+        hint = "Leave 'think' out."
+        raise InvalidRequest(f"'{body.model[:200]}' does not support thinking.", field="think", hint=hint)
+    if body.think is not None and host.ready.thinks and unused_options({}, body.effort(), host.ready):
+        warnings.append("think has no effect: this model decides by itself")
     return warnings
 
 
 async def _lines(asked: _Asked, call: Call, steps: Steps) -> AsyncGenerator[bytes]:
     """The answer line by line. What goes wrong after the first byte is a line, since the status is spent."""
     error: BaseException | None = None
+    calls = WholeCalls()
     try:
         async with aclosing(steps):
             async for pieces in steps:
-                if out := b"".join(map(ndjson, _lines_of(asked, call, pieces))):
+                if out := b"".join(map(ndjson, _lines_of(asked, call, pieces, calls))):
                     yield out
     except EdgeError as e:
         error = e
@@ -236,13 +270,32 @@ async def _lines(asked: _Asked, call: Call, steps: Steps) -> AsyncGenerator[byte
         call.finish(error)
 
 
-def _lines_of(asked: _Asked, call: Call, pieces: list[wire.Piece]) -> list[Line]:
+class WholeCalls:
+    """Calls that are told as soon as they are whole."""
+
+    def __init__(self) -> None:
+        self._collector = CallCollector()
+        self._num_told = 0
+
+    def push(self, piece: wire.Piece) -> list[wire.ToolCall]:
+        """What a step made whole: a call is, when another begins or the answer ends."""
+        self._collector.push(piece.calls)
+        calls = self._collector.calls
+        told, self._num_told = self._num_told, len(calls) if piece.finish_reason else max(0, len(calls) - 1)
+        return calls[told : self._num_told]
+
+
+def _lines_of(asked: _Asked, call: Call, pieces: list[wire.Piece], calls: WholeCalls) -> list[Line]:
     """What a step gave. Where nothing came for long, an empty one: proxies and clients cut silent connections."""
-    lines = [asked.line(p.text, [*(p.logprobs or ())]) for p in pieces if p.text or p.logprobs]
+    lines = list[Line]()
+    for p in pieces:
+        whole = calls.push(p)
+        if p.text or p.logprobs or p.reasoning or whole:
+            lines.append(asked.line(p.text, p.logprobs, thinking=p.reasoning, calls=whole))
     if not pieces:
         lines.append(asked.line(""))
     elif (reason := pieces[-1].finish_reason) is not None:
-        lines.append(asked.last(call, "", None, reason=reason))
+        lines.append(asked.last(call, Answer(reason=reason)))
     return lines
 
 

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import msgspec
 
+from edge.errors import EdgeError
 from edge.formats.gguf import GgufValue, read_gguf
 from edge.store.details import Sampling
 from edge.store.models import StoredModel
 from runtime.api.ollama_schema import Listed, OllamaDetails, Shown, rfc3339
 
 _TEMPLATE = "tokenizer.chat_template"
+THINKING_ENDS = ("</think", "</seed:think>", "</mm:think>", "[/THINK]", "<|END_THINKING|>", "<channel|>")
 _NAMES = {"max_tokens": "num_predict"}
 
 
@@ -34,10 +36,19 @@ def template_of(model: StoredModel) -> str:
     return found if isinstance(found, str) else ""
 
 
+def capabilities(model: StoredModel) -> list[str]:
+    """What a model does. Every model that makes text calls tools: where its template knows none, we tell it."""
+    found = [*model.capabilities]
+    try:
+        return [*found, "thinking"] if "completion" in found and thinks(model) else found
+    except (EdgeError, OSError):  # a list names damaged models, too
+        return found
+
+
 def thinks(model: StoredModel) -> bool:
     """Whether the model was made to think before it answers, as far as its template shows."""
     template = template_of(model)
-    return "<think>" in template or "enable_thinking" in template
+    return any(marker in template for marker in THINKING_ENDS)
 
 
 def details(model: StoredModel) -> OllamaDetails:
@@ -62,7 +73,7 @@ def listed(model: StoredModel) -> Listed:
     name = str(model.ref)
     return Listed(
         name=name, model=name, modified_at=_modified(model), size=model.size_bytes, digest=model.digest.hex,
-        details=details(model), capabilities=[*model.capabilities],
+        details=details(model), capabilities=capabilities(model),
     )  # fmt: skip
 
 
@@ -89,7 +100,7 @@ def shown(model: StoredModel) -> Shown:
         system=system,
         details=details(model),
         model_info=info,
-        capabilities=[*model.capabilities],
+        capabilities=capabilities(model),
         modified_at=_modified(model),
     )
 

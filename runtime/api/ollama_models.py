@@ -87,7 +87,7 @@ async def tags(request: HttpRequest, state: State) -> ListedModels:
     limits, stored = caller_of(request.scope).limits, await appliance_of(state).stored_models()
     usable = (m for m in stored if not m.is_adapter and limits.may_use(str(m.ref)))
     models = sorted(usable, key=lambda m: -m.created)
-    return ListedModels(models=[listed(m) for m in models])
+    return ListedModels(models=await asyncio.to_thread(lambda: [listed(m) for m in models]))
 
 
 @head("/api/tags", opt=needs("key"), sync_to_thread=False)

@@ -33,6 +33,7 @@ from runtime.api.openai_schema import (
 )
 from runtime.api.parsing import MAX_WARNINGS, check_num_fields
 from runtime.api.structured import Schema, Structure
+from runtime.api.tools import MAX_TOOLS, CalledFunction, Id, ReasoningEffort, ToolCallField, ToolField, ToolName, Tools
 from runtime.request import Constraint
 
 FOREVER_S = -1.0
@@ -259,12 +260,6 @@ class AnswerFields(msgspec.Struct, kw_only=True):
             InvalidRequest: A field asks for it.
         """
         (self.options or Options()).check("options")
-        if self.think:
-            raise InvalidRequest(
-                f"'{self.model[:200]}' does not support thinking in a field of its own.",
-                field="think",
-                hint="Leave 'think' out: what a model thinks stands in its answer.",
-            )
         if self.top_logprobs and not self.logprobs:
             hint = 'Send "logprobs": true with it.'
             raise InvalidRequest("'top_logprobs' needs 'logprobs'.", field="top_logprobs", hint=hint)
@@ -287,10 +282,31 @@ class AnswerFields(msgspec.Struct, kw_only=True):
             "stop": o.stops() or None,
         }  # fmt: skip
 
-    def chat(self, messages: list[ChatMessage]) -> FormedChat:
+    def effort(self) -> ReasoningEffort | None:
+        """How much the model shall think; None leaves it to the model.
+
+        Raises:
+            InvalidRequest: `think` is no degree of it.
+        """
+        if self.think is None or isinstance(self.think, bool):
+            return None if self.think is None else "medium" if self.think else "none"
+        try:
+            return msgspec.convert(self.think, ReasoningEffort)
+        except msgspec.ValidationError as e:
+            hint = 'Send true, false, or one of "low", "medium", "high".'
+            raise InvalidRequest("'think' is no degree of thinking.", field="think", hint=hint) from e
+
+    def chat(self, messages: list[ChatMessage], tools: list[ToolField] | None = None) -> FormedChat:
         """The request as a conversation."""
         fields: dict[str, Any] = self.sampling()
-        return FormedChat(messages=messages, logprobs=self.logprobs, top_logprobs=self.top_logprobs, **fields)
+        return FormedChat(
+            messages=messages, logprobs=self.logprobs, top_logprobs=self.top_logprobs, tools=tools,
+            reasoning_effort=self.effort(), **fields,
+        )  # fmt: skip
+
+
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()
 
 
 def _message(role: Role, content: str | None, images: list[Image] | None) -> ChatMessage:
@@ -300,27 +316,53 @@ def _message(role: Role, content: str | None, images: list[Image] | None) -> Cha
     return ChatMessage(role=role, content=[*parts, TextPart(text=content or "")])
 
 
+class OllamaFunction(msgspec.Struct, kw_only=True):
+    """A tool and the arguments it was called with, an object."""
+
+    name: ToolName
+    arguments: dict[str, object] = msgspec.field(default_factory=dict[str, object])
+
+
+class OllamaCall(msgspec.Struct, kw_only=True):
+    """A call in a message."""
+
+    function: OllamaFunction
+    id: Id = ""
+
+
 class OllamaMessage(msgspec.Struct, kw_only=True):
     """One message of a conversation."""
 
     role: Role
     content: str | None = None
+    thinking: str | None = None
+    tool_calls: Annotated[list[OllamaCall], msgspec.Meta(max_length=MAX_TOOLS)] | None = None
+    tool_name: Annotated[str, msgspec.Meta(max_length=64)] | None = None
+    tool_call_id: Id | None = None
     images: list[Image] | None = None
     """Each as base64, before the text."""
 
     def openai(self) -> ChatMessage:
         """In OpenAI's words."""
-        return _message(self.role, self.content, self.images)
+        message = _message(self.role, self.content, self.images)
+        message.reasoning_content = self.thinking
+        message.name, message.tool_call_id = self.tool_name, self.tool_call_id
+        message.tool_calls = [
+            ToolCallField(id=c.id, function=CalledFunction(name=c.function.name, arguments=_json(c.function.arguments)))
+            for c in self.tool_calls or ()
+        ]
+        return message
 
 
 class OllamaChatRequest(AnswerFields, kw_only=True):
     """`POST /api/chat`. Without messages it loads the model, or unloads it with a `keep_alive` of 0."""
 
     messages: list[OllamaMessage] | None = None
+    tools: Tools | None = None
 
     def answer(self) -> FormedChat:
         """The request in OpenAI's words."""
-        return self.chat([m.openai() for m in self.messages or ()])
+        return self.chat([m.openai() for m in self.messages or ()], self.tools)
 
 
 class OllamaGenerateRequest(AnswerFields, kw_only=True):
@@ -470,11 +512,27 @@ class OllamaCreateRequest(ModelNamed, kw_only=True):
 # ---------------------------------------------------------------- answers
 
 
+class SaidFunction(msgspec.Struct, kw_only=True):
+    """A tool and the arguments it is called with, an object."""
+
+    name: str
+    arguments: msgspec.Raw
+
+
+class SaidCall(msgspec.Struct, kw_only=True):
+    """A call by the model."""
+
+    id: str
+    function: SaidFunction
+
+
 class Said(msgspec.Struct, kw_only=True):
     """A message of the model, or a part of it."""
 
     role: str = "assistant"
     content: str
+    thinking: str | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[SaidCall] | msgspec.UnsetType = msgspec.UNSET
 
 
 Count = int | msgspec.UnsetType
@@ -500,6 +558,7 @@ class Line(Timed, kw_only=True, omit_defaults=True):
     created_at: str
     message: Said | msgspec.UnsetType = msgspec.UNSET
     response: str | msgspec.UnsetType = msgspec.UNSET
+    thinking: str | msgspec.UnsetType = msgspec.UNSET
     logprobs: list[ContentLogprob] | msgspec.UnsetType = msgspec.UNSET
     done: bool
     done_reason: str = ""

@@ -23,6 +23,7 @@ from runtime.api.errors import fault_of
 from runtime.api.guard import caller_of
 from runtime.api.images import Conversation, conversation_of
 from runtime.api.logprobs import chat_logprobs, text_logprobs
+from runtime.api.ollama_facts import capabilities
 from runtime.api.openai_schema import (
     AssistantMessage,
     ChatChoice,
@@ -35,12 +36,15 @@ from runtime.api.openai_schema import (
     Model,
     Models,
     SamplingFields,
+    ToolFields,
 )
 from runtime.api.parsing import check_items, parse_body
 from runtime.api.responses import EventStream, until_disconnect
+from runtime.api.tools import CallCollector, CalledFunction, Promise, ToolCallField, unused_options
 from runtime.request import TokenLogprob
 from runtime.selection import combined_name, refuse_adapter
 
+NO_TOOLS = ToolFields()
 Started = tuple[list[Call], list[Steps]]
 """The answers that were begun, and what each step gives them."""
 
@@ -52,10 +56,17 @@ class Answer:
     texts: list[str] = field(default_factory=list[str])
     reason: str = "stop"
     logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
+    reasoning: str = ""
+    collector: CallCollector = field(default_factory=CallCollector)
 
     @property
     def text(self) -> str:
         return "".join(self.texts)
+
+    @property
+    def calls(self) -> list[wire.ToolCall]:
+        """The tools that it calls."""
+        return self.collector.calls
 
 
 async def _collect(streams: Sequence[Steps]) -> list[Answer]:
@@ -64,6 +75,8 @@ async def _collect(streams: Sequence[Steps]) -> list[Answer]:
         answer = answers[index]
         for p in pieces:
             answer.texts.append(p.text)
+            answer.reasoning += p.reasoning
+            answer.collector.push(p.calls)
             answer.logprobs += p.logprobs or ()
             answer.reason = p.finish_reason or answer.reason
     return answers
@@ -88,12 +101,14 @@ def _finish(calls: Sequence[Call], error: BaseException | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What one event of a stream tells of one answer: a text that was added, or why the answer ended."""
+    """What one event of a stream tells of one answer: what was added, or why the answer ended."""
 
     index: int
     text: str = ""
     logprobs: Sequence[TokenLogprob] | None = None
     reason: str | None = None
+    reasoning: str = ""
+    calls: Sequence[wire.CallDelta] = ()
 
 
 Choice = Callable[[Event], bytes]
@@ -130,7 +145,8 @@ async def _events(
 
 
 def _piece_events(index: int, p: wire.Piece, format_event: Choice) -> bytes:
-    out = sse.data(format_event(Event(index, p.text, p.logprobs))) if p.text or p.logprobs else b""
+    added = Event(index, p.text, p.logprobs, None, p.reasoning, p.calls)
+    out = sse.data(format_event(added)) if p.text or p.logprobs or p.reasoning or p.calls else b""
     return out + sse.data(format_event(Event(index, reason=p.finish_reason))) if p.finish_reason else out
 
 
@@ -138,8 +154,26 @@ def _chat_choice(event: Event) -> bytes:
     if event.reason is not None:
         return b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":"%s"}' % (event.index, event.reason.encode())
     logprobs = b"null" if event.logprobs is None else msgspec.json.encode(chat_logprobs(event.logprobs))
-    parts = (event.index, msgspec.json.encode(event.text), logprobs)
-    return b'{"index":%d,"delta":{"content":%s},"logprobs":%s,"finish_reason":null}' % parts
+    parts = (event.index, msgspec.json.encode(_delta(event)), logprobs)
+    return b'{"index":%d,"delta":%s,"logprobs":%s,"finish_reason":null}' % parts
+
+
+def _delta(event: Event) -> dict[str, object]:
+    """What was added to a message."""
+    delta: dict[str, object] = {"content": event.text} if event.text or not (event.reasoning or event.calls) else {}
+    if event.reasoning:
+        delta["reasoning_content"] = event.reasoning
+    if event.calls:
+        delta["tool_calls"] = [_call_delta(call) for call in event.calls]
+    return delta
+
+
+def _call_delta(call: wire.CallDelta) -> dict[str, object]:
+    """The beginning of a call, or more of its arguments."""
+    if not call.id:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"index": call.index, "id": call.id, "type": "function", "function": function}
 
 
 def _text_choice(event: Event) -> bytes:
@@ -179,11 +213,12 @@ def _stream(
 
 def _calls(
     state: State, http: HttpRequest, body: SamplingFields, operation: Operation, max_tokens: int, *,
-    first_image: str = "",
+    first_image: str = "", tools: Sequence[wire.Tool] = (),
 ) -> list[Call]:  # fmt: skip
     """One for each of the answers that are asked for."""
     body.check()
     appliance, structure = appliance_of(state), body.structure()
+    promise = Promise(structure, {t.name: t.parameters for t in tools}) if structure is not None or tools else None
     return [
         Call(
             appliance,
@@ -192,7 +227,7 @@ def _calls(
             operation=operation,
             max_tokens=max_tokens,
             index=i,
-            structure=structure,
+            promise=promise,
             first_image=first_image,
         )
         for i in range(body.n or 1)
@@ -206,6 +241,7 @@ def _generate(
     *,
     conversation: Conversation | None = None,
     prompt: str | list[int] | None = None,
+    tools: ToolFields = NO_TOOLS,
 ) -> Make:
     """What the engine is asked, but for the id and the sampling of each answer."""
     return lambda i, params: wire.Generate(
@@ -224,6 +260,10 @@ def _generate(
         images=tuple(conversation.images) if conversation else (),
         cuts_max_tokens=body.cuts_max_tokens,
         is_raw=body.is_raw,
+        tools=tools.tools,
+        tool_choice=tools.choice,
+        parallel_tools=tools.parallel,
+        template_options=tools.template_options,
     )
 
 
@@ -233,15 +273,32 @@ def warning_headers(warnings: Sequence[str]) -> dict[str, str]:
     return {"x-edge-warnings": "".join(c if c.isprintable() else "?" for c in text)} if warnings else {}
 
 
+def template_warnings(body: ChatRequest, call: Call) -> list[str]:
+    """Variables that the model's chat template does not look for."""
+    ready = call.host.ready if call.host is not None else None
+    return unused_options(body.chat_template_kwargs, body.reasoning_effort, ready)
+
+
+def _message(answer: Answer) -> AssistantMessage:
+    calls = [ToolCallField(id=c.id, function=CalledFunction(name=c.name, arguments=c.arguments)) for c in answer.calls]
+    return AssistantMessage(
+        content=answer.text or None if calls else answer.text,
+        reasoning_content=answer.reasoning or msgspec.UNSET,
+        tool_calls=calls or msgspec.UNSET,
+    )
+
+
 _MESSAGE_FIELDS = frozenset(f.encode_name for f in msgspec.structs.fields(ChatMessage))
 
 
 async def start_chat(http: HttpRequest, state: State, body: ChatRequest) -> Started:
     """Begin to answer a conversation."""
     max_tokens = body.max_completion_tokens or body.max_tokens or 0
-    conversation = conversation_of(body.messages)
-    calls = _calls(state, http, body, "chat", max_tokens, first_image=conversation.first_image)
-    asked = _generate(calls, body, max_tokens, conversation=conversation)
+    conversation, asks = conversation_of(body.messages), body.asks()
+    calls = _calls(
+        state, http, body, "chat", max_tokens, first_image=conversation.first_image, tools=asks.tools
+    )  # fmt: skip
+    asked = _generate(calls, body, max_tokens, conversation=conversation, tools=asks)
     return calls, await start_all(calls, http.receive, asked)
 
 
@@ -256,8 +313,9 @@ async def chat_completions(request: HttpRequest, state: State) -> Response[ChatC
     """Answer a conversation."""
     content = await request.body()
     body, warnings = parse_body(content, ChatRequest)
-    warnings += check_items(content, "messages", _MESSAGE_FIELDS, frozenset({"tool_calls", "function_call"}))
+    warnings += check_items(content, "messages", _MESSAGE_FIELDS, frozenset({"function_call"}))
     calls, streams = await start_chat(request, state, body)
+    warnings += template_warnings(body, calls[0])
     if body.stream:
         role = b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
         kind = "chat.completion.chunk"
@@ -272,7 +330,7 @@ async def chat_completions(request: HttpRequest, state: State) -> Response[ChatC
         choices=[
             ChatChoice(
                 index=c.index,
-                message=AssistantMessage(content=a.text),
+                message=_message(a),
                 logprobs=chat_logprobs(a.logprobs) if body.logprobs else None,
                 finish_reason=a.reason,
                 token_ids=c.answer_ids(),
@@ -323,12 +381,15 @@ async def list_models(request: HttpRequest, state: State) -> Models:
     """The models of the store that the key may use, also with each adapter that fits. Listing loads nothing."""
     appliance, limits = appliance_of(state), caller_of(request.scope).limits
     stored = [m for m in await appliance.stored_models() if limits.may_use(str(m.ref))]
-    adapted = [_adapted(base, adapter) for base, adapter in await appliance.pool.combinations(stored)]
-    return Models(data=[_model(m) for m in stored if not m.is_adapter] + adapted)
+    pairs = await appliance.pool.combinations(stored)
+    models = await asyncio.to_thread(lambda: [_model(m) for m in stored if not m.is_adapter])
+    return Models(data=models + await asyncio.to_thread(lambda: [_adapted(base, adapter) for base, adapter in pairs]))
 
 
 def _model(stored: StoredModel) -> Model:
-    return Model(id=str(stored.ref), created=int(stored.created), owned_by="slm-edge", capabilities=stored.capabilities)
+    return Model(
+        id=str(stored.ref), created=int(stored.created), owned_by="slm-edge", capabilities=capabilities(stored)
+    )
 
 
 def _adapted(base: StoredModel, adapter: StoredModel) -> Model:
@@ -345,7 +406,7 @@ async def get_model(request: HttpRequest, state: State, model_id: str) -> Model:
     selection = await appliance.pool.select(name, [])
     stored = await appliance.stored_model(selection.model)
     await asyncio.to_thread(refuse_adapter, stored, appliance.store)
-    model = _model(stored)
+    model = await asyncio.to_thread(_model, stored)
     return msgspec.structs.replace(model, id=selection.name, parent=model.id) if selection.adapters else model
 
 

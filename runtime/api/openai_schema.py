@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, NamedTuple, TypeVar
 
 import msgspec
 from typing_extensions import override
 
 from edge.errors import InvalidRequest
 from edge.store.details import Sampling
+from runtime import wire
 from runtime.api.structured import MAX_TEXT_CHARS, ResponseFormat, Structure, StructuredOutputs, structure_of
+from runtime.api.tools import (
+    ReasoningEffort,
+    ToolCallField,
+    ToolCalls,
+    ToolChoice,
+    Tools,
+    template_options,
+    wire_choice,
+    wire_tools,
+)
 from runtime.request import SamplingParams
 
 T = TypeVar("T")
@@ -65,7 +76,13 @@ class ChatMessage(msgspec.Struct, kw_only=True):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[TextPart | ImagePart] | None = None
     name: str | None = None
-    """Taken without effect: templates of this version's models have no place for it."""
+    """Of a tool's result: the tool. Else without effect."""
+    tool_calls: ToolCalls | None = None
+    tool_call_id: Annotated[str, msgspec.Meta(max_length=128)] | None = None
+    reasoning_content: str | None = None
+    """What an answer's author thought before it."""
+    reasoning: str | None = None
+    """Another name of it."""
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
@@ -211,6 +228,15 @@ class SamplingFields(msgspec.Struct, kw_only=True):
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
 
+class ToolFields(NamedTuple):
+    """Tools as the engine takes them; see :class:`runtime.wire.Generate`."""
+
+    tools: tuple[wire.Tool, ...] = ()
+    choice: str = "auto"
+    parallel: bool = True
+    template_options: str = ""
+
+
 class ChatRequest(SamplingFields, kw_only=True):
     """`POST /v1/chat/completions`."""
 
@@ -218,6 +244,24 @@ class ChatRequest(SamplingFields, kw_only=True):
     max_completion_tokens: PositiveInt | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    chat_template_kwargs: dict[str, object] | None = None
+    """llama-server's and vLLM's: further variables of the model's chat template."""
+
+    def asks(self) -> ToolFields:
+        """What is asked for beside the messages.
+
+        Raises:
+            InvalidRequest: A tool's schema is not one that is held, or one is to be called that is not there.
+        """
+        tools = wire_tools(self.tools or ())
+        return ToolFields(
+            tools, wire_choice(self.tool_choice, tools), self.parallel_tool_calls is not False,
+            template_options(self.chat_template_kwargs, self.reasoning_effort),
+        )  # fmt: skip
 
     @override
     def num_logprobs(self) -> int | None:
@@ -255,6 +299,12 @@ class TokenDetails(msgspec.Struct, kw_only=True):
     cached_tokens: int
 
 
+class OutputDetails(msgspec.Struct, kw_only=True):
+    """What the answer's tokens were."""
+
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct, kw_only=True):
     """Tokens of a request."""
 
@@ -262,14 +312,18 @@ class Usage(msgspec.Struct, kw_only=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: TokenDetails
+    completion_tokens_details: OutputDetails | msgspec.UnsetType = msgspec.UNSET
+    """Only of models that think."""
 
 
 class AssistantMessage(msgspec.Struct, kw_only=True):
     """The answer."""
 
     role: str = "assistant"
-    content: str = ""
+    content: str | None = ""
     refusal: str | None = None
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[ToolCallField] | msgspec.UnsetType = msgspec.UNSET
 
 
 class TopLogprob(msgspec.Struct, kw_only=True):

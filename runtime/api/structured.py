@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import msgspec
 
 from edge.errors import ConstraintFailed, InvalidRequest
-from runtime import wire
 from runtime.api.json_schema import check_answer, parse_schema
 from runtime.api.parsing import check_size
 from runtime.request import Constraint
@@ -136,18 +132,3 @@ def _of_schema(schema: Schema, path: str) -> Constraint:
 
 def _of_grammar(grammar: str, path: str) -> Constraint:
     return Constraint("gbnf" if "::=" in grammar else "lark", grammar, path)
-
-
-async def checked(steps: AsyncGenerator[list[wire.Piece]], structure: Structure) -> AsyncGenerator[list[wire.Piece]]:
-    """An answer's steps, of which the last is passed on once the whole has its form.
-
-    Raises:
-        ConstraintFailed: It ended by itself and has not.
-    """
-    texts: list[str] = []
-    async with aclosing(steps):
-        async for pieces in steps:
-            texts += [p.text for p in pieces]
-            if pieces and pieces[-1].finish_reason == "stop":
-                await asyncio.to_thread(structure.check, "".join(texts))
-            yield pieces

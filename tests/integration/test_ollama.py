@@ -188,8 +188,8 @@ def test_what_has_no_effect_is_named(http: httpx.Client) -> None:
     streamed = http.post("/api/generate", json=body)
     assert lines_of(streamed)[-1]["warnings"] == warnings
     assert streamed.headers["x-edge-warnings"] == reply.headers["x-edge-warnings"]
-    chat = {"model": DEFAULT_MODEL, "messages": [{**HI[0], "thinking": "?"}], "options": GREEDY, "stream": False}
-    assert http.post("/api/chat", json=chat).json()["warnings"] == ["unknown field 'thinking' in messages was ignored"]
+    chat = {"model": DEFAULT_MODEL, "messages": [{**HI[0], "thought": "?"}], "options": GREEDY, "stream": False}
+    assert http.post("/api/chat", json=chat).json()["warnings"] == ["unknown field 'thought' in messages was ignored"]
 
 
 # ---------------------------------------------------------------- what is there and what is loaded
@@ -222,7 +222,7 @@ def test_all_about_a_model(client: Any) -> None:
     assert shown.modelinfo["llama.context_length"] == 8192
     assert shown.modelinfo["general.parameter_count"] == 134_515_008
     assert shown.modelinfo["tokenizer.ggml.tokens"] is None
-    assert shown.capabilities == ["completion"]
+    assert shown.capabilities == ["completion", "tools"]
     assert "<|im_start|>" in (shown.template or "")
     assert (shown.parameters or "").split() == ["temperature", "0.2", "top_p", "0.9"]
     assert shown.details is not None

@@ -113,16 +113,16 @@ def test_texts_and_images_at_once_are_answered_as_alone(http: httpx.Client, visi
     for a, one, other in zip(asked, alone, together, strict=True):
         found = conversation_of(msgspec.convert(a["messages"], list[ChatMessage]))
         message = wire.Generate(1, found.messages, None, SamplingParams(), 12, [], images=tuple(found.images))
-        assert one == other or gap(backend, maker.request(message), other) < EPSILON, "the greedy law"
+        assert one == other or gap(backend, maker.request(message)[0], other) < EPSILON, "the greedy law"
     backend.close()
 
 
 def test_a_model_says_whether_it_sees(http: httpx.Client, appliance: RunningAppliance) -> None:
     listed = {m["id"]: m["capabilities"] for m in http.get("/v1/models").json()["data"]}
-    assert listed[SEEING] == ["completion", "vision"]
-    assert listed[DEFAULT_MODEL] == ["completion"]
+    assert listed[SEEING] == ["completion", "tools", "vision"]
+    assert listed[DEFAULT_MODEL] == ["completion", "tools"]
     infos = {m["ref"]: m["capabilities"] for m in http.get("/edge/v1/models").json()["models"]}
-    assert infos[SEEING] == ["completion", "vision"]
+    assert infos[SEEING] == ["completion", "tools", "vision"]
     shown = run_edge("show", SEEING, home=appliance.home)
     assert "text, also about images" in shown.stdout
     assert "mmproj-tiny-vision.gguf" in shown.stdout
@@ -137,7 +137,7 @@ def test_images_as_ollamas_clients_send_them(http: httpx.Client) -> None:
     texts = [http.post(f"/api/{kind}", json={**asked, "stream": False}).json()
              for kind, asked in (("chat", chat), ("generate", generate))]  # fmt: skip
     assert texts[0]["message"]["content"] == texts[1]["response"] == expected["choices"][0]["message"]["content"]
-    assert http.post("/api/show", json={"model": SEEING}).json()["capabilities"] == ["completion", "vision"]
+    assert http.post("/api/show", json={"model": SEEING}).json()["capabilities"] == ["completion", "tools", "vision"]
 
 
 def test_a_model_without_a_projector_refuses_and_is_not_loaded_for_it(http: httpx.Client) -> None:

@@ -308,4 +308,4 @@ def test_a_projector_goes_with_the_quantized_model(vision_files: VisionFiles, tm
     quantized("tiny:f32", tmp_path, tiny_recipe())
     made = next(m for m in store.list() if m.ref.tag != "f32")
     assert made.projector == store.get("tiny:f32").projector
-    assert made.capabilities == ["completion", "vision"]
+    assert made.capabilities == ["completion", "tools", "vision"]

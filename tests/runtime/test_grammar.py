@@ -98,7 +98,7 @@ class BabblingBackend(ScriptedBackend):
         return rng.standard_normal(VOCAB).astype(np.float32) * 3
 
 
-def compiled(kind: Any, text: str = "", **more: str) -> Grammar:
+def compiled(kind: Any, text: str = "", **more: Any) -> Grammar:
     return Grammars(TOKENIZER, VOCAB).compile(Constraint(kind, text, **more))
 
 
@@ -372,3 +372,71 @@ def test_a_model_without_an_end_token_refuses_forms() -> None:
 
     with pytest.raises(UnsupportedFormat, match="ends an answer"):
         Grammars(Endless(), VOCAB).compile(Constraint("regex", "a"))
+
+
+# ---------------------------------------------------------------- forms that begin later, or never
+
+
+def babble(constraint: Constraint, seed: int) -> tuple[bytes, bool]:
+    """An answer of random tokens under a constraint, and whether it is over."""
+    guide, rng = Grammars(TOKENIZER, VOCAB).compile(constraint).start(), np.random.default_rng(seed)
+    text = b""
+    for _ in range(80):
+        logits = rng.standard_normal(VOCAB).astype(np.float32)
+        logits[1 : len(WORDS) + 1] += 3  # words rather than bytes
+        token = guide.forced
+        if token is None:
+            guide.mask(logits)
+            token = int(logits.argmax())
+            assert guide.allows(token)
+        guide.consume(token)
+        if token in TOKENIZER.eog_tokens:
+            return text, True
+        text += TOKENIZER.piece(token)
+        if guide.is_complete:
+            return text, True
+    return text, False
+
+
+CALL = 'start: "name" /[0-9]{2}/ "]"\n'
+
+
+@pytest.mark.parametrize("trigger", ["[", '":', "na[", ', "'])
+def test_an_answer_is_free_until_it_writes_the_trigger(trigger: str) -> None:
+    sign = re.escape(trigger.encode())
+    pattern = re.compile(rb"((?!" + sign + rb").)*" + sign + rb"name[0-9]{2}\]", re.DOTALL)
+    num_held = 0
+    for seed in range(60):
+        text, is_over = babble(Constraint("calls", CALL, trigger=trigger), seed)
+        if trigger.encode() in text and is_over:
+            num_held += 1
+            assert pattern.fullmatch(text)
+    assert num_held
+
+
+def test_what_is_thought_before_holds_no_trigger() -> None:
+    constraint = Constraint("calls", CALL, begins_after="}", opens_with="{", trigger="[")
+    kinds = set[str]()
+    for seed in range(200):
+        text, is_over = babble(constraint, seed)
+        said = text.lstrip()
+        if is_over and said.startswith(b"{") and b"}" in said:
+            said = said.partition(b"}")[2]
+            kinds.add("thought")
+        elif said.startswith(b"{"):
+            continue
+        if is_over and b"[" in said:
+            kinds.add("called")
+            assert re.fullmatch(rb"[^\[]*\[name[0-9]{2}\]", said, re.DOTALL)
+    assert kinds == {"thought", "called"}
+
+
+def test_a_form_may_wait_for_a_thought_that_the_answer_opens_with() -> None:
+    constraint = Constraint("calls", CALL, begins_after="}", opens_with="{")
+    kinds = set[bool]()
+    for seed in range(60):
+        text, is_over = babble(constraint, seed)
+        if is_over:
+            kinds.add(text.startswith(b"{"))
+            assert re.fullmatch(rb"(\{[^}]*\}\s*)?name[0-9]{2}\]", text, re.DOTALL)
+    assert kinds == {True, False}

@@ -66,8 +66,8 @@ def test_so_are_options() -> None:
 def test_warnings_end_where_nobody_reads_on() -> None:
     body = {"model": "m", "input": "x"} | {f"unknown{i}": 1 for i in range(MAX_FIELDS // 2)}
     assert len(parse_body(json.dumps(body).encode(), EmbeddingRequest)[1]) == MAX_WARNINGS
-    chat = body | {"messages": [{"role": "user", "content": "x"}], "tools": [1]}
-    with pytest.raises(InvalidRequest, match="'tools' is not supported"):
+    chat = body | {"messages": [{"role": "user", "content": "x"}], "functions": [1]}
+    with pytest.raises(InvalidRequest, match="'functions' is not supported"):
         parse_body(json.dumps(chat).encode(), ChatRequest)
 
 
