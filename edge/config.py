@@ -78,6 +78,8 @@ class Settings:
     gateway_url: str = ""
     """Where telemetry goes (OTLP/HTTP); empty means nowhere, and then nothing leaves the device."""
     outbox_bytes: int = 64 << 20
+    responses_bytes: int = 128 << 20
+    """Most of the responses that are kept to be gone on from; 0 keeps none."""
     metrics_interval_s: float = 10.0
     seed: Path = field(default_factory=lambda: Path(sys.prefix) / "share" / "slm-edge" / "seed")
     """OCI layout from which an empty store is filled."""
@@ -116,6 +118,11 @@ class Settings:
     def state_db(self) -> Path:
         """Keys, usage and the audit log."""
         return self.home / "state.db"
+
+    @property
+    def responses_db(self) -> Path:
+        """What `/v1/responses` keeps."""
+        return self.home / "responses.db"
 
     @property
     def needs_keys(self) -> bool:
@@ -185,6 +192,7 @@ def _convert(name: str, value: object, where: str) -> object:
 _LEAST = {
     "threads": 0, "context_tokens": 0, "state_bytes": 0, "state_disk_bytes": -1, "max_sequences": 1, "step_tokens": 1,
     "max_queue": 1, "token_interval_ms": 0, "max_body_bytes": 1024, "request_timeout_s": 1, "outbox_bytes": 1 << 16,
+    "responses_bytes": 0,
 }  # fmt: skip
 
 

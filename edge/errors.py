@@ -191,6 +191,20 @@ class ModelNotFound(EdgeError):
         self.known = tuple(known)
 
 
+class ResponseNotFound(InvalidRequest):
+    """No response of that id is kept for this key, or no item."""
+
+    code = "response_not_found"
+
+    def __init__(self, name: str, *, kind: str = "response", field: str | None = None) -> None:
+        super().__init__(
+            f"No {kind} '{name[:100]}' is stored.",
+            field=field,
+            hint="It was not to be stored, was deleted, is too old or made room for others; or it is another key's.",
+        )
+        self.name = name
+
+
 class JobNotFound(EdgeError):
     """No job of that id is known."""
 

@@ -11,7 +11,7 @@ from litestar.plugins import PluginProtocol
 from litestar.plugins.core import MsgspecDIPlugin
 from typing_extensions import override
 
-from runtime.api import admin, docs, embeddings, ollama, ollama_models, openai
+from runtime.api import admin, docs, embeddings, ollama, ollama_models, openai, openai_responses
 from runtime.api.access import needs
 from runtime.api.appliance import Appliance, appliance_of
 from runtime.api.describe import exchanges
@@ -19,7 +19,7 @@ from runtime.api.errors import to_response
 from runtime.api.guard import guard
 from runtime.api.schema import ModelInfo
 
-PARTS = (openai, embeddings, ollama, ollama_models, admin, docs)
+PARTS = (openai, openai_responses, embeddings, ollama, ollama_models, admin, docs)
 HEALTH_S = 1.0
 PROMETHEUS_TYPE = "text/plain; version=0.0.4"
 

@@ -25,6 +25,7 @@ from edge.config import Settings
 from edge.errors import Forbidden, InvalidRequest, ModelNotFound, PinNotFound, QueueFull, VisionUnsupported
 from edge.hardware.memory import available_bytes, total_bytes, usable_cores
 from edge.kinds import ModelKind
+from edge.responses import ResponseStore
 from edge.store.digest import Digest
 from edge.store.manifest import ModelRef
 from edge.store.models import ModelStore, StoredModel
@@ -85,6 +86,7 @@ class Appliance:
         self.logs = logs
         self.pool = pool
         self.access = Access(settings)
+        self.responses = ResponseStore(settings.responses_db, limit_bytes=settings.responses_bytes)
         self.jobs = Jobs(self._job_changed)
         self._watchers: dict[asyncio.Queue[bytes | None], Caller] = {}
         self._started = time.monotonic()
@@ -134,6 +136,7 @@ class Appliance:
         await self.jobs.close()
         await self.pool.close()
         await self.access.close()
+        await asyncio.to_thread(self.responses.close)
         await asyncio.to_thread(self.telemetry.close)
 
     # ------------------------------------------------------------------ models
@@ -429,6 +432,9 @@ class Appliance:
         if self.access.error is not None:
             what = f"neither usage nor the audit log can be written: {self.access.error}"
             alerts.append(Alert(level="critical", what=what, fix="free disk space, and look at the log"))
+        if self.responses.error is not None:
+            what = f"responses are not stored: {self.responses.error}"
+            alerts.append(Alert(level="warning", what=what, fix="free disk space, and look at the log"))
         if not models:
             alerts.append(Alert(level="info", what="no models yet", fix=f"edge pull {self.settings.default_model}"))
         return alerts
@@ -492,6 +498,7 @@ class Appliance:
             self._untidy.clear()
             try:
                 await self.pool.unload_idle()
+                self.responses.tidy()
             except Exception:  # as above
                 log.exception("housekeeping failed")
 

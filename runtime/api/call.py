@@ -86,6 +86,8 @@ class Call:
         self.allowed_s = min(body.timeout_s or math.inf, appliance.settings.request_timeout_s)
         self._first_token: float | None = None
         self._last: wire.Piece | None = None
+        self.params = SamplingParams()
+        """How its tokens are drawn, once it is started."""
         self._generation: Generation | None = None
         self._finished = False
         self.load_s = 0.0
@@ -160,6 +162,7 @@ class Call:
         params = self.body.params(host.model.details.sampling)
         if params.seed is not None:
             params = dataclasses.replace(params, seed=params.seed + self.index)
+        self.params = params
         self._generation = await host.start(
             lambda request_id: _completed(make(request_id, params), selection.adapters, host.model.details),
             timeout_s=self._left_s(),

@@ -42,6 +42,7 @@ STATUS: dict[type[EdgeError], int] = {
     errors.ConstraintFailed: 422,
     errors.ModelNotFound: 404,
     errors.JobNotFound: 404,
+    errors.ResponseNotFound: 404,
     errors.PinNotFound: 404,
     errors.Cancelled: 409,
     ClientClosed: 499,

@@ -42,6 +42,10 @@ _REFUSED: dict[str, tuple[object, ...]] = {
     "guided_choice": (None,),
     "guided_grammar": (None,),
     "truncation": (None, "disabled"),
+    "background": (None, False),
+    "conversation": (None,),
+    "context_management": (None, []),
+    "moderation": (None,),
     # samplers of llama-server that are not here
     "mirostat": (None, 0),
     "dynatemp_range": (None, 0),
@@ -52,7 +56,8 @@ _REFUSED: dict[str, tuple[object, ...]] = {
 }
 _HINTS = {
     ".role": "Roles: system, developer, user, assistant, tool, function.",
-    ".type": "Parts are of type 'text' or, for models that see, 'image_url'.",
+    "].type": "Parts are of type 'text' or, for models that see, 'image_url'; "
+    "in responses 'input_text', 'output_text' and 'input_image'.",
     "messages": "It is a list of objects with role and content, at least one.",
     "model": "GET /v1/models lists the names.",
 }

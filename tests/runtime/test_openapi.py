@@ -20,7 +20,9 @@ from tests.runtime.test_access import app_of
 
 # The path parameters are written as litestar 3 still reads them.
 pytestmark = pytest.mark.filterwarnings("ignore::litestar.exceptions.LitestarDeprecationWarning")
-WITHOUT_BODY = {"POST /edge/v1/jobs/{job_id}/cancel", "POST /edge/v1/telemetry/flush"}
+WITHOUT_BODY = {
+    "POST /edge/v1/jobs/{job_id}/cancel", "POST /edge/v1/telemetry/flush", "POST /v1/responses/{response_id}/cancel",
+}  # fmt: skip
 
 
 @pytest.fixture
