@@ -10,15 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge.database import connect_read_only, errors_of
+from edge.database import connect_read_only, errors_of, transaction
 from edge.errors import AuditBroken
 
-from .state import SCHEMA_VERSION
+from .state import SCHEMA_VERSION, open_state
 
 MAX_LINES = 100_000
 """Kept; of the oldest tenth beyond it only the digest stays, from which the chain goes on."""
@@ -83,6 +84,16 @@ def append(db: sqlite3.Connection, act: Act, *, now_s: float) -> Head:
     db.execute("UPDATE audit_ends SET seq = ?, digest = ? WHERE name = 'head'", (head.seq, head.digest))
     _prune(db, head)
     return head
+
+
+def add_line(path: Path, act: Act) -> Head:
+    """Add a line from a process that does nothing else with the file; it is on the disk when this returns.
+
+    Raises:
+        StoreError: It cannot be written.
+    """
+    with errors_of(path), closing(open_state(path)) as db, transaction(db):
+        return append(db, act, now_s=time.time())
 
 
 def read_lines(path: Path, *, count: int | None = None) -> list[Line]:

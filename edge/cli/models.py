@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edge.cli.main import settings_from
+from edge.cli.notes import note
 from edge.cli.options import complete_models, human_size, json_option, open_store, store_option
 from edge.errors import ConfigError, EdgeError
 from edge.store.details import QUANTIZED_FROM, short_count
@@ -136,6 +137,7 @@ def pin(ref: str | None, *, unpin: bool, store_dir: Path | None, as_json: bool) 
     store = open_store(store_dir)
     if ref is not None:
         found = store.pin(ref, is_pinned=not unpin)
+        note("model.unpin" if unpin else "model.pin", str(found), store_dir=store_dir)
         click.echo(f"{found} is {'no longer pinned' if unpin else 'pinned'}", err=True)
     elif unpin:
         raise click.UsageError("Name the model: edge pin MODEL --unpin.")
@@ -274,6 +276,7 @@ def rm(refs: Sequence[str], *, dry_run: bool, yes: bool, store_dir: Path | None)
     models = [model for model in store.list() if model.ref in found]
     for ref in found:
         store.remove(ref)
+        note("model.delete", str(ref), store_dir=store_dir)
         click.echo(f"removed {ref}")
     _report_collected(store.collect())
     if store_dir is None:

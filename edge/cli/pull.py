@@ -15,11 +15,13 @@ from rich.progress import Progress as RichProgress
 
 from edge.cli.adapters import add_adapter, is_adapter_directory
 from edge.cli.models import model_json, print_json
+from edge.cli.notes import note
 from edge.cli.options import how_to_ask, human_size, json_option, open_store, or_files, store_option
 from edge.store.catalog import catalog
 from edge.store.fetch import Progress, PullPlan, plan
 from edge.store.fetch import pull as pull_model
 from edge.store.models import StoredModel
+from edge.store.sources import without_query
 
 
 def complete_sources(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -75,6 +77,7 @@ def pull(
         if sha256 or dry_run or projector:
             raise click.UsageError("--sha256, --projector and --dry-run are not for a directory that is converted.")
         model = add_adapter(store, Path(source), base=base, name=name)
+        note("model.pull", f"{source} {model.ref}", store_dir=store_dir)
         _show_pulled(model, as_json=as_json)
         return
     if base:
@@ -88,6 +91,7 @@ def pull(
         model = pull_model(
             store, source, name=name, sha256=sha256, projector=projector, converter=convert_checkpoint, progress=report
         )
+    note("model.pull", f"{without_query(source)} {model.ref}", store_dir=store_dir)
     _show_pulled(model, as_json=as_json)
 
 

@@ -271,6 +271,20 @@ def test_pins_are_kept_listed_and_go_with_their_model(
     assert store.pins() == frozenset()
 
 
+def test_what_commands_change_in_the_appliances_store_is_in_the_audit_log(
+    home: Path, gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for store in ([], ["--store", str(tmp_path / "other")]):
+        assert Ran(capsys, "pull", str(gguf), *store).code == 0
+        assert Ran(capsys, "pin", "tiny", *store).code == 0
+        assert Ran(capsys, "rm", "tiny", "--yes", *store).code == 0
+    lines = json.loads(Ran(capsys, "audit", "show", "--json").out)["lines"]
+    acts = [(line["act"], line["target"]) for line in lines]
+    assert acts == [("model.pull", f"{gguf} tiny:f32"), ("model.pin", "tiny:f32"), ("model.delete", "tiny:f32")]
+    assert all(line["actor"].startswith("cli") for line in lines)
+    assert Ran(capsys, "audit", "verify").code == 0
+
+
 def test_draft_models_are_chosen_listed_and_go_with_their_model(
     store: ModelStore, gguf: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
