@@ -48,6 +48,8 @@ class Settings:
     allowed_hosts: str = ""
     """Names of this device, separated by commas, that requests over TCP may ask for; empty is its own address, or any
     name where keys are required."""
+    pull_hosts: str = ""
+    """Hosts of private networks, separated by commas, that API keys may have models pulled from."""
     default_model: str = "smollm2:135m-instruct"
     threads: int = 0
     """Threads of one engine; 0 means every core this process may run on."""

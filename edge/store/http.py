@@ -16,6 +16,7 @@ from edge import __version__
 from edge.errors import DigestMismatch, SourceUnavailable, root_cause
 
 from .blobs import BlobStore, Partial, Staged
+from .internet import InternetTransport
 from .sources import HttpSource, file_name_of, without_query
 from .transfer import Control, Offer, require_room
 
@@ -48,10 +49,12 @@ class HttpFetcher:
     file_name: str
     headers: Mapping[str, str]
     """Sent to the URL's own host only."""
+    private_hosts: frozenset[str] | None = None
+    """Hosts that may be asked beside those of the internet; None is any. See `edge.store.internet`."""
 
     @classmethod
-    def of(cls, source: HttpSource) -> HttpFetcher:
-        return cls(source.url, file_name_of(source), {})
+    def of(cls, source: HttpSource, private_hosts: frozenset[str] | None = None) -> HttpFetcher:
+        return cls(source.url, file_name_of(source), {}, private_hosts)
 
     def look(self, control: Control) -> Offer:
         """Ask for the file's size by HEAD; a server that does not answer HEAD leaves it open.
@@ -72,8 +75,10 @@ class HttpFetcher:
     def _client(self) -> httpx.Client:
         # identity: a compressed transfer has no stable byte positions to resume at.
         headers = {"User-Agent": f"slm-edge/{__version__}", "Accept-Encoding": "identity", **self.headers}
+        tls = _tls_context()
+        transport = InternetTransport(self.private_hosts, tls) if self.private_hosts is not None else None
         return httpx.Client(
-            headers=headers, timeout=_TIMEOUT, follow_redirects=True, max_redirects=10, verify=_tls_context()
+            headers=headers, timeout=_TIMEOUT, follow_redirects=True, max_redirects=10, verify=tls, transport=transport
         )
 
     def fetch(self, offer: Offer, blobs: BlobStore, partial: Partial, control: Control) -> Staged:

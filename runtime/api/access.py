@@ -65,7 +65,8 @@ class Caller:
 
     @property
     def may_read_files(self) -> bool:
-        """Whether it may name files of this machine: a program of it. Keys are for those who come from elsewhere."""
+        """Whether it may name files of this machine and hosts of its networks: a program of it. Keys are for those who
+        come from elsewhere."""
         return self.key is None or self.is_local
 
     @property

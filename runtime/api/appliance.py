@@ -21,7 +21,7 @@ from litestar.datastructures import State
 
 from edge import __version__
 from edge.access.keys import Limits
-from edge.config import Settings
+from edge.config import Settings, listed
 from edge.errors import Forbidden, InvalidRequest, ModelNotFound, PinNotFound, QueueFull, VisionUnsupported
 from edge.hardware.memory import available_bytes, total_bytes, usable_cores
 from edge.kinds import ModelKind
@@ -324,12 +324,16 @@ class Appliance:
         from edge.store.fetch import Progress, pull
 
         self._check_pull(request, caller)
+        hosts = None if caller.may_read_files else listed(self.settings.pull_hosts)
 
         def work(control: JobControl) -> str:
             def report(p: Progress) -> None:
                 control.report(p.done_bytes, p.total_bytes, p.message)
 
-            model = pull(self.store, request.source, name=request.name, progress=report, cancelled=control.is_cancelled)
+            model = pull(
+                self.store, request.source, name=request.name, private_hosts=hosts, progress=report,
+                cancelled=control.is_cancelled,
+            )  # fmt: skip
             return f"{model.ref} is in the store"
 
         return self.jobs.start("pull", without_query(request.source), work, owner=caller.id)
