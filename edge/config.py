@@ -138,6 +138,35 @@ class Settings:
         return f"http{'s' if self.tls_cert else ''}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
 
+def without_password(url: str) -> str:
+    """The address with the user's part masked, fit to be shown."""
+    scheme, found, rest = url.partition("://")
+    user, at, host = rest.rpartition("@")
+    return f"{scheme}{found}***@{host}" if found and at and user else url
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A setting as it may be shown: what is secret in its value is masked."""
+
+    name: str
+    value: str | int | float
+    origin: Origin
+
+
+def shown(settings: Settings) -> list[Shown]:
+    """Every setting and where its value came from."""
+    return [
+        Shown(f.name, _as_shown(getattr(settings, f.name)), settings.origins.get(f.name, "default"))
+        for f in dataclasses.fields(settings)
+        if f.name != "origins"
+    ]
+
+
+def _as_shown(value: str | int | float | Path) -> str | int | float:
+    return without_password(str(value)) if isinstance(value, str | Path) else value
+
+
 def is_loopback(host: str) -> bool:
     """Whether only programs of this machine reach this address.
 

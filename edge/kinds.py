@@ -1,4 +1,4 @@
-"""What models are for: the words that the store, the API and the terminal share."""
+"""What models are for, and what keys may do: the words that the store, the API and the terminal share."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from typing import Literal
 
 ModelKind = Literal["text", "embeddings", "reranking", "adapter"]
 """An adapter is no model: it changes one, is named with it (``model+adapter``) and never loaded by itself."""
+
+Scope = Literal["chat", "embed", "view", "operate", "admin"]
+"""What an API key may do."""
+Role = Literal["user", "viewer", "operator", "admin"]
+"""Scopes in one word."""
 
 CAPABILITIES: Mapping[ModelKind, list[str]] = {
     "text": ["completion", "tools"], "embeddings": ["embedding"], "reranking": ["rerank"], "adapter": [],

@@ -163,6 +163,8 @@ class ModelHost:
         self._next_id = 0
         self._process: WorkerProcess | None = None
         self._waiting_process: WorkerProcess | None = None
+        self._load: wire.Load | None = None
+        """What the present worker was told to load."""
         self._transport: asyncio.Transport | None = None
         self._changed = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
@@ -262,6 +264,10 @@ class ModelHost:
         self._stop, self._told = asyncio.Event(), asyncio.Event()
         self._set_state("loading")
         self._supervisor = asyncio.create_task(self._supervise(self._stop), name=f"worker {self.ref}")
+
+    async def plan(self) -> wire.Load:
+        """What the worker was told to load, or would be."""
+        return self._load or await asyncio.to_thread(self._load_message, self._reserved_bytes())
 
     async def begin_load(self, process: WorkerProcess | None) -> None:
         """Start the worker, and return once it knows what to load, or could not be started.
@@ -487,6 +493,7 @@ class ModelHost:
         self._num_answered = 0
         self._oom_kills.clear()
         self._oom_kills.append(oom_kills())
+        self._load = load
         self._send(load)
         self._told.set()
 
@@ -705,7 +712,7 @@ class ModelHost:
         if state != "failed":
             self.error = None
         if state in ("unloaded", "failed"):
-            self.keep_alive_s = None
+            self.keep_alive_s = self._load = None
         if state != "ready":
             self.ready = self.heartbeat = self.ready_since = None
             self.promised_bytes = 0

@@ -6,6 +6,7 @@ import logging
 import logging.handlers
 import sys
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 from typing_extensions import override
@@ -16,16 +17,23 @@ _KEPT_FILES = 3
 
 
 class RecentLines(logging.Handler):
-    """The last lines of the log."""
+    """The last lines of the log.
+
+    Attributes:
+        on_lines: Called with each record's lines, on the thread that logs; must not log itself.
+    """
 
     def __init__(self, *, limit: int = 5000) -> None:
         super().__init__()
+        self.on_lines: Callable[[list[str]], object] = lambda _: None
         self._lines: deque[str] = deque(maxlen=limit)
         self.setFormatter(logging.Formatter(_FORMAT))
 
     @override
     def emit(self, record: logging.LogRecord) -> None:
-        self._lines.extend(self.format(record).splitlines())
+        lines = self.format(record).splitlines()
+        self._lines.extend(lines)
+        self.on_lines(lines)
 
     def last(self, count: int) -> list[str]:
         """At most `count` lines, the newest last."""

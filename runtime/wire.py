@@ -165,6 +165,16 @@ class Loading(Message, frozen=True):
     """As in a `Heartbeat`, once the cells are there."""
 
 
+class Budgets(msgspec.Struct, array_like=True, frozen=True):
+    """What a model may take beside its weights, in bytes."""
+
+    cells: int
+    states: int
+    disk: int
+    """Of these, on the disk."""
+    adapters: int
+
+
 class Ready(Message, frozen=True):
     """The model can answer."""
 
@@ -186,6 +196,10 @@ class Ready(Message, frozen=True):
     """What its chat template looks for beside messages and tools."""
     thinks: bool = False
     """Whether its template knows thinking before an answer."""
+    cells_reason: str = ""
+    """Why it has so many cells."""
+    budgets: Budgets | None = None
+    """None where it has no cells."""
 
 
 class CallDelta(msgspec.Struct, array_like=True, frozen=True):

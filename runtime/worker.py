@@ -362,6 +362,8 @@ class Worker:
         if load.pooling:
             self._serve_encoder(load, started)
             return
+        from runtime.backends.llama_cpp import reason_for_cells
+
         try:
             files = _state_files(load)
             backend = self._open(load, disk_bytes=_disk_bytes(load) if files else 0)
@@ -386,6 +388,11 @@ class Worker:
                 can.num_slots, facts.vocab_size, bool(load.template or facts.chat_template), _build(),
                 time.monotonic() - started, load.draft if drafter is not None else "", problem,
                 self._prompts.dialogues.variables, self._prompts.dialogues.thinks,
+                reason_for_cells(can.num_cells, asked=load.context_tokens, trained=facts.trained_context_tokens),
+                wire.Budgets(
+                    can.num_cells * can.states.cell_bytes, can.states.memory_bytes, can.states.disk_bytes,
+                    can.adapter_bytes,
+                ),
             )
         )  # fmt: skip
         limit_memory(self._budget_bytes, promised_bytes=self._promised_bytes())

@@ -130,7 +130,7 @@ class EdgeTerminal(App[None]):
                 self._tick_after(self._timing.stale_after_s)
             elif isinstance(event, Job):
                 self.view = fold_job(self.view, event)
-            else:
+            elif isinstance(event, EdgeError):
                 self.view = fold_error(self.view, event, now)
 
     def _tick_after(self, seconds: float) -> None:

@@ -36,17 +36,24 @@ from edge.errors import (
     Unauthorized,
     UnsupportedFormat,
 )
+from edge.kinds import Role
 from runtime.api.schema import (
     DeviceStatus,
+    Explanation,
     Job,
     JobList,
+    KeyInfo,
+    KeyList,
     LogLines,
     ModelInfo,
     ModelList,
+    NewKey,
     OutboxStatus,
     PinnedPrefix,
     PinnedPrefixList,
     Problem,
+    Setting,
+    SettingList,
 )
 
 from .sse import Event, EventParser, InvalidReply
@@ -267,6 +274,41 @@ class RuntimeClient:
         """Remove a model from the store."""
         await self._reply("DELETE", f"/edge/v1/models/{quote(ref, safe=':/@')}")
 
+    async def pin(self, ref: str) -> ModelInfo:
+        """Keep a model in memory once it is loaded."""
+        return await self._call("POST", "/edge/v1/models/pin", ModelInfo, {"model": ref})
+
+    async def unpin(self, ref: str) -> ModelInfo:
+        """Let a model go again."""
+        return await self._call("POST", "/edge/v1/models/unpin", ModelInfo, {"model": ref})
+
+    async def explain(self, ref: str) -> Explanation:
+        """Why a model is served as it is."""
+        return await self._call("GET", f"/edge/v1/explain/{quote(ref, safe=':/@')}", Explanation)
+
+    async def config(self) -> list[Setting]:
+        """Every setting of the appliance and where its value came from."""
+        return (await self._call("GET", "/edge/v1/config", SettingList)).settings
+
+    async def keys(self) -> list[KeyInfo]:
+        """The API keys that hold."""
+        return (await self._call("GET", "/edge/v1/keys", KeyList)).keys
+
+    async def create_key(
+        self, name: str, *, role: Role = "user", models: Sequence[str] = (), rpm: int | None = None,
+        tokens_per_day: int | None = None, priority: int = 0,
+    ) -> NewKey:  # fmt: skip
+        """Make an API key; the reply is the only one that has it."""
+        body = {
+            "name": name, "role": role, "models": list(models), "rpm": rpm, "tokens_per_day": tokens_per_day,
+            "priority": priority,
+        }  # fmt: skip
+        return await self._call("POST", "/edge/v1/keys", NewKey, body)
+
+    async def revoke_key(self, name: str) -> None:
+        """End an API key, by its name or id."""
+        await self._reply("DELETE", f"/edge/v1/keys/{quote(name, safe='')}")
+
     async def warm(self, model: str, system: str, *, name: str | None = None) -> PinnedPrefix:
         """Compute what conversations with a system prompt share, and pin it; returns when that is done."""
         body = {"model": model, "system": system, "name": name}
@@ -311,7 +353,7 @@ class RuntimeClient:
         """The last lines of the appliance's log, oldest first."""
         return (await self._call("GET", f"/edge/v1/logs?lines={num_lines}", LogLines)).lines
 
-    async def events(self) -> AsyncGenerator[DeviceStatus | Job]:
+    async def events(self) -> AsyncGenerator[DeviceStatus | Job | LogLines]:
         """What the appliance tells, as it happens; it ends only by an error. The caller connects again.
 
         An event of another name is passed over, so that a newer appliance may send more.
@@ -322,6 +364,8 @@ class RuntimeClient:
                     yield self._decode(event.data, DeviceStatus)
                 elif event.name == "job":
                     yield self._decode(event.data, Job)
+                elif event.name == "log":
+                    yield self._decode(event.data, LogLines)
         raise ServerUnavailable(f"The appliance at {self.address} ended the stream of events.")
 
     async def chat(

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from edge.errors import EdgeError
-from runtime.api.schema import DeviceStatus, Job
+from runtime.api.schema import DeviceStatus, Job, LogLines
 
 from .client import RuntimeClient
 
@@ -29,7 +29,7 @@ class Backoff:
 
 async def follow(
     client: RuntimeClient, *, wake: asyncio.Event, backoff: Backoff
-) -> AsyncGenerator[DeviceStatus | Job | EdgeError]:
+) -> AsyncGenerator[DeviceStatus | Job | LogLines | EdgeError]:
     """Events as they come, and the reason each time there are none. Never ends by itself; setting `wake` cuts a
     wait short."""
     num_failures = 0

@@ -21,16 +21,15 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from edge.database import connect_read_only, errors_of, file_of, transaction
 from edge.errors import InvalidRequest, KeyNotFound
+from edge.kinds import Role, Scope
 
 from . import audit
 from .state import SCHEMA_VERSION, open_state
 
-Scope = Literal["chat", "embed", "view", "operate", "admin"]
-Role = Literal["user", "viewer", "operator", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 ROLES: dict[Role, frozenset[Scope]] = {
     "user": frozenset({"chat", "embed"}),

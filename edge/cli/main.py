@@ -40,6 +40,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "key": ("edge.cli.key:key", "Make, list and revoke API keys."),
     "usage": ("edge.cli.usage:usage", "Show what each key used."),
     "audit": ("edge.cli.audit:audit", "Read and verify the log of what operators did."),
+    "explain": ("edge.cli.explain:explain", "Tell why a model is served as it is."),
     "config": ("edge.cli.config:config", "Show every setting, its value and where it came from."),
 }
 

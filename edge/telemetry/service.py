@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from edge import __version__
-from edge.config import Settings
+from edge.config import Settings, without_password
 from edge.errors import ConfigError, StoreError
 
 from . import semconv
@@ -278,10 +278,3 @@ def check_gateway_url(url: str) -> None:
             f"gateway_url is no address that telemetry can be sent to: {without_password(url)!r}.",
             hint="Give the base, as in http://gateway.example:4318; /v1/traces and the like are added.",
         )
-
-
-def without_password(url: str) -> str:
-    """The address with the user's part masked, fit to be shown."""
-    scheme, found, rest = url.partition("://")
-    user, at, host = rest.rpartition("@")
-    return f"{scheme}{found}***@{host}" if found and at and user else url

@@ -87,6 +87,18 @@ class Caller:
                 hint="Ask the operator for another key.",
             )
 
+    def check_all_models(self) -> None:
+        """Let it see or do what concerns all models.
+
+        Raises:
+            Forbidden: Its key is for some of them.
+        """
+        if self.limits.models:
+            raise Forbidden(
+                "This concerns all models, and this key is for some of them.",
+                hint="Ask the operator for a key that is for all.",
+            )
+
     def __str__(self) -> str:
         return f"key {self.key.id} ({self.key.name})" if self.key else f"anyone at {self.address}"
 

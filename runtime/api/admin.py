@@ -11,17 +11,19 @@ from litestar import Response, delete, get, post
 from litestar.datastructures import State
 from litestar.params import Parameter
 
+from edge.config import shown
 from edge.errors import EdgeError, GatewayUnavailable, JobNotFound, NoRoomToPin, PinNotFound
 from edge.store.sources import without_query
 from runtime.api.access import needs
 from runtime.api.appliance import appliance_of
 from runtime.api.call import HttpRequest
-from runtime.api.describe import EVENTS, OPERATING, exchanges
+from runtime.api.describe import EVENTS, NAMING, OPERATING, exchanges
 from runtime.api.guard import caller_of
 from runtime.api.parsing import parse_body
 from runtime.api.responses import EventStream
 from runtime.api.schema import (
     DeviceStatus,
+    Explanation,
     Job,
     JobList,
     LogLines,
@@ -32,6 +34,8 @@ from runtime.api.schema import (
     PinnedPrefix,
     PinnedPrefixList,
     PullRequest,
+    Setting,
+    SettingList,
     WarmRequest,
 )
 
@@ -93,6 +97,38 @@ async def unload_model(request: HttpRequest, state: State) -> ModelInfo:
         host = await appliance.pool.host(body.model)
         await host.unload()
     return await appliance.model_info(body.model)
+
+
+@post("/edge/v1/models/pin", opt=needs("operate") | exchanges(ModelRequest), status_code=200)
+async def pin_model(request: HttpRequest, state: State) -> ModelInfo:
+    """Keep a model loaded once it is: not unloaded when idle, nor to make room."""
+    body, _ = parse_body(await request.body(), ModelRequest)
+    async with act(request, "model.pin", body.model, on=body.model):
+        return await appliance_of(state).pin(body.model, is_pinned=True)
+
+
+@post("/edge/v1/models/unpin", opt=needs("operate") | exchanges(ModelRequest), status_code=200)
+async def unpin_model(request: HttpRequest, state: State) -> ModelInfo:
+    """Let a model go again when it is idle or room is needed."""
+    body, _ = parse_body(await request.body(), ModelRequest)
+    async with act(request, "model.unpin", body.model, on=body.model):
+        return await appliance_of(state).pin(body.model, is_pinned=False)
+
+
+@get("/edge/v1/explain/{ref:path}", opt=needs("view") | exchanges(errors=NAMING))
+async def explain_model(request: HttpRequest, state: State, ref: str) -> Explanation:
+    """Why a model is served as it is: engine, threads, context, draft model, memory, each with its reason."""
+    appliance, ref = appliance_of(state), ref.lstrip("/")
+    await appliance.check_allowed(caller_of(request.scope).limits, ref)
+    return await appliance.explain(ref)
+
+
+@get("/edge/v1/config", opt=needs("view"))
+async def config(request: HttpRequest, state: State) -> SettingList:
+    """Every setting in force and where its value came from; passwords are masked."""
+    caller_of(request.scope).check_all_models()
+    settings = shown(appliance_of(state).settings)
+    return SettingList(settings=[Setting(name=s.name, value=s.value, origin=s.origin) for s in settings])
 
 
 @delete("/edge/v1/models/{ref:path}", opt=needs("admin"), status_code=204)
@@ -178,18 +214,21 @@ async def flush_telemetry(request: HttpRequest, state: State) -> OutboxStatus:
 
 
 @get("/edge/v1/logs", opt=needs("view"))
-async def logs(state: State, lines: Annotated[int, Parameter(ge=1, le=5000)] = 200) -> LogLines:
-    """The last lines of the log."""
+async def logs(request: HttpRequest, state: State, lines: Annotated[int, Parameter(ge=1, le=5000)] = 200) -> LogLines:
+    """The last lines of the log; of all models, so not for a key that is for some."""
+    caller_of(request.scope).check_all_models()
     return LogLines(lines=appliance_of(state).logs.last(lines))
 
 
 @get("/edge/v1/events", opt=needs("view") | exchanges(streams=EVENTS))
 async def events(request: HttpRequest, state: State) -> Response[bytes]:
-    """Server-sent events: `status` each second, `job` at each change of one."""
+    """Server-sent events: `status` each second, `job` at each change of one, `log` as lines are written to it (not for
+    a key that is for some models)."""
     return EventStream(appliance_of(state).events(caller_of(request.scope)), on_close=lambda: None)
 
 
 HANDLERS = [
-    status, models, load_model, unload_model, delete_model, warm, prefixes, delete_prefix, pull_model,
+    status, models, load_model, unload_model, pin_model, unpin_model, explain_model, config, delete_model, warm,
+    prefixes, delete_prefix, pull_model,
     jobs, job, cancel_job, telemetry, flush_telemetry, logs, events,
 ]  # fmt: skip

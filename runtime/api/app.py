@@ -11,15 +11,16 @@ from litestar.plugins import PluginProtocol
 from litestar.plugins.core import MsgspecDIPlugin
 from typing_extensions import override
 
-from runtime.api import admin, docs, embeddings, ollama, ollama_models, openai, openai_responses
+from runtime.api import admin, docs, embeddings, keys, ollama, ollama_models, openai, openai_responses
 from runtime.api.access import needs
 from runtime.api.appliance import Appliance, appliance_of
+from runtime.api.call import HttpRequest
 from runtime.api.describe import exchanges
 from runtime.api.errors import to_response
-from runtime.api.guard import guard
+from runtime.api.guard import caller_of, guard
 from runtime.api.schema import ModelInfo
 
-PARTS = (openai, openai_responses, embeddings, ollama, ollama_models, admin, docs)
+PARTS = (openai, openai_responses, embeddings, ollama, ollama_models, admin, keys, docs)
 HEALTH_S = 1.0
 PROMETHEUS_TYPE = "text/plain; version=0.0.4"
 
@@ -83,8 +84,9 @@ def _that_count(infos: list[ModelInfo]) -> list[ModelInfo]:
 
 
 @get("/metrics", opt=needs("view"), media_type=PROMETHEUS_TYPE)
-async def metrics(state: State) -> str:
-    """Prometheus text format."""
+async def metrics(request: HttpRequest, state: State) -> str:
+    """Prometheus text format; of all models, so not for a key that is for some."""
+    caller_of(request.scope).check_all_models()
     return appliance_of(state).telemetry.prometheus()
 
 

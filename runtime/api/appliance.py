@@ -40,13 +40,16 @@ from runtime.api.responses import ClientClosed
 from runtime.api.schema import (
     Alert,
     DeviceStatus,
+    Explanation,
     Job,
+    LogLines,
     ModelInfo,
     OutboxStatus,
     PinnedPrefix,
     PullRequest,
     WarmRequest,
 )
+from runtime.explain import Facts, explain
 from runtime.host import ModelHost
 from runtime.jobs import JobControl, Jobs
 from runtime.logs import RecentLines
@@ -98,6 +101,8 @@ class Appliance:
 
     async def start(self) -> None:
         """Begin to keep house. The API may be used before."""
+        loop = asyncio.get_running_loop()
+        self.logs.on_lines = lambda lines: self._watchers and loop.call_soon_threadsafe(self._logged, lines)
         psutil.cpu_percent()
         self._add_gauges()
         await asyncio.gather(asyncio.to_thread(self.access.start), asyncio.to_thread(self.telemetry.start))
@@ -130,6 +135,7 @@ class Appliance:
 
     async def close(self) -> None:
         """End workers and jobs, and commit the telemetry."""
+        self.logs.on_lines = lambda _: None
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -250,6 +256,21 @@ class Appliance:
         model = await self.stored_model(ref)
         hosts = {h.ref: h for h in self.pool.hosts()}
         return _model_info(model, hosts.get(str(model.ref)), await asyncio.to_thread(self.store.pins))
+
+    async def pin(self, ref: str, *, is_pinned: bool) -> ModelInfo:
+        """Keep a model in memory once it is loaded, or no longer."""
+        return await self.model_info(str(await asyncio.to_thread(self.store.pin, ref, is_pinned=is_pinned)))
+
+    async def explain(self, ref: str) -> Explanation:
+        """Why a model is served as it is, or would be."""
+        host = await self.pool.host(ref)
+        load = await host.plan()
+        pins, drafts = await asyncio.to_thread(lambda: (self.store.pins(), self.store.drafts()))
+        facts = Facts(
+            host.model, self.settings, load, host.ready, host.heartbeat, host.promised_bytes,
+            self.pool.keep_alive_s(host), host.ref in pins, drafts,
+        )  # fmt: skip
+        return Explanation(model=host.ref, state=host.state, decisions=explain(facts))
 
     async def remove(self, ref: str) -> None:
         """Unload a model and take it out of the store."""
@@ -446,8 +467,8 @@ class Appliance:
     # ------------------------------------------------------------------ events
 
     async def events(self, caller: Caller) -> AsyncGenerator[bytes]:
-        """A status each second and every job as it changes. A watcher who reads too slowly misses events; one whose key
-        is revoked gets no more."""
+        """A status each second, every job as it changes, and lines of the log. A watcher who reads too slowly misses
+        events; one whose key is revoked gets no more."""
         if len(self._watchers) >= MAX_WATCHERS:
             raise QueueFull(retry_after_s=5)
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=64)
@@ -475,6 +496,10 @@ class Appliance:
         owner = self.jobs.owner(job.id)
         if queues := [q for q, caller in self._watchers.items() if caller.jobs_of in (None, owner)]:
             self._publish(sse.event("job", msgspec.json.encode(job)), queues)
+
+    def _logged(self, lines: list[str]) -> None:
+        event = sse.event("log", msgspec.json.encode(LogLines(lines=lines)))
+        self._publish(event, [q for q, caller in self._watchers.items() if not caller.limits.models])
 
     async def _broadcast(self) -> None:
         while True:

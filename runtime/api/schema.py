@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from edge.kinds import ModelKind
+from edge.kinds import ModelKind, Role, Scope
 
 # ---------------------------------------------------------------- admin API, /edge/v1
 
@@ -194,6 +194,72 @@ class DeviceStatus(msgspec.Struct, kw_only=True):
 
 class LogLines(msgspec.Struct, kw_only=True):
     lines: list[str]
+
+
+class Decision(msgspec.Struct):
+    """One thing that was decided for a model, and what decided it."""
+
+    name: str
+    value: str | int | None
+    """None where it is decided later, or against it."""
+    reason: str
+
+
+class Explanation(msgspec.Struct, kw_only=True):
+    """Why a model is served as it is."""
+
+    model: str
+    state: ModelState
+    decisions: list[Decision]
+
+
+class Setting(msgspec.Struct, kw_only=True):
+    """A setting in force; what is secret in its value is masked."""
+
+    name: str
+    value: str | int | float
+    origin: Literal["default", "file", "environment", "flag"]
+
+
+class SettingList(msgspec.Struct, kw_only=True):
+    settings: list[Setting]
+
+
+class KeyRequest(msgspec.Struct, kw_only=True):
+    """A key to make. Without `role` and `scopes` it is a user's."""
+
+    name: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    role: Role | None = None
+    scopes: Annotated[list[Scope], msgspec.Meta(max_length=5)] | None = None
+    models: Annotated[list[Annotated[str, msgspec.Meta(max_length=200)]], msgspec.Meta(max_length=64)] = []
+    """Names it may use, ``*`` for any characters; empty is every model."""
+    rpm: int | None = None
+    tokens_per_day: int | None = None
+    priority: int = 0
+
+
+class KeyInfo(msgspec.Struct, kw_only=True):
+    """A key, without its secret."""
+
+    id: str
+    name: str
+    scopes: list[Scope]
+    models: list[str]
+    rpm: int | None
+    tokens_per_day: int | None
+    priority: int
+    created: float
+    """Unix time."""
+
+
+class KeyList(msgspec.Struct, kw_only=True):
+    keys: list[KeyInfo]
+
+
+class NewKey(msgspec.Struct, kw_only=True):
+    key: str
+    """What to present. Nobody sees it again."""
+    info: KeyInfo
 
 
 class OllamaError(msgspec.Struct, kw_only=True):

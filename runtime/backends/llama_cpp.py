@@ -106,6 +106,17 @@ def choose_cells(*, asked: int, trained: int, bytes_per_cell: int, room_bytes: i
     return max(256, cells // 256 * 256)
 
 
+def reason_for_cells(cells: int, *, asked: int, trained: int) -> str:
+    """Why `choose_cells` chose that many."""
+    if asked:
+        return "context_tokens asks for them"
+    if cells < min(max(trained, MIN_CELLS), DEFAULT_CELLS) // 256 * 256:
+        return "as many as fit half of the memory that was free beside the weights"
+    if cells < trained:
+        return f"the most that is taken unasked; it was trained for {trained:,} tokens (context_tokens asks for more)"
+    return f"it was trained for {trained:,} tokens, and short sequences beside each other want {MIN_CELLS:,} at least"
+
+
 def by_shape(chunks: tuple[Chunk, ...]) -> list[tuple[Chunk, ...]]:
     """What is computed in one call: answers apart from prompts, where beside them they would be computed as tiles.
 

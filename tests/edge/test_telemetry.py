@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from edge.config import Settings
+from edge.config import Settings, without_password
 from edge.database import NewerFormat
 from edge.errors import ConfigError, StoreError
 from edge.telemetry import otlp, writer
 from edge.telemetry.identity import OutboxLock
 from edge.telemetry.outbox import Priority, read_rows
-from edge.telemetry.service import LOCK_NAME, OutboxState, Telemetry, read_state, without_password
+from edge.telemetry.service import LOCK_NAME, OutboxState, Telemetry, read_state
 from edge.telemetry.span import RequestRecord, parse_trace_parent, span_of
 from runtime.api.schema import OutboxStatus
 from tests.edge.telemetry_parts import FaultProxy, GatewayProcess, request_record, running_gateway, start_device

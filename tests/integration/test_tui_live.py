@@ -21,7 +21,7 @@ from textual.events import Paste
 from textual.pilot import Pilot
 from typing_extensions import override
 
-from runtime.api.schema import DeviceStatus, Job, ModelInfo
+from runtime.api.schema import DeviceStatus, Job, LogLines, ModelInfo
 from tests.support import DEFAULT_MODEL, RunningAppliance, free_port, run_edge, running_appliance, start_appliance, stop
 from tests.tui.driving import screen_text
 from tui.app import EdgeTerminal
@@ -130,7 +130,7 @@ class Renamed(RuntimeClient):
     """A client whose device goes by a name that belongs to nobody."""
 
     @override
-    async def events(self) -> AsyncGenerator[DeviceStatus | Job]:
+    async def events(self) -> AsyncGenerator[DeviceStatus | Job | LogLines]:
         async with contextlib.aclosing(super().events()) as events:
             async for event in events:
                 yield msgspec.structs.replace(event, hostname="edge-07") if isinstance(event, DeviceStatus) else event

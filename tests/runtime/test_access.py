@@ -13,7 +13,7 @@ from typing_extensions import override
 from edge.access.keys import Key, Limits
 from edge.access.quota import TokenDay
 from edge.access.usage import Usage
-from edge.config import Settings, client_key, load_settings
+from edge.config import Settings, client_key, load_settings, shown
 from edge.errors import ConfigError, RateLimited
 from edge.store.models import ModelStore
 from edge.telemetry.service import Telemetry
@@ -44,7 +44,9 @@ def test_every_route_says_what_it_needs_and_only_these_need_nothing(tmp_path: Pa
     assert {p for p in open_routes if not p.startswith("/docs")} == {"/", "/livez", "/readyz", "/health"}
     for name, need in needed.items():
         method, _, path = name.partition(" ")
-        if path.startswith("/edge/v1/"):
+        if path.startswith("/edge/v1/keys"):
+            assert need == "admin", name
+        elif path.startswith("/edge/v1/"):
             assert need in (("view",) if method == "GET" else ("operate", "admin")), name
         elif path.startswith("/v1/") and method == "POST":
             assert need in ("chat", "embed"), name
@@ -168,6 +170,15 @@ def test_a_wide_address_is_refused_without_keys_and_tls(tmp_path: Path) -> None:
 def test_settings_that_would_open_a_door_by_mistake_are_refused(tmp_path: Path, fields: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         settings_of(tmp_path, **fields)
+
+
+def test_settings_are_shown_with_their_origin_and_no_password(tmp_path: Path) -> None:
+    environ = {"EDGE_HOME": str(tmp_path), "EDGE_GATEWAY_URL": "https://me:secret@host:1", "EDGE_THREADS": "2"}
+    found = {s.name: (s.value, s.origin) for s in shown(load_settings(environ, {"port": 9}))}
+    assert found["gateway_url"] == ("https://***@host:1", "environment")
+    assert (found["port"], found["threads"]) == ((9, "flag"), (2, "environment"))
+    assert found["home"] == (str(tmp_path), "environment")
+    assert found["step_tokens"] == (512, "default")
 
 
 def test_a_proxy_that_ends_tls_makes_keys_needed_on_loopback(tmp_path: Path) -> None:
