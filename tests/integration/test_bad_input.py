@@ -223,7 +223,7 @@ OTHERS: list[tuple[str, str, Any, int, str]] = [
     ("raw with system", "POST /api/generate", {"model": DEFAULT_MODEL, "prompt": "a", "raw": True, "system": "b"},
      400, "system"),
     ("raw with images", "POST /api/generate", {"model": DEFAULT_MODEL, "prompt": "a", "raw": True, "images": ["aa"]},
-     400, "base64"),
+     400, "raw"),
     ("template", "POST /api/generate", {"model": DEFAULT_MODEL, "prompt": "a", "template": "b"}, 400, "not supported"),
     ("context", "POST /api/generate", {"model": DEFAULT_MODEL, "prompt": "a", "context": [1]}, 400, "not supported"),
     ("generate unknown", "POST /api/generate", {"model": "none:such", "prompt": "a"}, 404, "model not found"),
