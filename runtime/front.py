@@ -22,6 +22,7 @@ from edge.store.models import ModelStore
 from edge.telemetry.service import Telemetry
 from runtime.api.app import create_app
 from runtime.api.appliance import Appliance
+from runtime.api.batches.service import batches_of
 from runtime.logs import RecentLines
 from runtime.pool import Pool
 from runtime.tls import TlsFiles
@@ -100,8 +101,9 @@ async def answer(
     """
     appliance = Appliance(settings, store, pool, Telemetry(settings), logs)
     loop = asyncio.get_running_loop()
+    app = create_app(appliance)
     config = uvicorn.Config(
-        create_app(appliance), log_config=None, access_log=False, http="httptools", ws="none",
+        app, log_config=None, access_log=False, http="httptools", ws="none",
         timeout_keep_alive=75, timeout_graceful_shutdown=5, server_header=False,
         # Whose address a proxy names is believed only where the operator says that there is one.
         proxy_headers=bool(settings.tls_by_proxy),
@@ -116,6 +118,7 @@ async def answer(
 
     async def drain() -> None:
         await draining.wait()
+        await batches_of(app.state).pause()
         if (num := sum(h.num_active for h in appliance.pool.hosts())) > 0:
             log.warning("stopping: waiting for %d requests, %.0f s at most", num, DRAIN_S)
         await appliance.pool.drain(DRAIN_S)
