@@ -1,4 +1,4 @@
-"""Who goes next, and how a step's room is divided. Pure."""
+"""Who may wait, who goes next, and how a step's room is divided. Pure."""
 
 from __future__ import annotations
 
@@ -55,6 +55,20 @@ class FairShares(Generic[K]):
     def reset(self) -> None:
         """Forget what was used: the machine stands idle."""
         self.__init__()
+
+
+def may_wait(own: int, held: int, capacity: int) -> bool:
+    """Whether a queue takes one more of somebody's.
+
+    Args:
+        own: How many of his it holds.
+        held: How many of all.
+
+    As many as are free: one alone gets half of the queue, two a third each, and there is always room for one who has
+    nothing in it. Source: Choudhury and Hahne 1998, "Dynamic Queue Length Thresholds for Shared-Memory Packet
+    Switches", IEEE/ACM Transactions on Networking 6(2), with a factor of 1.
+    """
+    return own < capacity - held
 
 
 def share_out(room: int, wants: list[tuple[float, int]]) -> list[int]:

@@ -11,7 +11,6 @@ import gc
 import logging
 import socket
 from collections.abc import Callable
-from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -22,14 +21,14 @@ from edge.store.models import ModelStore
 from edge.telemetry.service import Telemetry
 from runtime.api.app import create_app
 from runtime.api.appliance import Appliance
-from runtime.api.batches.service import batches_of
+from runtime.connection import HttpConnection
+from runtime.door import Door, Manners
+from runtime.listener import PEER_SHARE, Listener, raise_fd_limit, room_for
 from runtime.logs import RecentLines
 from runtime.pool import Pool
 from runtime.tls import TlsFiles
 
 log = logging.getLogger("edge.server")
-
-DRAIN_S = 30.0
 
 
 class _Server(uvicorn.Server):
@@ -39,18 +38,23 @@ class _Server(uvicorn.Server):
         woken: Set when there may be a reason to end.
     """
 
-    def __init__(self, config: uvicorn.Config, tls: TlsFiles | None, on_signal: Callable[[], object]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, door: Door, tls: TlsFiles | None, on_signal: Callable[[], object]
+    ) -> None:
         super().__init__(config)
-        self._tls = tls
+        self._door = door
+        self._tls = tls.context if tls is not None else None
+        self._listeners: list[Listener] = []
         self._on_signal = on_signal
         self._was_asked = False
         self.woken = asyncio.Event()
 
     @override
     async def main_loop(self) -> None:
-        """Until there is a reason to end. Renews the date in answers each second; uvicorn's own loop looks ten times as
-        often, which was most of what an idle appliance did."""
+        """Until there is a reason to end. Looks after connections and renews the date in answers each second; uvicorn's
+        own loop looks ten times as often, which was most of what an idle appliance did."""
         while not await self.on_tick(0):
+            self._door.sweep(asyncio.get_running_loop().time())
             self.woken.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1.0):
@@ -58,24 +62,20 @@ class _Server(uvicorn.Server):
 
     @override
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """uvicorn's, with TLS on TCP only: nobody listens in on a Unix socket."""
-        if self._tls is None:
-            await super().startup(sockets)
-            return
-        tcp = [s for s in sockets or [] if s.family != socket.AF_UNIX]
-        await super().startup([s for s in sockets or [] if s not in tcp])
-        self.started = False
-        make: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
-        protocol = partial(
-            make, config=self.config, server_state=self.server_state, app_state=self.lifespan.state, _loop=None
-        )
-        for sock in tcp:
-            self.servers.append(
-                await asyncio.get_running_loop().create_server(
-                    protocol, sock=sock, ssl=self._tls.context, backlog=self.config.backlog
-                )
-            )
-        self.started = True
+        """uvicorn's, but for how connections come in."""
+        await super().startup([])
+        self._listeners = [Listener(sock, self._door, self._make, self._tls) for sock in sockets or []]
+
+    def _make(self, sock: socket.socket, peer: str) -> HttpConnection:
+        state = self.lifespan.state
+        return HttpConnection(self.config, self.server_state, state, door=self._door, sock=sock, peer=peer)
+
+    @override
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's, likewise."""
+        for listener in self._listeners:
+            listener.close()
+        await super().shutdown(sockets)
 
     @override
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -100,10 +100,13 @@ async def answer(
         on_ready: Called once, when all sockets answer.
     """
     appliance = Appliance(settings, store, pool, Telemetry(settings), logs)
+    most = room_for(settings.max_connections, max_fds=raise_fd_limit())
+    of_peer = most if settings.tls_by_proxy else max(1, most // PEER_SHARE)  # all come from the proxy
+    door = Door(Manners(most, of_peer, settings.head_timeout_s, settings.stall_timeout_s))
+    appliance.telemetry.add_gauge("edge.connections.open", lambda: float(len(door)), text="Connections that are open.")
     loop = asyncio.get_running_loop()
-    app = create_app(appliance)
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, http="httptools", ws="none",
+        create_app(appliance), log_config=None, access_log=False, http="httptools", ws="none",
         timeout_keep_alive=75, timeout_graceful_shutdown=5, server_header=False,
         # Whose address a proxy names is believed only where the operator says that there is one.
         proxy_headers=bool(settings.tls_by_proxy),
@@ -114,14 +117,15 @@ async def answer(
         draining.set()
         server.woken.set()
 
-    server = _Server(config, tls, lambda: loop.call_soon_threadsafe(on_signal))
+    server = _Server(config, door, tls, lambda: loop.call_soon_threadsafe(on_signal))
 
     async def drain() -> None:
         await draining.wait()
-        await batches_of(app.state).pause()
+        door.drain()
         if (num := sum(h.num_active for h in appliance.pool.hosts())) > 0:
-            log.warning("stopping: waiting for %d requests, %.0f s at most", num, DRAIN_S)
-        await appliance.pool.drain(DRAIN_S)
+            log.warning("stopping: waiting for %d requests, %.0f s at most", num, settings.drain_timeout_s)
+        await appliance.pool.drain(settings.drain_timeout_s)
+        await appliance.pool.close()  # who still waits is told why
         appliance.end_events()
         server.should_exit = True
         server.woken.set()

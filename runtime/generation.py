@@ -9,6 +9,13 @@ from edge import errors
 from edge.errors import BackendError, EdgeError
 from runtime import wire
 
+SILENCE_S = 15.0
+"""A stream that is silent for so long gets a sign of life: proxies and clients cut silent connections."""
+MAX_HELD_BYTES = 4 << 20
+"""Of an answer that its reader has not taken yet: some ten thousand tokens."""
+_PIECE_BYTES, _LOGPROB_BYTES = 300, 100
+"""About what a piece takes, and each probability in it."""
+
 
 def error_from_wire(f: wire.Failed, *, ref: str) -> EdgeError:
     """The error a worker sent, as the class of the same code."""
@@ -39,18 +46,21 @@ def _rebuilt(kind: type[EdgeError], f: wire.Failed) -> EdgeError:
 class Generation:
     """One request on its way through a worker: an iterator of what each step gave it.
 
-    Holds the whole answer if need be (it is bounded by `max_tokens`), so a slow reader never holds the engine.
+    Holds what its reader has not taken yet, so a slow one never holds the engine; one that falls `MAX_HELD_BYTES`
+    behind loses the rest of the answer.
     """
 
-    def __init__(self, message: wire.Ask, cancel: Callable[[int], None]) -> None:
+    def __init__(self, message: wire.Ask, cancel: Callable[[int], None], *, tenant: str = "") -> None:
         self.id = message.id
         self.message = message
+        self.tenant = tenant
         self.num_output = 0
         """Tokens of the answer that arrived."""
         self.expiry: asyncio.TimerHandle | None = None
         """Ends it at its deadline."""
         self._cancel = cancel
         self._pieces: list[wire.Piece] = []
+        self._held_bytes = 0
         self._error: EdgeError | None = None
         self._done = False
         self._wake: asyncio.Future[None] | None = None
@@ -62,8 +72,12 @@ class Generation:
         self._num_pushed += 1
         self.num_output = piece.num_output
         self._pieces.append(piece)
+        self._held_bytes += _size_bytes(piece)
         self._done = self._done or piece.finish_reason is not None
         self._notify()
+        if self._held_bytes > MAX_HELD_BYTES and not self._done:
+            self._cancel(self.id)
+            self.fail(errors.SlowReader())
 
     def fail(self, error: EdgeError) -> None:
         """End with an error, after what came before it."""
@@ -81,7 +95,7 @@ class Generation:
             self._done = True
             self._cancel(self.id)
 
-    async def steps(self, *, silence_s: float = 15.0) -> AsyncIterator[list[wire.Piece]]:
+    async def steps(self, *, silence_s: float = SILENCE_S) -> AsyncIterator[list[wire.Piece]]:
         """What came since the last look, until the answer ends; an empty list after `silence_s` without anything.
 
         Raises:
@@ -96,6 +110,7 @@ class Generation:
                     self._wake = loop.create_future()
                     await self._wake
                 pieces, self._pieces = self._pieces, []
+                self._held_bytes = 0
                 if pieces or not self._done:
                     yield pieces
                 if self._done and not self._pieces:
@@ -113,3 +128,9 @@ class Generation:
             self._notify()
         self._num_at_tick = self._num_pushed
         self._timer = loop.call_later(silence_s, self._tick, loop, silence_s)
+
+
+def _size_bytes(piece: wire.Piece) -> int:
+    """About what a piece takes in memory."""
+    texts = len(piece.text) + len(piece.reasoning) + sum(len(call.arguments) for call in piece.calls)
+    return _PIECE_BYTES + texts + _LOGPROB_BYTES * sum(1 + len(p.top) for p in piece.logprobs or ())

@@ -7,8 +7,8 @@ import contextlib
 import logging
 import signal
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -34,6 +34,7 @@ from edge.store.drafts import DraftChoice
 from edge.store.models import StoredModel
 from runtime import wire
 from runtime.blackbox import BlackBox
+from runtime.fair_shares import may_wait
 from runtime.generation import Generation, error_from_wire
 from runtime.poison import PoisonCabinet, case_of
 from runtime.process import WorkerProcess, log_path, open_log
@@ -178,8 +179,8 @@ class ModelHost:
         self._box: BlackBox | None = None
         self._oom_kills: deque[int | None] = deque(maxlen=3)
         """What the kernel counted at the last looks: a death is seen a little later than it is counted."""
-        self._num_waiting = 0
-        """Requests that wait for the worker to be ready."""
+        self._num_waiting: Counter[str] = Counter()
+        """Requests of each tenant that wait for the worker to be ready, or at the door."""
         self._pins_asked: dict[int, asyncio.Future[wire.Pins]] = {}
         self._leaving: dict[int, Generation] = {}
         """Cancelled while the worker was at them: it may still be."""
@@ -200,7 +201,7 @@ class ModelHost:
     @property
     def is_idle(self) -> bool:
         """Loaded, and nobody waits for anything of it."""
-        return self.state == "ready" and not self._generations and not self._num_waiting
+        return self.state == "ready" and not self._generations and not self._num_waiting.total()
 
     def uses(self) -> float:
         """Requests so far, each half as much after `HALF_LIFE_S`."""
@@ -234,25 +235,23 @@ class ModelHost:
         span = max(last.at - first.at, 1e-6)
         return (last.prompt_tokens - first.prompt_tokens) / span, (last.output_tokens - first.output_tokens) / span
 
-    async def wait_ready(self, timeout_s: float) -> None:
+    async def wait_ready(self, timeout_s: float, *, tenant: str = "") -> None:
         """Start the worker if there is none, and wait until it answers.
 
         Raises:
             ModelLoading: It is not ready in time.
+            QueueFull: Too much is waiting.
             EdgeError: The load failed.
         """
         self._touch()
-        self._check_room()
-        self._num_waiting += 1
         try:
-            async with asyncio.timeout(timeout_s):
-                await self._start_supervisor()
-                while self.state == "loading":
-                    await self._changed.wait()
+            with self._waiting(tenant):
+                async with asyncio.timeout(timeout_s):
+                    await self._start_supervisor()
+                    while self.state == "loading":
+                        await self._changed.wait()
         except TimeoutError as e:
             raise ModelLoading(self.ref, retry_after_s=10) from e
-        finally:
-            self._num_waiting -= 1
         if self.state != "ready":
             raise self.error.copy() if self.error is not None else ServerStopping("The model was unloaded.")
 
@@ -279,13 +278,16 @@ class ModelHost:
         await self._start_supervisor()
         await _wait(self._told, STOP_TIMEOUT_S)
 
-    async def start(self, make: Callable[[int], wire.Ask], *, timeout_s: float, allowed_s: float) -> Generation:
+    async def start(
+        self, make: Callable[[int], wire.Ask], *, timeout_s: float, allowed_s: float, tenant: str = ""
+    ) -> Generation:
         """Send a request to the worker. One that may have ended it before waits until it can run alone.
 
         Args:
             make: The request, under an id.
             timeout_s: What is left of the time it may take.
             allowed_s: All of that time, for the error that says so.
+            tenant: Whose it is: tenants share the queue.
 
         Raises:
             RequestPoisoned: It ended the worker twice.
@@ -297,15 +299,16 @@ class ModelHost:
         message = make(self._next_id)
         suspect = self._judge(message)
         if suspect is None and self.state == "ready" and not self._door.locked():
-            return self._submit(message, timeout_s=timeout_s, allowed_s=allowed_s)
+            return self._submit(message, timeout_s=timeout_s, allowed_s=allowed_s, tenant=tenant)
         deadline = time.monotonic() + timeout_s
         try:
             async with asyncio.timeout(timeout_s):
-                suspect = await self._pass_door(message)
+                suspect = await self._pass_door(message, tenant)
         except TimeoutError as e:
             raise DeadlineExceeded(timeout_s=allowed_s) from e
         try:
-            generation = self._submit(message, timeout_s=deadline - time.monotonic(), allowed_s=allowed_s)
+            left_s = deadline - time.monotonic()
+            generation = self._submit(message, timeout_s=left_s, allowed_s=allowed_s, tenant=tenant)
         except BaseException:
             self._door.release()
             raise
@@ -324,41 +327,53 @@ class ModelHost:
         suspect = self._quarantine.suspect(who)
         return None if suspect is None else (who, suspect)
 
-    async def _pass_door(self, message: wire.Ask) -> tuple[Fingerprint, Suspect] | None:
+    async def _pass_door(self, message: wire.Ask, tenant: str) -> tuple[Fingerprint, Suspect] | None:
         """Wait in line, hold the door, and see that the worker is ready, and empty where a suspect comes. What is known
         against the request is asked at the door: meanwhile one that is the same may have been judged."""
-        self._check_room()
-        self._num_waiting += 1
-        try:
+        with self._waiting(tenant):
             await self._door.acquire()
-        finally:
-            self._num_waiting -= 1
         try:
             suspect = self._judge(message)
             if suspect is not None and self._generations:
                 self._emptied.clear()
                 await _wait(self._emptied, DRAIN_S)
-            await self.wait_ready(LOAD_TIMEOUT_S)
+            await self.wait_ready(LOAD_TIMEOUT_S, tenant=tenant)
         except BaseException:
             self._door.release()
             raise
         return suspect
 
-    def _check_room(self) -> None:
-        most = self.settings.max_queue + self.settings.max_sequences
+    @contextlib.contextmanager
+    def _waiting(self, tenant: str) -> Generator[None]:
+        """Count a request of this tenant among those that wait."""
+        self._check_room(tenant)
+        self._num_waiting[tenant] += 1
+        try:
+            yield
+        finally:
+            self._num_waiting -= Counter((tenant,))
+
+    @property
+    def _capacity(self) -> int:
+        """Requests that may be here, of all tenants; one alone may have half."""
+        return 2 * (self.settings.max_queue + self.settings.max_sequences)
+
+    def _check_room(self, tenant: str) -> None:
         unsent = self._transport.get_write_buffer_size() if self._transport is not None else 0
-        if len(self._generations) + self._num_waiting >= most or unsent > MAX_UNSENT_BYTES:
+        own = self._num_waiting[tenant] + sum(g.tenant == tenant for g in self._generations.values())
+        held = self._num_waiting.total() + len(self._generations)
+        if not may_wait(own, held, self._capacity) or unsent > MAX_UNSENT_BYTES:
             raise QueueFull(retry_after_s=5)
 
-    def _submit(self, message: wire.Ask, *, timeout_s: float, allowed_s: float) -> Generation:
+    def _submit(self, message: wire.Ask, *, timeout_s: float, allowed_s: float, tenant: str) -> Generation:
         if self._transport is None or self.state != "ready":
             raise WorkerDied(self.ref, reason="it is not running")
-        self._check_room()
+        self._check_room(tenant)
         frame = wire.encode_frame(message)
         self._touch(uses=1)
         if not self._generations:
             self._last_progress = self.last_used  # the clock of a hang starts with work
-        generation = Generation(message, self._cancel)
+        generation = Generation(message, self._cancel, tenant=tenant)
         error = DeadlineExceeded(timeout_s=allowed_s)
         generation.expiry = asyncio.get_running_loop().call_later(timeout_s, partial(self._expire, generation, error))
         self._generations[message.id] = generation
@@ -512,7 +527,7 @@ class ModelHost:
         return wire.Load(
             path=str(self.model.weights), ref=self.ref, threads=s.threads or tuned.prefill_threads,
             num_slots=s.max_sequences, step_tokens=s.step_tokens, context_tokens=s.context_tokens,
-            max_queue=s.max_queue, state_bytes=s.state_bytes, reserved_bytes=reserved_bytes,
+            max_queue=self._capacity, state_bytes=s.state_bytes, reserved_bytes=reserved_bytes,
             speculation=s.speculation, token_interval_ms=s.token_interval_ms, decode_threads=tuned.decode_threads,
             ubatch_tokens=tuned.ubatch_tokens, flash_attention=tuned.flash_attention,
             home=str(s.home), weights_digest=self.model.weights.name, state_disk_bytes=s.state_disk_bytes,

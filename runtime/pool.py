@@ -38,6 +38,11 @@ class Pool:
         self._selector = Selector(store)
         self._stopping = False
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._stopping
+
     def hosts(self) -> list[ModelHost]:
         """Models that were asked for since the start."""
         return list(self._hosts.values())
@@ -104,7 +109,7 @@ class Pool:
             return 0, 0
         return stat.st_ino, stat.st_mtime_ns
 
-    async def ready(self, ref: str, *, timeout_s: float = READY_WAIT_S) -> ModelHost:
+    async def ready(self, ref: str, *, timeout_s: float = READY_WAIT_S, tenant: str = "") -> ModelHost:
         """A host that answers; where memory lacks, idle models that are not pinned give way, the least worth first.
 
         Raises:
@@ -116,7 +121,7 @@ class Pool:
         host = await self.host(ref)
         while True:
             try:
-                await host.wait_ready(timeout_s)
+                await host.wait_ready(timeout_s, tenant=tenant)
                 return host
             except DoesNotFit as e:
                 if not await self.make_room(host, missing_bytes=e.missing_bytes):

@@ -11,19 +11,16 @@ from litestar.plugins import PluginProtocol
 from litestar.plugins.core import MsgspecDIPlugin
 from typing_extensions import override
 
-from runtime.api import admin, docs, embeddings, keys, moderations, ollama, ollama_models, openai, openai_responses
+from runtime.api import admin, docs, embeddings, keys, ollama, ollama_models, openai, openai_responses
 from runtime.api.access import needs
 from runtime.api.appliance import Appliance, appliance_of
-from runtime.api.batches import routes as batches
-from runtime.api.batches.service import BatchService
 from runtime.api.call import HttpRequest
 from runtime.api.describe import exchanges
 from runtime.api.errors import to_response
 from runtime.api.guard import caller_of, guard
-from runtime.api.moderations import Moderator
 from runtime.api.schema import ModelInfo
 
-PARTS = (openai, openai_responses, embeddings, moderations, batches, ollama, ollama_models, admin, keys, docs)
+PARTS = (openai, openai_responses, embeddings, ollama, ollama_models, admin, keys, docs)
 HEALTH_S = 1.0
 PROMETHEUS_TYPE = "text/plain; version=0.0.4"
 
@@ -55,7 +52,9 @@ def livez() -> dict[str, str]:
 
 @get("/readyz", opt=needs("nothing") | exchanges(also={503: dict[str, str]}))
 async def readyz(state: State) -> Response[dict[str, str]]:
-    """Whether requests can be served: a model is there that did not fail to load."""
+    """Whether requests can be served: a model is there that did not fail to load, and nobody asked it to stop."""
+    if appliance_of(state).pool.is_stopping:
+        return Response({"status": "stopping"}, status_code=503)
     infos = _that_count(await _health_of(state).infos())
     if not infos:
         return Response({"status": "no models"}, status_code=503)
@@ -67,6 +66,8 @@ async def readyz(state: State) -> Response[dict[str, str]]:
 @get("/health", opt=needs("nothing") | exchanges(also={503: dict[str, str]}))
 async def health(state: State) -> Response[dict[str, str]]:
     """As `/readyz`, under llama-server's name."""
+    if appliance_of(state).pool.is_stopping:
+        return Response({"status": "stopping"}, status_code=503)
     known = await _health_of(state).infos()
     infos = _that_count(known)
     if not infos or all(i.state == "failed" for i in infos):
@@ -105,19 +106,14 @@ class _MsgspecApp(Litestar):
 
 def create_app(appliance: Appliance) -> Litestar:
     """The ASGI application of an appliance, which it starts and closes."""
-    service = BatchService(appliance)
-    state = {
-        "appliance": appliance, "health": Health(appliance), "batches": service,
-        "moderator": Moderator(appliance.settings.moderation),
-    }  # fmt: skip
     return _MsgspecApp(
         [livez, readyz, health, metrics, *(handler for part in PARTS for handler in part.HANDLERS)],
-        state=State(state),
+        state=State({"appliance": appliance, "health": Health(appliance)}),
         middleware=[guard(appliance.settings, appliance.access)],
         exception_handlers={Exception: to_response},
         request_max_body_size=appliance.settings.max_body_bytes,
         openapi_config=None,
-        on_startup=[appliance.start, service.start],
-        on_shutdown=[service.close, appliance.close],
+        on_startup=[appliance.start],
+        on_shutdown=[appliance.close],
         logging_config=None,
     )

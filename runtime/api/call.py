@@ -25,7 +25,7 @@ from runtime.api.guard import meter_of
 from runtime.api.openai_schema import OutputDetails, SamplingFields, TokenDetails, Usage
 from runtime.api.responses import until_disconnect
 from runtime.api.tools import Promise, kept
-from runtime.generation import Generation
+from runtime.generation import SILENCE_S, Generation
 from runtime.host import ModelHost
 from runtime.pool import READY_WAIT_S
 from runtime.request import Adapter, Constraint, SamplingParams
@@ -90,6 +90,7 @@ class Call:
         """How its tokens are drawn, once it is started."""
         self._generation: Generation | None = None
         self._finished = False
+        self._first: asyncio.Task[list[wire.Piece]] | None = None
         self.load_s = 0.0
         """How long it waited for its model to be loaded."""
         self.host: ModelHost | None = None
@@ -102,7 +103,8 @@ class Call:
         return structure.constraint if structure is not None else None
 
     async def start(self, make: Make) -> Steps:
-        """Hand the request to the engine and wait until it is accepted.
+        """Hand the request to the engine and wait until it is accepted. A stream begins without that after `SILENCE_S`,
+        with pings, so that nobody on the way takes it for dead; its status is spent then.
 
         Args:
             make: The request under an id, with these sampling parameters.
@@ -117,10 +119,8 @@ class Call:
             steps = self._steps(make)
             if self._promise is not None:
                 steps = kept(steps, self._promise)
-            while not (first := await anext(steps)):
-                pass  # nobody to send a ping to yet
-            # The first says that the engine accepted the request; more may have come with it.
-            return _with_first(first, steps)
+            self._first = asyncio.create_task(first_of(steps))
+            return await started(self._first, steps, patience_s=SILENCE_S if self.stream else None)
         except BaseException as e:
             self.finish(e)
             raise
@@ -156,7 +156,8 @@ class Call:
         if self._first_image:
             await self.appliance.check_vision(selection.model, limits, field=self._first_image)
         asked_for = time.perf_counter()
-        host = await self.appliance.pool.ready(selection.model, timeout_s=min(READY_WAIT_S, self._left_s()))
+        wait_s = min(READY_WAIT_S, self._left_s())
+        host = await self.appliance.pool.ready(selection.model, timeout_s=wait_s, tenant=self.caller.id)
         self.load_s += time.perf_counter() - asked_for
         self._adopt(host, selection)
         params = self.body.params(host.model.details.sampling)
@@ -167,6 +168,7 @@ class Call:
             lambda request_id: _completed(make(request_id, params), selection.adapters, host.model.details),
             timeout_s=self._left_s(),
             allowed_s=self.allowed_s,
+            tenant=self.caller.id,
         )
         return self._generation
 
@@ -193,9 +195,9 @@ class Call:
 
     @property
     def tokens(self) -> tuple[int, int, int]:
-        """Of the prompt, those of it that were cached, and of the answer, so far."""
-        p = self._last
-        return (p.num_prompt, p.num_cached, p.num_output) if p else (0, 0, 0)
+        """Of the prompt, those of it that were cached, and of the answer, so far: also those that nobody read."""
+        p, written = self._last, self._generation.num_output if self._generation is not None else 0
+        return (p.num_prompt, p.num_cached, max(p.num_output, written)) if p else (0, 0, written)
 
     def rows(self) -> tuple[bytes, tuple[int, ...]]:
         """What became of the texts of an `Embed`, and which were cut, once the answer is there."""
@@ -219,6 +221,9 @@ class Call:
         if self._finished:
             return
         self._finished = True
+        if self._first is not None:
+            self._first.cancel()  # where the client left while the model was loaded
+            self._first = None
         if self._generation is not None:
             self._generation.cancel()
         p = self._last
@@ -281,10 +286,12 @@ async def merged(streams: Sequence[Steps]) -> AsyncGenerator[tuple[int, list[wir
             yield 0, pieces
         return
     arrived: asyncio.Queue[tuple[int, list[wire.Piece]] | None] = asyncio.Queue()
+    room = asyncio.Semaphore(len(streams))  # where nobody reads, what waits is held, and bounded, in one place
 
     async def forward(index: int, steps: Steps) -> None:
         async with contextlib.aclosing(steps):
             async for pieces in steps:
+                await room.acquire()
                 arrived.put_nowait((index, pieces))
 
     tasks = [asyncio.create_task(forward(i, s)) for i, s in enumerate(streams)]
@@ -293,6 +300,7 @@ async def merged(streams: Sequence[Steps]) -> AsyncGenerator[tuple[int, list[wir
     try:
         for _ in streams:
             while (item := await arrived.get()) is not None:
+                room.release()
                 yield item
             for task in tasks:
                 if task.done():
@@ -345,6 +353,38 @@ def _error_type(error: BaseException | None, *, finished: bool) -> str | None:
     if error is not None:
         return "cancelled" if not isinstance(error, Exception) or isinstance(error, GeneratorExit) else "internal_error"
     return None if finished else "cancelled"
+
+
+async def first_of(steps: Steps) -> list[wire.Piece]:
+    """What comes first, but for signs of life."""
+    while not (first := await anext(steps)):
+        pass
+    return first
+
+
+async def started(first: asyncio.Task[list[wire.Piece]], steps: Steps, *, patience_s: float | None) -> Steps:
+    """The steps, once the engine accepted the request, which the first tells, or has not for so long."""
+    try:
+        await asyncio.wait({first}, timeout=patience_s)
+        return _with_first(first.result(), steps) if first.done() else _late(first, steps, every_s=patience_s)
+    finally:
+        del first  # else its error would hold this frame, which holds it
+
+
+async def _late(first: asyncio.Task[list[wire.Piece]], steps: Steps, *, every_s: float | None) -> Steps:
+    """Nothing again and again while the first is awaited, then as it comes."""
+    async with contextlib.aclosing(steps):
+        try:
+            while not first.done():
+                yield []
+                await asyncio.wait({first}, timeout=every_s)
+            yield first.result()
+        finally:
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+            del first  # as above
+        async for pieces in steps:
+            yield pieces
 
 
 async def _with_first(

@@ -43,12 +43,6 @@ STATUS: dict[type[EdgeError], int] = {
     errors.ModelNotFound: 404,
     errors.JobNotFound: 404,
     errors.ResponseNotFound: 404,
-    errors.StoredFileNotFound: 404,
-    errors.BatchNotFound: 404,
-    errors.FileInUse: 409,
-    errors.FileTooLarge: 413,
-    errors.StorageFull: 507,
-    errors.ModerationUnavailable: 501,
     errors.PinNotFound: 404,
     errors.Cancelled: 409,
     ClientClosed: 499,
@@ -57,6 +51,7 @@ STATUS: dict[type[EdgeError], int] = {
     errors.WorkerDied: 500,
     errors.RequestPoisoned: 422,
     errors.DeadlineExceeded: 504,
+    errors.SlowReader: 408,
     errors.MissingExtra: 501,
     errors.ToolMissing: 501,
     errors.SourceUnavailable: 502,
@@ -151,6 +146,8 @@ def _http_fault(error: HTTPException) -> Fault:
     return Fault(error.status_code, code, f"{error.detail.rstrip('.')}.", hints.get(error.status_code))
 
 
+PERMANENT = frozenset({409, 501, 507})
+"""Statuses of what goes no better at the next try; clients try some of them again unless they are told."""
 LONG_WAIT_S = 60.0
 """OpenAI's clients wait no longer for a `Retry-After`, and would try again at once."""
 
@@ -161,8 +158,9 @@ def _headers(fault: Fault) -> dict[str, str]:
         headers["WWW-Authenticate"] = 'Bearer realm="slm-edge"'
     if fault.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(fault.retry_after_s)))
-        if fault.retry_after_s > LONG_WAIT_S:
-            headers["x-should-retry"] = "false"
+    is_permanent = fault.status in PERMANENT or fault.code == errors.RequestPoisoned.code
+    if is_permanent or (fault.retry_after_s or 0) > LONG_WAIT_S:
+        headers["x-should-retry"] = "false"
     return headers
 
 
@@ -176,16 +174,20 @@ def is_ollama_path(path: str) -> bool:
     return path == "/api" or path.startswith("/api/")
 
 
+def written(fault: Fault, path: str) -> tuple[bytes, str]:
+    """Body and media type of a fault, in the shape that the path's clients read."""
+    if is_openai_path(path):
+        return msgspec.json.encode(fault.openai()), "application/json"
+    if is_ollama_path(path):
+        return msgspec.json.encode(fault.ollama()), "application/json"
+    return msgspec.json.encode(fault.problem()), "application/problem+json"
+
+
 def to_response(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     """The response to an error, in the shape that the path's clients read."""
     fault = fault_of(error)
     if fault.status >= 500:
         unexpected = not isinstance(error, EdgeError | HTTPException)
         log.error("%s %s: %s", request.method, request.url.path, error, exc_info=error if unexpected else None)
-    if is_openai_path(request.url.path):
-        body, media_type = msgspec.json.encode(fault.openai()), "application/json"
-    elif is_ollama_path(request.url.path):
-        body, media_type = msgspec.json.encode(fault.ollama()), "application/json"
-    else:
-        body, media_type = msgspec.json.encode(fault.problem()), "application/problem+json"
+    body, media_type = written(fault, request.url.path)
     return Response(body, status_code=fault.status, media_type=media_type, headers=_headers(fault))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from litestar import Request
+
 from edge import errors
 from edge.errors import EdgeError
-from runtime.api.errors import STATUS, fault_of, status_of
+from runtime.api.errors import STATUS, fault_of, status_of, to_response
 
 
 def all_errors(kind: type[EdgeError] = EdgeError) -> set[type[EdgeError]]:
@@ -33,3 +37,25 @@ def test_hint_and_field_reach_the_client() -> None:
     assert fault.openai().error.message == "Wrong. Send less."
     assert fault.openai().error.param == "top_p"
     assert fault.problem().status == status_of(errors.InvalidRequest("x")) == 400
+
+
+def headers_of(error: EdgeError) -> dict[str, str]:
+    scope: Any = {
+        "type": "http", "path": "/v1/x", "method": "POST", "headers": [], "query_string": b"", "scheme": "http",
+        "root_path": "", "server": ("x", 80),
+    }  # fmt: skip
+    request: Request[Any, Any, Any] = Request(scope)
+    return {name.lower(): str(value) for name, value in to_response(request, error).headers.items()}
+
+
+def test_clients_are_told_whether_and_when_to_try_again() -> None:
+    for permanent in (
+        errors.RequestPoisoned("a"), errors.DiskFull(required_bytes=2, available_bytes=1), errors.Cancelled("x"),
+        errors.MissingExtra("onnx", needed_for="It"), errors.RateLimited("1 a day", retry_after_s=3000),
+    ):  # fmt: skip
+        assert headers_of(permanent)["x-should-retry"] == "false", permanent
+    for passing in (
+        errors.QueueFull(retry_after_s=5), errors.ServerStopping("x"), errors.ModelLoading("m", retry_after_s=5),
+    ):  # fmt: skip
+        assert headers_of(passing)["retry-after"] == "5"
+        assert "x-should-retry" not in headers_of(passing)

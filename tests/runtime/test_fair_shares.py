@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.fair_shares import FairShares, share_out
+from runtime.fair_shares import FairShares, may_wait, share_out
 from runtime.request import Request, RequestId, SamplingParams
 from runtime.scheduler import CLASS_RATIO, GROWTH_TOKENS, TAKE_AFTER_TOKENS, Limits, Scheduler
 from runtime.sequence import GAVE_WAY_ENOUGH
@@ -194,3 +194,16 @@ def test_long_answers_in_few_cells_go_on_and_seldom_give_way(
     num_output = sum(max_tokens for _, max_tokens, _ in plan)
     assert len(machine.finished) == len(plan)
     assert machine.scheduler.stats().num_preemptions <= len(plan) + num_output / GROWTH_TOKENS
+
+
+@given(st.integers(1, 60), st.lists(st.integers(0, 5), max_size=200))
+def test_whoever_has_nothing_in_a_queue_finds_room_in_it(capacity: int, comings: list[int]) -> None:
+    held: Counter[int] = Counter()
+    for who in comings:
+        if may_wait(held[who], held.total(), 2 * capacity):
+            held[who] += 1
+    assert held.total() <= 2 * capacity
+    assert max(held.values(), default=0) <= capacity, "one alone gets half"
+    assert held.total() >= min(capacity, len(comings)) * (len(held) == 1)
+    if len(held) < 2 * capacity - held.total():
+        assert may_wait(0, held.total(), 2 * capacity)

@@ -9,10 +9,10 @@ from contextlib import suppress
 
 import pytest
 
-from edge.errors import DoesNotFit, EdgeError, QueueFull, WorkerDied
+from edge.errors import DoesNotFit, EdgeError, QueueFull, SlowReader, WorkerDied
 from runtime import wire
 from runtime.generation import Generation
-from runtime.request import SamplingParams
+from runtime.request import SamplingParams, TokenLogprob
 
 
 def a_generation() -> Generation:
@@ -67,3 +67,41 @@ def test_a_copy_says_what_the_error_says() -> None:
             copy = e.copy()
         assert type(copy) is type(error)
         assert (copy.args, vars(copy), copy.__traceback__) == (error.args, vars(error), None)
+
+
+def piece(num_output: int, *, finish: bool = False, top: int = 0) -> wire.Piece:
+    logprobs = (TokenLogprob(b"a", -1.0, ((b"a", -1.0),) * top, 0),) if top else None
+    return wire.Piece(1, "a", num_output, 3, 0, "stop" if finish else None, logprobs=logprobs)
+
+
+def test_who_reads_far_too_slowly_loses_the_rest_and_the_engine_is_freed() -> None:
+    async def lag(top: int) -> tuple[int, list[int]]:
+        cancelled: list[int] = []
+        generation = Generation(wire.Generate(1, None, "Hi", SamplingParams(), 4, []), cancelled.append)
+        num_pushed = 0
+        while not cancelled:
+            generation.push(piece(num_pushed := num_pushed + 1, top=top))
+        steps = generation.steps()
+        read = await anext(steps)
+        with pytest.raises(SlowReader):
+            await anext(steps)
+        assert len(read) == num_pushed == generation.num_output, "what was held is read, and all is counted"
+        return num_pushed, cancelled
+
+    plain, cancelled = asyncio.run(lag(0))
+    assert cancelled == [1]
+    assert 10_000 < plain < 20_000
+    assert asyncio.run(lag(20))[0] < 2000
+
+
+def test_who_reads_may_read_for_ever() -> None:
+    async def keep_up() -> int:
+        generation, num_read = a_generation(), 0
+        steps = generation.steps()
+        for i in range(200):
+            for j in range(200):
+                generation.push(piece(200 * i + j, finish=i == j == 199))
+            num_read += len(await anext(steps))
+        return num_read
+
+    assert asyncio.run(keep_up()) == 40_000
