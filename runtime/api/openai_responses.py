@@ -14,6 +14,7 @@ from litestar.datastructures import State
 from litestar.params import Parameter
 
 from edge.errors import EdgeError, InvalidRequest, ResponseNotFound, StoreError
+from runtime import wire
 from runtime.api import sse
 from runtime.api.access import needs
 from runtime.api.appliance import appliance_of
@@ -21,7 +22,7 @@ from runtime.api.call import Call, HttpRequest, Steps, merged, usage_of
 from runtime.api.describe import EVENTS, Errors, exchanges
 from runtime.api.errors import fault_of
 from runtime.api.guard import caller_of
-from runtime.api.openai import start_chat, warning_headers, whole_answers
+from runtime.api.openai import start_chat, template_warnings, warning_headers, whole_answers
 from runtime.api.parsing import MAX_WARNINGS, check_items, parse_body
 from runtime.api.responses import EventStream
 from runtime.api.responses_chat import begun, chat_request, named_as_sent
@@ -30,6 +31,7 @@ from runtime.api.responses_items import Messages, named
 from runtime.api.responses_kept import Kept
 from runtime.api.responses_schema import (
     DeletedResponse,
+    FunctionTool,
     Item,
     ItemList,
     ResponseObject,
@@ -81,7 +83,9 @@ async def create_response(request: HttpRequest, state: State) -> Response[Respon
     asked = await _read(request, state)
     messages = await asked.messages()
     with named_as_sent(messages.sources):
-        calls, streams = await start_chat(request, state, chat_request(asked.body, messages.messages))
+        chat = chat_request(asked.body, messages.messages)
+        calls, streams = await start_chat(request, state, chat)
+    asked.warnings.extend(w.replace("reasoning_effort", "reasoning.effort") for w in template_warnings(chat, calls[0]))
     calls[0].id = f"resp_{secrets.token_hex(16)}"
     composer = Composer(begun(asked.body, calls[0], asked.warnings))
     if asked.body.stream:
@@ -89,7 +93,8 @@ async def create_response(request: HttpRequest, state: State) -> Response[Respon
         headers = warning_headers(asked.warnings)
         return EventStream(events, on_close=lambda: calls[0].finish(None), headers=headers)
     (answer,) = await whole_answers(request, calls, streams)
-    composer.add_text(answer.text, answer.logprobs)
+    calls_made = [wire.CallDelta(i, c.id, c.name, c.arguments) for i, c in enumerate(answer.calls)]
+    composer.add(answer.text, answer.logprobs, reasoning=answer.reasoning, calls=calls_made)
     await asked.end(composer, answer.reason, calls)
     return Response(composer.response, headers=warning_headers(asked.warnings))
 
@@ -99,6 +104,8 @@ async def _read(request: HttpRequest, state: State) -> _Asked:
     body, warnings = parse_body(content, ResponsesRequest)
     body.check()
     warnings += body.warnings()
+    if body.tools:
+        warnings += check_items(content, "tools", _TOOL_FIELDS, frozenset())
     kept = _kept(request, state)
     if isinstance(body.input, str):
         return _Asked(kept, body, [Item(role="user", content=body.input)], warnings)
@@ -107,6 +114,7 @@ async def _read(request: HttpRequest, state: State) -> _Asked:
 
 
 _ITEM_FIELDS = frozenset(f.encode_name for f in msgspec.structs.fields(Item))
+_TOOL_FIELDS = frozenset(f.encode_name for f in msgspec.structs.fields(FunctionTool))
 
 
 async def _events(
@@ -119,8 +127,7 @@ async def _events(
         yield composer.take()
         async for _, pieces in merged(streams):
             for p in pieces:
-                if p.text or p.logprobs:
-                    composer.add_text(p.text, p.logprobs)
+                composer.add(p.text, p.logprobs, reasoning=p.reasoning, calls=p.calls)
                 if p.finish_reason:
                     await asked.end(composer, p.finish_reason, calls)
             if out := composer.take() if pieces else sse.PING:

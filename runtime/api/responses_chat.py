@@ -12,22 +12,28 @@ from edge.errors import InvalidRequest
 from runtime.api.call import Call
 from runtime.api.openai_schema import ChatMessage, ChatRequest
 from runtime.api.responses_schema import (
+    FunctionTool,
     ReasoningField,
     ResponseObject,
     ResponsesRequest,
     TextField,
     TextFormat,
+    ToolChoice,
 )
 from runtime.api.structured import JsonSchema, ResponseFormat
+from runtime.api.tools import ChosenFunction, ChosenTool, FunctionField, ToolField
+from runtime.api.tools import ToolChoice as ChatToolChoice
 
 _NAMES = {
     "response_format.json_schema": "text.format",
     "response_format": "text.format",
     "messages": "input",
     "max_completion_tokens": "max_output_tokens",
+    "tool_choice.function": "tool_choice",
 }
 """What chat completions call a field, and what it is called here."""
-_MESSAGE = re.compile(r"messages\[[0-9]+\]")
+_MESSAGE = re.compile(r"messages\[[0-9]+\](?:\.tool_calls\[[0-9]+\]\.function)?")
+_TOOL = re.compile(r"(tools\[[0-9]+\])\.function")
 
 
 def chat_request(body: ResponsesRequest, messages: list[ChatMessage]) -> ChatRequest:
@@ -38,6 +44,7 @@ def chat_request(body: ResponsesRequest, messages: list[ChatMessage]) -> ChatReq
     """
     if not messages:
         raise InvalidRequest("'input' has nothing to answer.", field="input", hint="Send a message.")
+    tools, choice = _tools(body)
     return ChatRequest(
         model=body.model,
         messages=messages,
@@ -58,7 +65,41 @@ def chat_request(body: ResponsesRequest, messages: list[ChatMessage]) -> ChatReq
         response_format=_format((body.text or TextField()).format),
         logprobs=body.wants_logprobs or None,
         top_logprobs=body.top_logprobs if body.wants_logprobs else None,
+        tools=tools,
+        tool_choice=choice,
+        parallel_tool_calls=body.parallel_tool_calls,
+        reasoning_effort=body.reasoning.effort if body.reasoning else None,
     )
+
+
+def _tools(body: ResponsesRequest) -> tuple[list[ToolField] | None, ChatToolChoice | None]:
+    """The functions that may be called, and whether one has to be."""
+    tools = [_tool(tool) for tool in body.tools or ()]
+    match body.tool_choice:
+        case ToolChoice(type="function", name=str(name)):
+            return tools, ChosenTool(type="function", function=ChosenFunction(name=name))
+        case ToolChoice(type="allowed_tools", mode=mode, tools=[*allowed]):
+            names = {tool.name for tool in allowed}
+            if unknown := names - {tool.function.name for tool in tools}:
+                field, name = "tool_choice.tools", unknown.pop()
+                raise InvalidRequest(
+                    f"'{field}': there is no tool {name!r}.", field=field, hint="Name those of 'tools'."
+                )
+            return [tool for tool in tools if tool.function.name in names], mode or "auto"
+        case ToolChoice():
+            hint = "Send none, auto, required, or a function's name."
+            kind = body.tool_choice.type
+            raise InvalidRequest(f"'tool_choice': {kind!r} is not done.", field="tool_choice", hint=hint)
+        case choice:
+            return tools or None, choice
+
+
+def _tool(tool: FunctionTool) -> ToolField:
+    assert tool.name is not None, "checked"
+    function = FunctionField(
+        name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict
+    )
+    return ToolField(function=function)
 
 
 def _format(asked: TextFormat) -> ResponseFormat:
@@ -117,5 +158,7 @@ def named_as_sent(sources: Mapping[str, str]) -> Generator[None]:
 def _as_sent(field: str, sources: Mapping[str, str]) -> str:
     if found := _MESSAGE.match(field):
         return sources.get(found[0], found[0]) + field[found.end() :]
+    if found := _TOOL.match(field):
+        return found[1] + field[found.end() :]
     old = next((n for n in _NAMES if field == n or field.startswith((f"{n}.", f"{n}["))), None)
     return field if old is None else _NAMES[old] + field[len(old) :]

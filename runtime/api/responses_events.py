@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from runtime import wire
 from runtime.api import sse
 from runtime.api.errors import Fault
 from runtime.api.logprobs import chat_logprobs
@@ -54,6 +55,18 @@ class Composer:
         """The engine accepted the request."""
         self._emit("response.created", response=self.response)
         self._emit("response.in_progress", response=self.response)
+
+    def add(
+        self, text: str, logprobs: Sequence[TokenLogprob] | None = None, *, reasoning: str = "",
+        calls: Sequence[wire.CallDelta] = (),
+    ) -> None:  # fmt: skip
+        """Add what a step gave."""
+        if reasoning:
+            self.add_reasoning(reasoning)
+        if text or logprobs:
+            self.add_text(text, logprobs)
+        for c in calls:
+            self.add_call(c.index, c.arguments, call_id=c.id, name=c.name)
 
     def add_reasoning(self, delta: str) -> None:
         """Add to what the model thought."""
@@ -178,11 +191,12 @@ class Composer:
 
 
 def _usage(usage: Usage) -> ResponseUsage:
+    thought = usage.completion_tokens_details
     return ResponseUsage(
         input_tokens=usage.prompt_tokens,
         input_tokens_details=InputDetails(cached_tokens=usage.prompt_tokens_details.cached_tokens),
         output_tokens=usage.completion_tokens,
-        output_tokens_details=OutputDetails(),
+        output_tokens_details=OutputDetails(reasoning_tokens=thought.reasoning_tokens if thought else 0),
         total_tokens=usage.total_tokens,
     )
 

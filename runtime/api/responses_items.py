@@ -19,6 +19,7 @@ from runtime.api.responses_schema import (
     ReasoningText,
     Refusal,
 )
+from runtime.api.tools import CalledFunction, ToolCallField
 
 _PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
 _RESPONSE_ID = re.compile(r"resp_([0-9a-f]{32})")
@@ -63,10 +64,12 @@ def named(items: Sequence[Item], response_id: str) -> list[Item]:
 
 @dataclass(slots=True)
 class Messages:
-    """A conversation, and where in the request each of its messages stands: `messages[1]` in `input[4]`."""
+    """A conversation, and where in the request its parts stand: `messages[1]` in `input[4]`."""
 
     messages: list[ChatMessage] = field(default_factory=list[ChatMessage])
     sources: dict[str, str] = field(default_factory=dict[str, str])
+    _called: dict[str, str] = field(default_factory=dict[str, str])
+    """The functions that were called, by the calls' names."""
 
     def add(self, items: Iterable[Item], path: str) -> None:
         """Add what items say.
@@ -82,16 +85,72 @@ class Messages:
 
     def _add(self, item: Item, path: str) -> None:
         match item.type or "message":
+            case "message" if item.role == "assistant":
+                self._say(item, path)
             case "message":
                 self._append(_message(item, path), path)
             case "reasoning":
-                pass
+                self._think(item, path)
+            case "function_call" if item.status == "incomplete":
+                pass  # it was cut, so it called nothing
+            case "function_call":
+                self._call(item, path)
+            case "function_call_output":
+                self._append(self._output(item, path), path)
             case kind:
                 raise _not_done(kind, f"{path}.type")
 
-    def _append(self, message: ChatMessage, path: str) -> None:
+    def _append(self, message: ChatMessage, path: str) -> ChatMessage:
         self.sources[f"messages[{len(self.messages)}]"] = path
         self.messages.append(message)
+        return message
+
+    def _turn(self, path: str) -> ChatMessage:
+        """The model's turn that goes on: what it thought, said and called is one message to it. Else a new one."""
+        if self.messages and (last := self.messages[-1]).role == "assistant":
+            return last
+        return self._append(ChatMessage(role="assistant"), path)
+
+    def _say(self, item: Item, path: str) -> None:
+        message = self._turn(path)
+        if message.content is not None or message.tool_calls:
+            message = self._append(ChatMessage(role="assistant"), path)
+        message.content = _content(item.content, f"{path}.content")
+        self.sources[f"messages[{len(self.messages) - 1}]"] = path
+
+    def _think(self, item: Item, path: str) -> None:
+        """Only what it thought right before the rest of its turn; others' encrypted thoughts are not read."""
+        text = "".join(part.text for part in item.content or () if isinstance(part, ReasoningText))
+        if not text:
+            return
+        message = self._turn(path)
+        if message.content is not None or message.tool_calls:
+            message = self._append(ChatMessage(role="assistant"), path)
+        message.reasoning_content = (message.reasoning_content or "") + text
+
+    def _call(self, item: Item, path: str) -> None:
+        name, call_id = _needed(item.name, f"{path}.name"), _needed(item.call_id, f"{path}.call_id")
+        message = self._turn(path)
+        calls = message.tool_calls = message.tool_calls or []
+        place = f"messages[{len(self.messages) - 1}].tool_calls[{len(calls)}].function"
+        self.sources[place] = path
+        self._called[call_id] = name
+        function = CalledFunction(name=name, arguments=item.arguments or "")
+        calls.append(ToolCallField(id=call_id, function=function))
+
+    def _output(self, item: Item, path: str) -> ChatMessage:
+        call_id = _needed(item.call_id, f"{path}.call_id")
+        if call_id not in self._called:
+            field = f"{path}.call_id"
+            raise InvalidRequest(f"'{field}': no function call '{call_id}' comes before its output.", field=field)
+        content = _content(item.output, f"{path}.output")
+        return ChatMessage(role="tool", content=content, tool_call_id=call_id, name=self._called[call_id])
+
+
+def _needed(value: str | None, path: str) -> str:
+    if not value:
+        raise InvalidRequest(f"'{path}' is missing.", field=path)
+    return value
 
 
 def _message(item: Item, path: str) -> ChatMessage:

@@ -23,6 +23,9 @@ from runtime.api.openai_schema import (
     TopLogprobs,
 )
 from runtime.api.structured import Schema
+from runtime.api.tools import MAX_TOOLS, Arguments, ReasoningEffort
+from runtime.api.tools import Id as CallId
+from runtime.api.tools import ToolName as FunctionName
 
 ShortText = Annotated[str, msgspec.Meta(max_length=512)]
 ResponseId = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
@@ -97,9 +100,9 @@ class Item(msgspec.Struct, kw_only=True, omit_defaults=True):
     content: str | list[Part] | None = None
     summary: list[SummaryText] | None = None
     encrypted_content: str | None = None
-    call_id: ShortText | None = None
-    name: ShortText | None = None
-    arguments: str | None = None
+    call_id: CallId | None = None
+    name: FunctionName | None = None
+    arguments: Arguments | None = None
     output: str | list[Part] | None = None
     phase: Literal["commentary", "final_answer"] | None = None
     """Taken without effect."""
@@ -129,7 +132,7 @@ class TextField(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class ReasoningField(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """How much a model shall think."""
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    effort: ReasoningEffort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     """Warned: no summaries are made; what the model thought stands in its item."""
     generate_summary: Literal["auto", "concise", "detailed"] | msgspec.UnsetType | None = msgspec.UNSET
@@ -140,13 +143,13 @@ class FunctionTool(msgspec.Struct, kw_only=True):
     """A function that the model may ask for. Tools of other types are refused."""
 
     type: ShortText
-    name: Annotated[str, msgspec.Meta(max_length=64)] | None = None
+    name: FunctionName | None = None
     description: str | None = None
     parameters: Schema | None = None
     strict: bool | None = None
 
 
-class ToolName(msgspec.Struct, kw_only=True):
+class NamedTool(msgspec.Struct, kw_only=True):
     """One of the tools."""
 
     type: ShortText
@@ -159,7 +162,7 @@ class ToolChoice(msgspec.Struct, kw_only=True, omit_defaults=True):
     type: ShortText
     name: ShortText | None = None
     mode: Literal["auto", "required"] | None = None
-    tools: Annotated[list[ToolName], msgspec.Meta(max_length=128)] | None = None
+    tools: Annotated[list[NamedTool], msgspec.Meta(max_length=MAX_TOOLS)] | None = None
 
 
 class ResponseStreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -186,7 +189,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     temperature: Temperature | None = None
     top_p: Probability | None = None
     text: TextField | None = None
-    tools: Annotated[list[FunctionTool], msgspec.Meta(max_length=128)] | None = None
+    tools: Annotated[list[FunctionTool], msgspec.Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning: ReasoningField | None = None
@@ -233,15 +236,14 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
                 )
             if not tool.name:
                 raise InvalidRequest(f"'tools[{i}].name' is missing.", field=f"tools[{i}].name")
-        for name, asks in (("tools", bool(self.tools)), ("truncation", self.truncation == "auto")):
-            if asks:
-                raise InvalidRequest(f"'{name}' is not supported by this version.", field=name, hint="Leave it out.")
+        if self.truncation == "auto":
+            hint = "Leave it out."
+            raise InvalidRequest("'truncation' is not supported by this version.", field="truncation", hint=hint)
 
     def warnings(self) -> list[str]:
         """What is left out of account."""
         text, reasoning = self.text or TextField(), self.reasoning or ReasoningField()
         found = {
-            "reasoning.effort has no effect": reasoning.effort is not None,
             "text.verbosity has no effect": text.verbosity is not None,
             "reasoning.summary has no effect: what the model thought stands in its item": bool(
                 reasoning.summary or reasoning.generate_summary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -247,6 +248,57 @@ def test_where_the_disk_takes_nothing_the_answer_comes_and_says_so(home: Path) -
         assert "was not stored" in last["warnings"][0]
         alerts = http.get("/edge/v1/status").json()["alerts"]
         assert any("responses are not stored" in alert["what"] for alert in alerts)
+
+
+# ---------------------------------------------------------------- functions
+
+
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "name": "get_weather",
+    "description": "Tells the weather in a town.",
+    "parameters": {
+        "type": "object",
+        "properties": {"town": {"type": "string", "maxLength": 12}},
+        "required": ["town"],
+        "additionalProperties": False,
+    },
+    "strict": True,
+}
+
+
+def test_functions_are_called_and_their_outputs_read(client: openai.OpenAI) -> None:
+    fields = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False, "max_output_tokens": 80}
+    first = ask(client, "What is the weather in Nice?", **fields)
+    call = first.output[-1]
+    assert (call.type, call.name, first.status) == ("function_call", "get_weather", "completed")
+    assert set(json.loads(call.arguments)) == {"town"}
+    events = list(ask(client, "What is the weather in Nice?", **fields, stream=True))
+    streamed = "".join(e.delta for e in events if e.type == "response.function_call_arguments.delta")
+    assert streamed == events[-1].response.output[-1].arguments == call.arguments
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny, 31 degrees."}
+    more = {"tools": [TOOL], "tool_choice": "none", "previous_response_id": first.id}
+    second = ask(client, [output], **more)
+    assert second.output_text
+    items = [i.type for i in client.responses.input_items.list(second.id, order="asc")]
+    assert items == ["message", *(i.type for i in first.output), "function_call_output"]
+    with pytest.raises(openai.BadRequestError, match="no function call 'call_x'"):
+        ask(client, [{**output, "call_id": "call_x"}], **more)
+
+
+class Weather(pydantic.BaseModel):
+    town: str = pydantic.Field(max_length=12)
+
+
+def test_parse_gives_arguments_as_the_class_says(client: openai.OpenAI) -> None:
+    found = client.responses.parse(
+        model=DEFAULT_MODEL, input="What is the weather in Nice?", temperature=0, max_output_tokens=80,
+        tools=[openai.pydantic_function_tool(Weather)], parallel_tool_calls=False,
+        tool_choice={"type": "function", "name": "Weather"},
+    )  # fmt: skip
+    call = found.output[-1]
+    assert call.type == "function_call"
+    assert isinstance(call.parsed_arguments, Weather)
 
 
 # ---------------------------------------------------------------- failures, meters, bad input

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from edge.errors import InvalidRequest
 from runtime.api.errors import fault_of
-from runtime.api.openai_schema import TokenDetails, Usage
-from runtime.api.responses_chat import named_as_sent
+from runtime.api.openai_schema import ChatMessage, TokenDetails, Usage
+from runtime.api.responses_chat import chat_request, named_as_sent
 from runtime.api.responses_events import Composer
 from runtime.api.responses_items import Messages, item_id, named, response_of
-from runtime.api.responses_schema import Item, ReasoningField, ResponseObject, TextField
+from runtime.api.responses_schema import Item, ReasoningField, ResponseObject, ResponsesRequest, TextField
 
 ID = f"resp_{'0' * 32}"
 USAGE = Usage(
@@ -129,12 +129,18 @@ def test_no_other_name_tells_one(name: str) -> None:
 
 
 def test_fields_are_named_as_they_were_sent() -> None:
-    sources = {"messages[0]": "instructions[0]", "messages[1]": "input[4]"}
+    sources = {
+        "messages[0]": "instructions[0]",
+        "messages[1]": "input[4]",
+        "messages[1].tool_calls[0].function": "input[5]",
+    }
     for field, name in {
         "messages[1].content[0].image_url": "input[4].content[0].image_url",
         "messages": "input",
         "response_format.json_schema.schema.type": "text.format.schema.type",
         "max_completion_tokens": "max_output_tokens",
+        "tools[2].function.parameters.type": "tools[2].parameters.type",
+        "messages[1].tool_calls[0].function.arguments": "input[5].arguments",
         "messages_of_mine": "messages_of_mine",
     }.items():
         with pytest.raises(InvalidRequest, match=f"^'{re.escape(name)}' is wrong") as caught, named_as_sent(sources):
@@ -174,3 +180,61 @@ def test_function_calls_are_items_one_after_the_other() -> None:
     }  # fmt: skip
     assert (second["call_id"], second["arguments"]) == ("call_b", "{}")
     assert [e["arguments"] for e in events if e["type"].endswith("arguments.done")] == ['{"town":"Nice"}', "{}"]
+
+
+def test_what_was_thought_said_and_called_is_one_message() -> None:
+    found = Messages()
+    items: list[dict[str, Any]] = [
+        {"role": "user", "content": "Weather?"},
+        {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "I look.", "annotations": []}]},
+        {"type": "function_call", "call_id": "a", "name": "weather", "arguments": "{}"},
+        {"type": "function_call", "call_id": "b", "name": "time", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "a", "output": "Sunny."},
+        {"type": "function_call_output", "call_id": "b", "output": [{"type": "input_text", "text": "Noon."}]},
+        {"role": "assistant", "content": "It is sunny."},
+        {"role": "assistant", "content": "And noon."},
+    ]
+    found.add(msgspec.convert(items, list[Item]), "input")
+    assert [m.role for m in found.messages] == ["user", "assistant", "tool", "tool", "assistant", "assistant"]
+    turn = found.messages[1]
+    assert (turn.reasoning_content, [c.id for c in turn.tool_calls or ()]) == ("Hm.", ["a", "b"])
+    assert [m.name for m in found.messages[2:4]] == ["weather", "time"]
+    assert found.sources["messages[1].tool_calls[1].function"] == "input[4]"
+
+
+@pytest.mark.parametrize(
+    ("item", "field"),
+    [
+        ({"type": "function_call", "call_id": "a"}, "input[0].name"),
+        ({"type": "function_call", "name": "a"}, "input[0].call_id"),
+        ({"type": "function_call_output", "call_id": "a", "output": "x"}, "input[0].call_id"),
+    ],
+)
+def test_calls_that_lack_something(item: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        Messages().add([msgspec.convert(item, Item)], "input")
+    assert caught.value.field == field
+
+
+def request(**more: Any) -> ResponsesRequest:
+    tools = [{"type": "function", "name": name} for name in ("weather", "time")]
+    return msgspec.convert({"model": "m", "input": "x", "tools": tools, **more}, ResponsesRequest)
+
+
+def test_a_choice_among_tools() -> None:
+    messages = [ChatMessage(role="user", content="x")]
+
+    def asked(choice: object) -> tuple[list[str], object]:
+        chat = chat_request(request(tool_choice=choice), messages)
+        return [t.function.name for t in chat.tools or ()], msgspec.to_builtins(chat.tool_choice)
+
+    both = ["weather", "time"]
+    assert asked("required") == (both, "required")
+    chosen = {"type": "function", "function": {"name": "time"}}
+    assert asked({"type": "function", "name": "time"}) == (both, chosen)
+    allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "time"}]}
+    assert asked(allowed) == (["time"], "required")
+    for bad in ({"type": "web_search"}, {"type": "allowed_tools", "tools": [{"type": "function", "name": "no"}]}):
+        with pytest.raises(InvalidRequest, match="tool_choice"):
+            asked(bad)
