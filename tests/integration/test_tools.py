@@ -42,7 +42,7 @@ ONE: dict[str, Any] = {"parallel_tool_calls": False}
 
 
 def asked(**more: Any) -> dict[str, Any]:
-    return chat_body("What is the weather in Paris?", **{"tools": TOOLS, "max_tokens": 200, **more})
+    return chat_body("What is the weather in Paris?", **{"tools": TOOLS, "max_tokens": 120, **more})
 
 
 def choice_of(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def streamed(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_required_tools_are_called_with_arguments_that_obey(appliance: RunningAppliance) -> None:
-    bodies = [asked(tool_choice="required", temperature=t, seed=s, **ONE) for s in (1, 2, 3) for t in (0, 1.5)]
+    bodies = [asked(tool_choice="required", temperature=t, seed=s, **ONE) for s in (1, 2) for t in (0, 1.5)]
     with appliance.client() as client, ThreadPoolExecutor(6) as pool:
         for choice in pool.map(partial(choice_of, client), bodies):
             assert choice["finish_reason"] == "tool_calls"
@@ -94,7 +94,7 @@ def test_a_named_tool_is_the_one_that_is_called(appliance: RunningAppliance) -> 
 
 
 def test_without_parallel_calls_there_is_one(appliance: RunningAppliance) -> None:
-    bodies = [asked(tool_choice="required", parallel_tool_calls=False, temperature=1.5, seed=s) for s in range(4)]
+    bodies = [asked(tool_choice="required", parallel_tool_calls=False, temperature=1.5, seed=s) for s in range(2)]
     with appliance.client() as client, ThreadPoolExecutor(4) as pool:
         for choice in pool.map(partial(choice_of, client), bodies):
             assert len(choice["message"]["tool_calls"]) == 1
@@ -293,7 +293,7 @@ def crafted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApplian
 
 @pytest.mark.parametrize("model", ["qwen", "coder"])
 def test_templates_that_know_tools_are_used(crafted: RunningAppliance, model: str) -> None:
-    kinds = [(t, s) for t in (0, 1.5) for s in (1, 2)]
+    kinds = [(0, 1), (1.5, 2)]
     bodies = [
         asked(model=model, tool_choice="required", temperature=t, seed=s, max_tokens=300, **ONE) for t, s in kinds
     ]  # fmt: skip
