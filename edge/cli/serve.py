@@ -42,6 +42,8 @@ def serve(verbose: bool, **flags: object) -> None:
       edge key create tablet && edge serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
     """
     gc.disable()  # until it serves: imports make no garbage worth a look, and the looks take a tenth of the start
+    # httpx would import its own command with rich and pygments, which take 3 MB: None says that there is none
+    sys.modules["httpx._main"] = None  # pyright: ignore[reportArgumentType]  # as in the import system's reference
     settings = settings_from(**flags)
     from runtime.logs import set_up
     from runtime.process import start_first

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import chat_body, running_appliance, stop
+from tests.support import chat_body, running_appliance, stop, wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,13 +23,21 @@ NOT_THE_WORKER = {
 
 
 @pytest.fixture
-def imported(tmp_path: Path) -> dict[str, set[str]]:
+def modules(tmp_path: Path) -> Path:
+    """Where processes write what they imported."""
+    found = tmp_path / "modules"
+    found.mkdir()
+    return found
+
+
+def environment(modules: Path) -> dict[str, str]:
+    return {"PYTHONPATH": f"{ROOT / 'tests' / 'modules'}:{ROOT}", "EDGE_TEST_MODULES": str(modules)}
+
+
+@pytest.fixture
+def imported(tmp_path: Path, modules: Path) -> dict[str, set[str]]:
     """The modules of front and worker that have answered one chat."""
-    modules = tmp_path / "modules"
-    modules.mkdir()
-    env = {
-        "PYTHONPATH": f"{ROOT / 'tests' / 'modules'}:{ROOT}", "EDGE_TEST_MODULES": str(modules), "EDGE_PRELOAD": "auto",
-    }  # fmt: skip
+    env = {**environment(modules), "EDGE_PRELOAD": "auto"}
     with running_appliance(tmp_path / "home", "--context-tokens", "1024", **env) as appliance:
         with appliance.client() as http:
             assert http.post("/v1/chat/completions", json=chat_body("Hello", max_tokens=2)).status_code == 200
@@ -44,3 +52,14 @@ def test_an_answer_needs_few_modules(imported: dict[str, set[str]]) -> None:
     assert imported["front"] & (NEITHER | NOT_THE_FRONT) == set()
     assert "numpy" in imported["worker"]
     assert imported["worker"] & (NEITHER | NOT_THE_WORKER) == set()
+
+
+def test_telemetry_is_sent_without_what_httpx_takes_for_its_own_command(tmp_path: Path, modules: Path) -> None:
+    env = {**environment(modules), "EDGE_GATEWAY_URL": "http://127.0.0.1:9"}
+    with running_appliance(tmp_path / "home", **env) as appliance, appliance.client() as http:
+        assert http.post("/v1/chat/completions", json=chat_body("Hello", max_tokens=1)).status_code == 200
+        wait_until(lambda: http.post("/edge/v1/telemetry/flush").json()["last_error"], what="an attempt to send")
+        stop(appliance.process)
+    imported = set((modules / str(appliance.process.pid)).read_text("utf-8").splitlines())
+    assert "httpx" in imported
+    assert imported & {"pygments", "rich"} == set()
