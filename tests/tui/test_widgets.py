@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import msgspec
 import pytest
 from textual.widgets import Markdown
@@ -239,6 +241,24 @@ async def test_an_answer_grows_and_tells_its_cost() -> None:
         assert "3 tokens · 1.0 tok/s · first after 1.00 s  ▲ cut at the token limit" in text
         assert "It is bold and not markup: [red]x[/red]" in text
         assert app.query_one(Markdown).source.startswith("It is **bold**")
+
+
+@pytest.mark.parametrize("num_turns", range(1, 6))
+async def test_an_answer_that_is_stopped_as_it_ends_has_ended(num_turns: int) -> None:
+    turn = Turn("assistant", model="m:1", started_at=1.0)
+    view = TurnView(turn)
+    async with Host(view).run_test(size=(80, 12)) as pilot:
+        await view.write(turn.add(ChatDelta("Yes."), 2.0))
+        turn.add(ChatDelta(finish_reason="stop", usage=Usage(5, 1)), 2.0)
+        finishing = asyncio.ensure_future(view.finish())
+        for _ in range(num_turns):  # of the event loop, until it is in the midst of drawing
+            await asyncio.sleep(0)
+        finishing.cancel()
+        await asyncio.wait([finishing])
+        await pilot.pause()
+        text = screen_text(pilot.app)
+    assert "1 token" in text
+    assert "…" not in text
 
 
 async def test_a_question_is_shown_as_it_was_written() -> None:

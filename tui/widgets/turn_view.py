@@ -45,10 +45,10 @@ class TurnView(Vertical):
 
     async def finish(self) -> None:
         """Draw what is left of an answer. A second call does nothing."""
+        self.refresh_head()  # first: who stops an answer that has just ended cuts the wait below short
         if self._stream is not None:
             stream, self._stream = self._stream, None
             await stream.stop()
-        self.refresh_head()
 
     def refresh_head(self) -> None:
         """Draw the line above the text again: who, how fast, how it ended."""
