@@ -68,6 +68,9 @@ class Settings:
     what is free, at most 1 GiB."""
     token_interval_ms: int = 0
     """Longest wanted time between two tokens while other prompts are read; 0 means chosen from what a step costs."""
+    strict: str = "off"
+    """`on` refuses requests with fields that are unknown or have no effect, instead of listing these as warnings; a
+    request may say it for itself by the header ``x-edge-strict``."""
     speculation: str = "auto"
     """`auto` guesses tokens that the text repeats where that is faster, `off` never does; answers are the same."""
     max_queue: int = 256
@@ -245,6 +248,8 @@ def _check(settings: Settings) -> Settings:
     for name, other in (("preload", "off"), ("speculation", "off"), ("require_keys", "on")):
         if getattr(settings, name) not in ("auto", other):
             raise ConfigError(f"{name} must be auto or {other}, got {getattr(settings, name)!r}.")
+    if settings.strict not in ("on", "off"):
+        raise ConfigError(f"strict must be on or off, got {settings.strict!r}.")
     if bool(settings.tls_cert) != bool(settings.tls_key):
         raise ConfigError("tls_cert and tls_key go together.", hint="Give the files of a certificate and of its key.")
     for origin in listed(settings.cors_origins):

@@ -53,14 +53,16 @@ class ContextOverflow(InvalidRequest):
 
     code = "context_length_exceeded"
 
-    def __init__(self, *, limit_tokens: int, prompt_tokens: int, completion_tokens: int) -> None:
+    def __init__(
+        self, *, limit_tokens: int, prompt_tokens: int, completion_tokens: int, field: str = "messages"
+    ) -> None:
         requested = prompt_tokens + completion_tokens
         # The wording agents parse: OpenAI's own, as llama-cpp-python repeats it.
         super().__init__(
             f"This model's maximum context length is {limit_tokens} tokens. However, you requested {requested} "
-            f"tokens ({prompt_tokens} in the messages, {completion_tokens} in the completion). "
-            "Please reduce the length of the messages or completion.",
-            field="messages",
+            f"tokens ({prompt_tokens} in the {field}, {completion_tokens} in the completion). "
+            f"Please reduce the length of the {field} or completion.",
+            field=field,
         )
         self.limit_tokens = limit_tokens
         self.prompt_tokens = prompt_tokens

@@ -22,6 +22,7 @@ class Chunk:
         tokens: What is computed, in order.
         num_logits: The scores after each of the last so many tokens are needed: one where the next token is drawn,
             one more for each guessed token.
+        num_scored: The first so many of these tell what the model thought of the prompt's own tokens.
     """
 
     sequence: Sequence
@@ -29,6 +30,7 @@ class Chunk:
     start: int
     tokens: list[TokenId]
     num_logits: int
+    num_scored: int = 0
 
 
 @dataclass(frozen=True, slots=True)

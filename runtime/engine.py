@@ -20,9 +20,9 @@ from runtime.batch import Batch, Chunk
 from runtime.governor import Governor
 from runtime.grammar import Guide
 from runtime.images import cut, next_unencoded, shown_ids
-from runtime.logprobs import Logprobs
+from runtime.logprobs import Logprobs, PromptEcho
 from runtime.loop import Inbox, Observer, StepGuard
-from runtime.request import FinishReason, Pin, Request, RequestId, TokenId, TokenLogprob
+from runtime.request import Echo, FinishReason, Pin, Request, RequestId, TokenId, TokenLogprob
 from runtime.sampler import Sampler
 from runtime.scheduler import Limits, Scheduler, SchedulerStats
 from runtime.sequence import Sequence
@@ -64,6 +64,10 @@ class Delta:
         timings: Set on the last delta.
         tokens: Prompt and answer as token ids, on the last delta of who asked for them.
         logprobs: Of tokens whose text is certain, for who asked for them.
+        echo: The prompt, once, for who asked for it: before any of the answer.
+        num_accepted: Guesses that proved right, on the last delta.
+        num_rejected: Guesses that proved wrong; they are no part of the answer.
+        num_dropped: Tokens left out of the prompt, on the last delta.
     """
 
     request_id: RequestId
@@ -75,6 +79,10 @@ class Delta:
     timings: Timings | None = None
     tokens: tuple[TokenId, ...] | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
+    echo: Echo | None = None
+    num_accepted: int = 0
+    num_rejected: int = 0
+    num_dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +138,14 @@ class _Answer:
     arrived: float
     guide: Guide | None
     logprobs: Logprobs | None
+    echo: PromptEcho | None
     num_certain: int = 0
     """Characters of the answer that were passed on."""
     detokenizer: Detokenizer = field(default_factory=Detokenizer)
     started: float | None = None
     first_token: float | None = None
+    num_accepted: int = 0
+    num_rejected: int = 0
 
     def last_text(self) -> str:
         """What was held back and comes out at the end, unless a stop string is in it."""
@@ -150,6 +161,13 @@ class _Answer:
         if reason is FinishReason.STOP:
             return self.logprobs.finish(num_certain=self.num_certain)
         return self.logprobs.take(num_known=self.stops.num_known, num_certain=self.num_certain)
+
+    def take_echo(self) -> Echo | None:
+        """The prompt, for who asked: once, as soon as all is known of it."""
+        if self.echo is None or not self.echo.is_complete:
+            return None
+        echo, self.echo = self.echo.echo(), None
+        return echo
 
 
 @dataclass(slots=True)
@@ -360,10 +378,11 @@ class Engine:
             self._failures.append(Failure(request.id, e))
             return
         sampler = Sampler(request.params, num_prompt=len(request.prompt), breakers=request.breakers)
-        num_top = request.params.logprobs
-        logprobs = None if num_top is None else Logprobs(num_top, self._backend.tokenizer)
+        num_top, tokenizer = request.params.logprobs, self._backend.tokenizer
+        logprobs = None if num_top is None else Logprobs(num_top, tokenizer)
+        echo = None if request.echo is None else PromptEcho(request.echo, request.prompt, num_top, tokenizer)
         stops = StopMatcher(request.stop)
-        self._answers[request.id] = _Answer(sequence, sampler, stops, arrived, guide, logprobs)
+        self._answers[request.id] = _Answer(sequence, sampler, stops, arrived, guide, logprobs, echo)
         self._deliver(sequence, *self._append_forced(sequence))
 
     def _start_guide(self, request: Request) -> Guide | None:
@@ -426,7 +445,7 @@ class Engine:
             self._fail_all(e)
             return
         self._guard.succeeded()
-        if self._speculator is not None:
+        if self._speculator is not None and not any(c.num_scored for c in batch.chunks):
             self._speculator.learn(batch, gained, seconds=seconds, costs=self._costs, threads=threads)
 
     def _decode(self, batch: Batch) -> NDArray[np.float32]:
@@ -497,11 +516,13 @@ class Engine:
             The tokens beyond the first, less those that the grammar forced: these come without guesses, too.
         """
         sequence, first = chunk.sequence, len(chunk.sequence.tokens)
+        request, answer = sequence.request, self._answers[sequence.request.id]
+        rows = self._score_prompt(chunk, logits, rows)
         guesses = chunk.tokens[len(chunk.tokens) - len(rows) + 1 :]
         sequence.draft = []
         text, reason, num_drawn, failure = "", None, 0, None
         try:
-            for row in rows:
+            for row in rows if request.max_tokens else ():
                 num_drawn += 1
                 token = self._draw_reported(sequence, logits[row], best[row])
                 more, reason = self._append(sequence, token)
@@ -511,15 +532,28 @@ class Engine:
         except (ConstraintFailed, BackendError) as e:  # of this answer alone: no form, or no score that can be used
             failure = e
         gained = sum(at not in sequence.forced for at in range(first + 1, len(sequence.tokens)))
-        self._scheduler.update(chunk, num_rejected=len(rows) - num_drawn)
+        num_rejected = len(rows) - max(num_drawn, 1) if rows else 0
+        answer.num_accepted += max(0, num_drawn - 1)
+        answer.num_rejected += num_rejected
+        self._scheduler.update(chunk, num_rejected=num_rejected)
         if failure is not None:
             self._fail(sequence, failure)
+        elif rows and not request.max_tokens:
+            self._finish(sequence, "", FinishReason.LENGTH)
         elif num_drawn:
             if reason is None:
                 more, reason = self._append_forced(sequence)
                 text += more
             self._deliver(sequence, text, reason)
         return gained
+
+    def _score_prompt(self, chunk: Chunk, logits: NDArray[np.float32], rows: range) -> range:
+        """Note what the model thought of the prompt's own tokens; the rows that are left are drawn from."""
+        echo = self._answers[chunk.sequence.request.id].echo
+        for i, row in enumerate(rows[: chunk.num_scored]):
+            assert echo is not None, "only who asked for the scores has such rows"
+            echo.add(logits[row], chunk.start + i + 1)
+        return rows[chunk.num_scored :]
 
     def _draw_reported(self, sequence: Sequence, logits: NDArray[np.float32], best: TokenId) -> TokenId:
         """The next token, and for who asked what the model itself thought of it."""
@@ -591,8 +625,7 @@ class Engine:
 
     def _deliver(self, sequence: Sequence, text: str, reason: FinishReason | None) -> None:
         if reason is None:
-            logprobs = self._answers[sequence.request.id].take_logprobs(text, None)
-            self._deltas.append(self._delta(sequence, text, logprobs=logprobs))
+            self._deltas.append(self._delta(self._answers[sequence.request.id], text))
         else:
             self._finish(sequence, text, reason)
 
@@ -607,8 +640,7 @@ class Engine:
         started = answer.started or now
         first = max(started, answer.first_token or now)  # what a grammar forces comes before the prompt is read
         timings = Timings(started - answer.arrived, first - started, now - answer.arrived)
-        logprobs = answer.take_logprobs(text, reason)
-        delta = self._delta(sequence, text, reason=reason, timings=timings, logprobs=logprobs)
+        delta = self._delta(answer, text, reason=reason, timings=timings)
         if sequence.request.pin:
             assert sequence.slot is not None, "it was computed in this step"
             self._pinning.append(_Pinning(sequence.slot, sequence.request, delta))
@@ -653,13 +685,19 @@ class Engine:
 
     @staticmethod
     def _delta(
-        sequence: Sequence, text: str, *, reason: FinishReason | None = None, timings: Timings | None = None,
-        logprobs: tuple[TokenLogprob, ...] | None = None,
-    ) -> Delta:  # fmt: skip
-        wants_tokens = reason is not None and sequence.request.return_tokens
-        return Delta(
+        answer: _Answer, text: str, *, reason: FinishReason | None = None, timings: Timings | None = None
+    ) -> Delta:
+        sequence = answer.sequence
+        delta = Delta(
             sequence.request.id, text, sequence.num_output, sequence.num_prompt, sequence.num_cached, reason, timings,
-            shown_ids(sequence.tokens) if wants_tokens else None, logprobs,
+            logprobs=answer.take_logprobs(text, reason), echo=answer.take_echo(),
+        )  # fmt: skip
+        if reason is None:
+            return delta
+        return replace(
+            delta, tokens=shown_ids(sequence.tokens) if sequence.request.return_tokens else None,
+            num_accepted=answer.num_accepted, num_rejected=answer.num_rejected,
+            num_dropped=sequence.request.num_dropped,
         )  # fmt: skip
 
 

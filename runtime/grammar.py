@@ -353,7 +353,12 @@ class Grammars:
             probe.compute_bitmask()  # that it allows nothing at all shows in the first step
         if probe.is_error() or probe.is_stopped():
             raise _refused(constraint, _reason(probe.get_error()) or "it allows no answer")
-        return Grammar(matcher, self._tokens, constraint)
+        grammar = Grammar(matcher, self._tokens, constraint)
+        try:
+            grammar.start()
+        except ConstraintFailed as e:  # such as by objects that have to hold themselves
+            raise _refused(constraint, "what it forces at the beginning has no end, or costs too much") from e
+        return grammar
 
     def _vocabulary(self) -> LLTokenizer:
         if self._native is None:

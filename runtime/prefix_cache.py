@@ -151,7 +151,7 @@ class PrefixCache:
     def must_wait(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
         """Whether a prefix of a sequence is on its way: a running one reads it, or it comes from the disk."""
         scope = scope_of(sequence.request)
-        limit = len(sequence.tokens) - 1
+        limit = sequence.num_reusable
         here = self._best_slot(sequence)[1]
         here = max(here, self.states.find_in_memory(sequence.tokens, scope, limit=limit)[1])
         stored, length = self.states.find_on_disk(sequence.tokens, scope, limit=limit)
@@ -200,10 +200,10 @@ class PrefixCache:
         return holds
 
     def _best_slot(self, sequence: Sequence) -> tuple[Slot | None, int]:
-        """The slot that holds the longest computed prefix of a sequence. One token is always left to compute."""
+        """The slot that holds the longest computed prefix of a sequence."""
         best: list[Slot] = []
         length = 0
-        limit = len(sequence.tokens) - 1
+        limit = sequence.num_reusable
         for scope in scope_of(sequence.request).visible:
             if (tree := self._trees.get(scope)) is None:
                 continue
@@ -236,7 +236,7 @@ class PrefixCache:
         """A slot for a sequence that needs so many cells, with the longest prefix of it that is here; None where the
         cells do not reach."""
         source, length = self._best_slot(sequence)
-        scope, limit = scope_of(sequence.request), len(sequence.tokens) - 1
+        scope, limit = scope_of(sequence.request), sequence.num_reusable
         state, saved = self.states.find_in_memory(sequence.tokens, scope, limit=limit)
         if state is not None and saved >= length + MIN_SHARED_TOKENS:
             return self._place_restored(sequence, state, saved, cells)

@@ -152,6 +152,21 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt, given back before its answer.
+
+    Attributes:
+        text: What it says.
+        first: The bytes of its first token, of which the model thought nothing: nothing comes before it.
+        logprobs: Of the tokens after it, whose offsets count from the beginning of `text`; None for who did not ask.
+    """
+
+    text: str
+    first: bytes = b""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Pin:
     """A prefix that is kept for all.
 
@@ -177,7 +192,7 @@ class Request:
     Attributes:
         id: Unique within the engine.
         prompt: Token ids; at least one. Negative ones are placeholders (`runtime.images`).
-        max_tokens: Most tokens to generate, at least one.
+        max_tokens: Most tokens to generate; 0 where the prompt alone is to be computed, such as for its scores.
         stop: Strings that end the answer and are not part of it.
         ignore_eos: Go on past the model's own end, up to `max_tokens` (benchmarks).
         return_tokens: Give the token ids, of prompt and answer, with the last delta.
@@ -192,6 +207,9 @@ class Request:
             nobody: `max_tokens` is 1.
         tiles: Parts of images, by position; the prompt holds their placeholders there.
         spelled: Control tokens that are part of the answer's text, and how: markers of thinking and of calls.
+        echo: Give this text, which is what the prompt says, before the answer; with log-probabilities, those of the
+            prompt too.
+        num_dropped: Tokens of the prompt that were left out, so that it fits.
     """
 
     id: RequestId
@@ -211,3 +229,10 @@ class Request:
     pin: str = ""
     tiles: tuple[PlacedTile, ...] = ()
     spelled: Mapping[TokenId, bytes] = field(default_factory=dict[TokenId, bytes])
+    echo: str | None = None
+    num_dropped: int = 0
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the model's scores after each token of the prompt are wanted."""
+        return self.echo is not None and self.params.logprobs is not None

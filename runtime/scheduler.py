@@ -31,6 +31,9 @@ saving and restoring after each token would cost more than they gain."""
 GROWTH_TOKENS = 32
 """A sequence is admitted where every running one can grow by so many tokens, or to its end: so many steps pass before
 one has to give way again. Without it two long answers in few cells take turns at each token."""
+MAX_SCORED_TOKENS = 32
+"""Of one prompt whose scores are wanted, in one step: each has a row as long as the vocabulary, and what that tells is
+computed between two steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +195,8 @@ class Scheduler:
         kept = len(chunk.tokens) - num_rejected
         self.cache.append(slot, chunk.tokens[:kept])
         sequence.num_computed = chunk.start + kept
+        if chunk.num_scored:
+            sequence.num_scored = max(sequence.num_scored, chunk.start + chunk.num_scored)
         self._classes.charge(sequence.request.priority, kept * CLASS_RATIO**sequence.request.priority)
         self._charge_tenant(sequence, max(sequence.num_charged, sequence.num_computed))
         if num_rejected:
@@ -334,6 +339,8 @@ class Scheduler:
         """Share what the step has beside tokens of decoding sequences among the classes of priority, in each among its
         tenants, and so among their prompts."""
         prompts = sorted((s for s in self._in_turn() if s.is_prefilling), key=self._turn)
+        scored = [s for s in prompts if s.wants_scores]
+        prompts = [s for s in prompts if s not in scored[1:]]
         if not prompts:
             return []
         wanted = sum(s.num_pending for s in prompts)
@@ -355,10 +362,10 @@ class Scheduler:
         if room <= 0:
             return {}
         oldest = min(prompts, key=lambda s: s.arrival)
-        shares = {oldest.arrival: min(oldest.num_pending, max(1, room // 4))}
+        shares = {oldest.arrival: min(_num_wanted(oldest), max(1, room // 4))}
         left = room - shares[oldest.arrival]
-        for s in sorted(prompts, key=lambda s: (s.num_pending, s.arrival))[: self.limits.max_prefills]:
-            more = min(s.num_pending - shares.get(s.arrival, 0), left)
+        for s in sorted(prompts, key=lambda s: (_num_wanted(s), s.arrival))[: self.limits.max_prefills]:
+            more = min(_num_wanted(s) - shares.get(s.arrival, 0), left)
             if more > 0:
                 shares[s.arrival] = shares.get(s.arrival, 0) + more
                 left -= more
@@ -369,7 +376,15 @@ class Scheduler:
         assert sequence.slot is not None
         start, length = sequence.num_computed, sequence.before_checkpoint(length)
         tokens = sequence.tokens[start : start + length]
+        if sequence.wants_scores:
+            num_scored = min(length, sequence.num_prompt - 1 - start)
+            return Chunk(sequence, sequence.slot, start, tokens, num_logits=length, num_scored=num_scored)
         return Chunk(sequence, sequence.slot, start, tokens, num_logits=int(start + length == len(sequence.tokens)))
+
+
+def _num_wanted(sequence: Sequence) -> int:
+    """Tokens of a prompt that a step may compute."""
+    return min(sequence.num_pending, MAX_SCORED_TOKENS) if sequence.wants_scores else sequence.num_pending
 
 
 def _split(
@@ -380,5 +395,5 @@ def _split(
     for s in prompts:
         groups.setdefault(key(s), []).append(s)
     members = list(groups.values())
-    wants = [(weight(m[0]), sum(s.num_pending for s in m)) for m in members]
+    wants = [(weight(m[0]), sum(map(_num_wanted, m))) for m in members]
     return list(zip(members, share_out(room, wants), strict=True))

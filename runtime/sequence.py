@@ -39,6 +39,7 @@ class Sequence:
         checkpoints: Lengths at which its state is saved while it is computed, since another text parts from it there;
             steps end at them.
         num_charged: Tokens whose computing its tenant has paid for; ahead of `num_computed` while a prompt is read.
+        num_scored: Tokens of prompt after which the scores were reported, for who asked for them.
     """
 
     request: Request
@@ -54,6 +55,7 @@ class Sequence:
     num_preemptions: int = 0
     checkpoints: set[int] = field(default_factory=set[int])
     num_charged: int = 0
+    num_scored: int = 0
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
@@ -81,6 +83,17 @@ class Sequence:
     def is_prefilling(self) -> bool:
         return self.num_pending > (MAX_STEP_TOKENS if self.num_output else 1)
 
+    @property
+    def wants_scores(self) -> bool:
+        """Whether the scores after the next tokens of the prompt are to be reported."""
+        return self.request.scores_prompt and self.num_scored < self.num_prompt - 1
+
+    @property
+    def num_reusable(self) -> int:
+        """How many of its tokens need not be computed, if somebody has: never the last, nor those whose scores are
+        wanted."""
+        return self.num_scored if self.wants_scores else len(self.tokens) - 1
+
     def before_checkpoint(self, length: int) -> int:
         """How many of the next `length` tokens a step may compute: a checkpoint ends it."""
         ahead = (c - self.num_computed for c in self.checkpoints if c > self.num_computed)
@@ -88,4 +101,4 @@ class Sequence:
 
     def shared_with(self, other: Sequence) -> int:
         """Tokens that both begin with, of which the other has one more to compute."""
-        return common_prefix(self.tokens, other.tokens, limit=len(other.tokens) - 1)
+        return common_prefix(self.tokens, other.tokens, limit=other.num_reusable)

@@ -35,6 +35,11 @@ class Tokenizer(Protocol):
         """What spells a token, control tokens too; where these have no spelling, as in an answer."""
         return self.piece(token).decode("utf-8", "replace")
 
+    @property
+    def fim_tokens(self) -> tuple[TokenId, TokenId, TokenId] | None:
+        """Tokens before a prefix, a suffix and the middle that is to be filled in; None where the model has none."""
+        return None
+
 
 class Detokenizer:
     """Bytes of tokens to text. A character whose bytes are not complete is held back."""
@@ -60,7 +65,7 @@ class Emission:
 
 
 class StopMatcher:
-    """Holds text back while it may be the beginning of a stop string.
+    """Holds text back while it may be the beginning of a stop string. The first one to be complete counts.
 
     Attributes:
         num_known: Characters that came in.
@@ -77,9 +82,10 @@ class StopMatcher:
         if not self._stops:
             return Emission(text, stopped=False)
         self._held += text
-        found = [i for i in (self._held.find(s) for s in self._stops) if i >= 0]
+        found = [(at + len(s), at) for s in self._stops if (at := self._held.find(s)) >= 0]
         if found:
-            text, self._held = self._held[: min(found)], ""
+            _, at = min(found)  # what is complete first, however the text was cut
+            text, self._held = self._held[:at], ""
             return Emission(text, stopped=True)
         keep = self._longest_beginning()
         cut = len(self._held) - keep

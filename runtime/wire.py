@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from runtime.request import Adapter, Constraint, Pin, SamplingParams, TokenLogprob
+from runtime.request import Adapter, Constraint, Echo, Pin, SamplingParams, TokenLogprob
 
 MAX_FRAME_BYTES = 256 << 20
 _HEADER = struct.Struct("<I")
@@ -86,6 +86,14 @@ class Generate(Message, frozen=True):
     parallel_tools: bool = True
     template_options: str = ""
     """Further variables of the chat template, a JSON object."""
+    suffix: str | None = None
+    """What follows the answer: it fills in the middle between `prompt` and this."""
+    echoes: bool = False
+    """Give `prompt` back before the answer; with log-probabilities, the figures of its tokens too."""
+    answers: bool = True
+    """Else `prompt` is computed, and nothing is added to it."""
+    truncates: bool = False
+    """Leave out the oldest of what does not fit, rather than refuse it."""
 
 
 class Embed(Message, frozen=True):
@@ -235,6 +243,12 @@ class Piece(msgspec.Struct, array_like=True, frozen=True):
     """What the model thought before it answered."""
     num_reasoning: int = 0
     """Tokens of thinking so far, of `num_output`."""
+    echo: Echo | None = None
+    num_accepted: int = 0
+    """Guesses that proved right; like those below, on the last piece."""
+    num_rejected: int = 0
+    num_dropped: int = 0
+    """Tokens that were left out of the prompt."""
 
 
 class Failed(msgspec.Struct, array_like=True, frozen=True):

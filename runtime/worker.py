@@ -35,13 +35,14 @@ from runtime.adapters import adapter_set
 from runtime.backends.base import Backend
 from runtime.blackbox import BlackBox
 from runtime.chat import CHATML, encode_prompt, split_images
+from runtime.continuation import Continuer, Prompt
 from runtime.dialogues import Dialogues, num_chars, parts_of
 from runtime.embedding import Embedded, EmbedEngine, EmbedSink
 from runtime.engine import Delta, Engine, Failure, Sink
 from runtime.governor import Governor
 from runtime.grammar import Grammar, Grammars
 from runtime.image_prompts import DECODING_BYTES, ImagePlacer
-from runtime.images import PlacedTile
+from runtime.lengths import Ruler
 from runtime.penalties import find_breakers
 from runtime.radix import common_prefix
 from runtime.request import NO_BREAKERS, Adapter, AdapterSet, Breakers, Pin, Request, RequestId, SamplingParams
@@ -52,6 +53,7 @@ from runtime.states import MIN_STATE_TOKENS
 from runtime.texts import TextMaker
 from runtime.tool_parser import AnswerReader
 from runtime.tool_prompts import Dialogue
+from runtime.truncation import cut_conversation
 
 if TYPE_CHECKING:
     from runtime.backends.llama_cpp import LlamaBackend
@@ -64,8 +66,9 @@ PERSIST_S = 3.0
 """How long a worker that ends may write states; the front waits for it a little longer."""
 MAX_DISK_BYTES = 1 << 30
 """What states take on the disk without being told."""
-MAX_CHARS_PER_TOKEN = 32
-"""A prompt with more characters than this for each token of context is refused without being tokenized."""
+UNSTATED_TOKENS = 512
+"""What is left free for an answer that may be as long as it likes, where a conversation is cut; at most a quarter of
+the context."""
 MAX_WAITING_IMAGE_BYTES = 512 << 20
 """What images that wait for the encoder may take, as far as there is memory."""
 MAX_GROWTH_BYTES = 1 << 30
@@ -118,18 +121,25 @@ def failed(request_id: int, error: EdgeError) -> wire.Failed:
     )
 
 
+def _texts(content: str | list[str | int]) -> list[str]:
+    return [content] if isinstance(content, str) else [part for part in content if isinstance(part, str)]
+
+
 def _from_user(text: str) -> wire.ChatMessage:
     return wire.ChatMessage("user", text)
 
 
 def _piece(d: Delta) -> wire.Piece:
     if d.finish_reason is None or d.timings is None:
-        return wire.Piece(d.request_id, d.text, d.num_output, d.num_prompt, d.num_cached, logprobs=d.logprobs)
+        return wire.Piece(
+            d.request_id, d.text, d.num_output, d.num_prompt, d.num_cached, logprobs=d.logprobs, echo=d.echo
+        )
     t = d.timings
     reason = "stop" if d.finish_reason == "stop" else "length"
     return wire.Piece(
         d.request_id, d.text, d.num_output, d.num_prompt, d.num_cached, reason, t.queue_s, t.prefill_s, t.total_s,
-        d.tokens, d.logprobs,
+        d.tokens, d.logprobs, echo=d.echo, num_accepted=d.num_accepted, num_rejected=d.num_rejected,
+        num_dropped=d.num_dropped,
     )  # fmt: skip
 
 
@@ -214,6 +224,10 @@ class PromptMaker:
         self._vocab_size = facts.vocab_size
         self.dialogues = Dialogues(backend, template or facts.chat_template or CHATML)
         self._bos = facts.bos
+        self._ruler = Ruler(backend.tokenizer, limit_tokens=self._context_tokens, field="messages")
+        self._continuer = Continuer(
+            backend.tokenizer, bos=facts.bos, vocab_size=facts.vocab_size, context_tokens=self._context_tokens
+        )
         self._breakers_of: dict[tuple[str, ...], Breakers] = {}
         self._grammars = Grammars(backend.tokenizer, facts.vocab_size)
         self._sound_adapters: set[str] = set()
@@ -228,24 +242,27 @@ class PromptMaker:
             ContextOverflow: The prompt, or the prompt and `max_tokens`, exceed the context.
             InvalidModelFile: An adapter's file is damaged.
         """
-        dialogue = None if message.messages is None or message.pin else self._dialogue(message)
-        tokens, tiles = (self._prefix(message), ()) if message.pin else self._prompt(message, dialogue)
+        prompt, dialogue = self._prompt(message)
+        tokens = prompt.tokens
         if not tokens:
             raise InvalidRequest("The prompt is empty.", field="prompt", hint="Send at least one character.")
         room = self._context_tokens - len(tokens)
         max_tokens = message.max_tokens or max(room, 1)
         if message.cuts_max_tokens:
             max_tokens = min(max_tokens, max(room, 1))
+        if not message.answers:
+            max_tokens = 0
         if max_tokens > room:
             raise ContextOverflow(
-                limit_tokens=self._context_tokens, prompt_tokens=len(tokens), completion_tokens=max_tokens
-            )
+                limit_tokens=self._context_tokens, prompt_tokens=len(tokens), completion_tokens=max_tokens,
+                field="prompt" if message.messages is None else "messages",
+            )  # fmt: skip
         request = Request(
             RequestId(message.id), tuple(tokens), max_tokens, message.params, tuple(message.stop), message.ignore_eos,
             message.return_tokens, self._breakers(message.params), tenant=message.tenant, cache_key=message.cache_key,
             grammar=self._grammar(message, dialogue), adapters=self._checked(message.adapters),
-            priority=message.priority, pin=message.pin, tiles=tiles,
-            spelled=self.dialogues.spelled(dialogue) if dialogue else {},
+            priority=message.priority, pin=message.pin, tiles=prompt.tiles, echo=prompt.echo,
+            num_dropped=prompt.num_dropped, spelled=self.dialogues.spelled(dialogue) if dialogue else {},
         )  # fmt: skip
         return request, self.dialogues.reader(dialogue, message) if dialogue else None
 
@@ -295,17 +312,38 @@ class PromptMaker:
             )  # fmt: skip
         return prefix
 
-    def _prompt(
-        self, message: wire.Generate, dialogue: Dialogue | None
-    ) -> tuple[list[int], tuple[PlacedTile, ...]]:  # fmt: skip
-        if dialogue is None:
-            return self._tokens(message), ()
+    def _prompt(self, message: wire.Generate) -> tuple[Prompt, Dialogue | None]:
+        if message.pin:
+            return Prompt(self._prefix(message)), None
+        room, num_dropped = self._context_tokens - self._num_reserved(message), 0
+        if message.messages is None:
+            return self._continuer.prompt(message, room=room), None
+        if message.truncates:
+            message, num_dropped = self._cut(message, room)
+        dialogue = self._dialogue(message)
         if not message.images:
-            return encode_prompt(self._tokenizer, dialogue.text), ()
+            return Prompt(encode_prompt(self._tokenizer, dialogue.text), num_dropped=num_dropped), dialogue
         texts = split_images(dialogue.text, num_images=len(message.images))
-        return self._images.place(message.images, [
-            encode_prompt(self._tokenizer, text, is_first=not i) for i, text in enumerate(texts)
-        ])  # fmt: skip
+        parts = [encode_prompt(self._tokenizer, text, is_first=not i) for i, text in enumerate(texts)]
+        return Prompt(*self._images.place(message.images, parts)), dialogue
+
+    def _num_reserved(self, message: wire.Generate) -> int:
+        """Tokens that are to be left for the answer, where a prompt is cut for it."""
+        if message.max_tokens and not message.cuts_max_tokens:
+            return message.max_tokens
+        return min(message.max_tokens or UNSTATED_TOKENS, self._context_tokens // 4) if message.answers else 0
+
+    def _cut(self, message: wire.Generate, room: int) -> tuple[wire.Generate, int]:
+        """A conversation without its oldest messages, and how many tokens went."""
+        if message.images:
+            raise InvalidRequest(
+                "'truncation' is not done for conversations with images.", field="truncation", hint="Leave it out."
+            )
+        kept, num_dropped = cut_conversation(
+            message.messages or [], lambda left: self._tokens(msgspec.structs.replace(message, messages=left)),
+            room=room, limit=self._context_tokens,
+        )  # fmt: skip
+        return msgspec.structs.replace(message, messages=kept), num_dropped
 
     def _dialogue(self, message: wire.Generate) -> Dialogue:
         messages = message.messages or []
@@ -313,36 +351,21 @@ class PromptMaker:
             raise ContextOverflow(
                 limit_tokens=self._context_tokens, prompt_tokens=len(messages), completion_tokens=0
             )  # fmt: skip
-        self._check_length(num_chars(message))
+        self._ruler.check_size(
+            num_chars(message), max((t for m in messages for t in _texts(m.content)), key=len, default="")
+        )
         dialogue = self.dialogues.of(message)
-        self._check_length(len(dialogue.text))
+        self._ruler.check(dialogue.text)
         if self._bos and dialogue.text.startswith(self._bos) and self._adds_bos():
             return replace(dialogue, text=dialogue.text[len(self._bos) :])
         return dialogue
 
     def _tokens(self, message: wire.Generate) -> list[int]:
-        if message.messages is not None:
-            return encode_prompt(self._tokenizer, self._dialogue(message).text)
-        if isinstance(message.prompt, list):
-            if bad := [t for t in message.prompt if not 0 <= t < self._vocab_size]:
-                raise InvalidRequest(f"There is no token {bad[0]}.", field="prompt")
-            return message.prompt
-        text = message.prompt or ""
-        self._check_length(len(text))
-        if message.is_raw and self._adds_bos():
-            text = text.removeprefix(self._bos)
-        return self._tokenizer.encode(text, add_special=True, parse_special=message.is_raw)
+        return encode_prompt(self._tokenizer, self._dialogue(message).text)
 
     def _adds_bos(self) -> bool:
         """Whether the tokenizer puts BOS in front itself, so that a template's own would stand there twice."""
         return bool(self._tokenizer.encode("", add_special=True, parse_special=False))
-
-    def _check_length(self, num_chars: int) -> None:
-        """Refuse at once what cannot fit: tokenizing megabytes takes seconds."""
-        if num_chars > self._context_tokens * MAX_CHARS_PER_TOKEN:
-            raise ContextOverflow(
-                limit_tokens=self._context_tokens, prompt_tokens=num_chars // MAX_CHARS_PER_TOKEN, completion_tokens=0
-            )
 
 
 class Worker:

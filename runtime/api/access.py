@@ -124,6 +124,25 @@ class Answered(Protocol):
         """Of the prompt, those of it that were cached, and of the answer."""
         ...
 
+    @property
+    def prompt_number(self) -> int:
+        """Which of the request's prompts it is the answer to."""
+        ...
+
+
+def tokens_of(answers: Iterable[Answered]) -> tuple[int, int, int]:
+    """Of the prompts, those of them that were cached, and of the answers. Answers to one prompt share it; what was
+    cached of it is what the first to be read found, since the others find the whole."""
+    shared: dict[int, list[tuple[int, int]]] = {}
+    output = 0
+    for answer in answers:
+        prompt, cached, made = answer.tokens
+        output += made
+        if prompt:
+            shared.setdefault(answer.prompt_number, []).append((prompt, cached))
+    prompts = sum(max(p for p, _ in found) for found in shared.values())
+    return prompts, sum(min(c for _, c in found) for found in shared.values()), output
+
 
 @dataclass(slots=True)
 class Meter:
@@ -183,11 +202,9 @@ class Meter:
             self._held = 0
 
     def usage(self) -> Usage:
-        """What to count. The answers to a request share its prompt, and what they found cached of it."""
+        """What to count."""
         errors = {answer.error_type for answer in self.answers} - {None}
-        prompt = max((a.tokens[0] for a in self.answers), default=0)
-        cached = min((a.tokens[1] for a in self.answers), default=0)
-        output = sum(a.tokens[2] for a in self.answers)
+        prompt, cached, output = tokens_of(self.answers)
         if self.status == _CLIENT_CLOSED or errors & _LEFT or (self.status is None and not errors):
             return Usage(requests=1, cancelled=1, undelivered_tokens=prompt + output)
         if errors or self.status is None or self.status >= 400:

@@ -19,7 +19,7 @@ from edge.errors import EdgeError, InvalidRequest, WorkerDied
 from edge.store.details import ModelDetails
 from edge.telemetry.span import Operation, RequestRecord
 from runtime import wire
-from runtime.api.access import UNSTATED_TOKENS
+from runtime.api.access import UNSTATED_TOKENS, tokens_of
 from runtime.api.appliance import Appliance
 from runtime.api.guard import meter_of
 from runtime.api.openai_schema import OutputDetails, SamplingFields, TokenDetails, Usage
@@ -50,20 +50,23 @@ class Call:
     sees `n` requests.
 
     Args:
-        index: Which of the answers.
+        prompt_number: Which of the prompts it is the answer to.
+        draw: Which of the answers to that.
         promise: What is checked before the answer ends.
         first_image: Where in the request its first image stands; empty where it has none.
     """
 
     def __init__(
         self, appliance: Appliance, http: HttpRequest, body: SamplingFields, *, operation: Operation, max_tokens: int,
-        index: int = 0, promise: Promise | None = None, first_image: str = "",
+        prompt_number: int = 0, draw: int = 0, promise: Promise | None = None, first_image: str = "",
     ) -> None:  # fmt: skip
         self._promise = promise
         self._first_image = first_image
         self.appliance = appliance
         self.body = body
-        self.index = index
+        self.prompt_number = prompt_number
+        self._draw = draw
+        self.index = prompt_number * body.num_draws + draw
         meter = meter_of(http.scope)
         meter.answers.append(self)
         if operation in ("chat", "text_completion"):
@@ -135,7 +138,7 @@ class Call:
                 async with contextlib.aclosing(self._watched(await self._submit(make))) as steps:
                     async for pieces in steps:
                         if self.stream:
-                            is_passed_on = is_passed_on or any(p.num_output for p in pieces)
+                            is_passed_on = is_passed_on or any(p.num_output or p.echo for p in pieces)
                             yield pieces
                         else:
                             held += pieces
@@ -162,7 +165,7 @@ class Call:
         self._adopt(host, selection)
         params = self.body.params(host.model.details.sampling)
         if params.seed is not None:
-            params = dataclasses.replace(params, seed=params.seed + self.index)
+            params = dataclasses.replace(params, seed=params.seed + self._draw)
         self.params = params
         self._generation = await host.start(
             lambda request_id: _completed(make(request_id, params), selection.adapters, host.model.details),
@@ -263,11 +266,16 @@ async def start_all(calls: Sequence[Call], receive: Receive, make: Make) -> list
     Raises:
         EdgeError: One of them cannot start, or the client goes away; then none goes on.
     """
-    return await until_disconnect(receive, _start_all(calls, make))
+    return await start_each(calls, receive, [make] * len(calls))
 
 
-async def _start_all(calls: Sequence[Call], make: Make) -> list[Steps]:
-    tasks = [asyncio.create_task(c.start(make)) for c in calls]
+async def start_each(calls: Sequence[Call], receive: Receive, makes: Sequence[Make]) -> list[Steps]:
+    """The same for answers to several prompts: how each is asked for."""
+    return await until_disconnect(receive, _start_each(calls, makes))
+
+
+async def _start_each(calls: Sequence[Call], makes: Sequence[Make]) -> list[Steps]:
+    tasks = [asyncio.create_task(c.start(make)) for c, make in zip(calls, makes, strict=True)]
     try:
         return await asyncio.gather(*tasks)
     except BaseException as e:
@@ -312,19 +320,24 @@ async def merged(streams: Sequence[Steps]) -> AsyncGenerator[tuple[int, list[wir
 
 
 def usage_of(calls: Sequence[Call]) -> Usage:
-    """Tokens so far: of the prompt, which the answers share, once; of the answers together. What was cached is what
-    the first to be read found: the others find its prompt."""
+    """Tokens so far: of each prompt, which its answers share, once; of the answers together."""
     last = [c.last for c in calls if c.last is not None]
-    prompt = last[0].num_prompt if last else 0
-    output = sum(p.num_output for p in last)
+    firsts = {c.prompt_number: c.last for c in reversed(calls) if c.last is not None}.values()
+    prompt, cached, output = tokens_of(calls)
     thinks = any(c.host is not None and c.host.ready is not None and c.host.ready.thinks for c in calls)
     thought = sum(p.num_reasoning for p in last)
     return Usage(
         prompt_tokens=prompt,
         completion_tokens=output,
         total_tokens=prompt + output,
-        prompt_tokens_details=TokenDetails(cached_tokens=min((p.num_cached for p in last), default=0)),
-        completion_tokens_details=OutputDetails(reasoning_tokens=thought) if thinks else msgspec.UNSET,
+        prompt_tokens_details=TokenDetails(
+            cached_tokens=cached, dropped_tokens=sum(p.num_dropped for p in firsts) or msgspec.UNSET
+        ),
+        completion_tokens_details=OutputDetails(
+            reasoning_tokens=thought if thinks else msgspec.UNSET,
+            accepted_prediction_tokens=sum(p.num_accepted for p in last),
+            rejected_prediction_tokens=sum(p.num_rejected for p in last),
+        ),
     )
 
 

@@ -27,6 +27,7 @@ from edge.config import Settings, listed
 from edge.errors import EdgeError, Forbidden
 from runtime.api.access import METERED, Access, Caller, Meter, Need
 from runtime.api.errors import to_response
+from runtime.api.parsing import set_strict
 
 _LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 _PREFLIGHT_S = 600
@@ -100,6 +101,7 @@ class _Gate:
         self._access = access
         self._named_hosts = listed(settings.allowed_hosts)
         self._origins = listed(settings.cors_origins)
+        self._is_strict = settings.strict == "on"
 
     def around(self, app: ASGIApp) -> ASGIApp:
         async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
@@ -139,6 +141,7 @@ class _Gate:
                 if is_metered:
                     self._access.admit(meter, num_bytes=_body_bytes(scope))
                 headers |= self._access.limit_headers(caller)
+                set_strict(_header(scope, b"x-edge-strict"), by_default=self._is_strict)
             await app(scope, counted, with_headers)
         except EdgeError as e:  # the page that asks is told why, so the answer goes through the same door
             request: Request[Any, Any, Any] = Request(scope, receive, send)

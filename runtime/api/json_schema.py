@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from decimal import Decimal
 from functools import cache
 from typing import Any
+from urllib.parse import quote
 
 from edge.errors import ConstraintFailed, InvalidRequest
 from runtime.json_values import is_list, is_object
@@ -19,6 +20,7 @@ from runtime.json_values import is_list, is_object
 MAX_DEPTH = 32
 MAX_NODES = 2000
 """Values in a schema, small and large."""
+MAX_SCHEMA_CHARS = 128 << 10
 MAX_REFERENCES = 200
 """They may form a chain, down which compiler and checker descend."""
 MAX_INTERSECTED = 6
@@ -35,6 +37,9 @@ _ANNOTATIONS = frozenset({
 _SCHEMA_MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _SCHEMA_LISTS = frozenset({"prefixItems", "anyOf", "oneOf", "allOf"})
 _SCHEMAS = frozenset({"items", "additionalProperties"})
+_URI = "#/~%!$&'()*+,;=:@?"
+"""What stands in a URI as it is (RFC 3986, 3.5), escapes among it. Names of definitions may be in any letters, and
+programs write references to them as they are."""
 _MERGING = frozenset({"allOf", "anyOf", "oneOf", "$ref"})
 
 
@@ -81,17 +86,19 @@ KEYWORDS = frozenset(_VALUES) | _SCHEMA_MAPS | _SCHEMA_LISTS | _SCHEMAS
 
 
 class _Walk:
-    """One look at a schema."""
+    """One look at a schema, whose references become URIs."""
 
     def __init__(self) -> None:
         self.num_nodes = self.num_references = self.num_expressions = 0
         self.is_merging = False
 
     def schema(self, schema: object, path: str, depth: int) -> None:
+        path = path[:300]  # names may be long, and each level repeats them
         self._count(path, depth)
         if isinstance(schema, bool):
             return
-        for keyword, value in _object(schema, path).items():
+        schema = _object(schema, path)
+        for keyword, value in schema.items():
             if keyword in _SCHEMA_MAPS:
                 for name, inner in _object(value, f"{path}.{keyword}").items():
                     self.schema(inner, f"{path}.{keyword}.{name}", depth + 1)
@@ -102,7 +109,9 @@ class _Walk:
                 self.schema(value, f"{path}.{keyword}", depth + 1)
             else:
                 self._value(keyword, value, f"{path}.{keyword}", depth)
-            self.num_references += keyword == "$ref"
+            if keyword == "$ref":
+                self.num_references += 1
+                schema["$ref"] = quote(str(value), safe=_URI)
             self.num_expressions += keyword in ("pattern", "format")
             self.is_merging = self.is_merging or keyword in _MERGING
 
@@ -166,7 +175,10 @@ def parse_schema(schema: Mapping[str, object], path: str) -> str:
             f"'{path}' has more than {MAX_INTERSECTED} patterns and formats beside allOf, anyOf, oneOf or $ref.",
             field=path,
         )
-    return json.dumps(body, ensure_ascii=False)
+    text = json.dumps(body, ensure_ascii=False)
+    if len(text) > MAX_SCHEMA_CHARS:
+        raise InvalidRequest(f"'{path}' is longer than {MAX_SCHEMA_CHARS:,} characters.", field=path)
+    return text
 
 
 # ---------------------------------------------------------------- answers

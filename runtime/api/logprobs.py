@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from runtime.api.openai_schema import ChatLogprobs, ContentLogprob, TextLogprobs, TopLogprob
-from runtime.request import TokenLogprob
+from runtime.request import Echo, TokenLogprob
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprob]) -> ChatLogprobs:
@@ -23,9 +23,13 @@ def chat_logprobs(tokens: Sequence[TokenLogprob]) -> ChatLogprobs:
     )
 
 
-def text_logprobs(tokens: Sequence[TokenLogprob]) -> TextLogprobs:
-    """As text completions have them: the token itself is among the likeliest, and offsets begin with the answer."""
-    tops: list[dict[str, float]] = []
+def text_logprobs(tokens: Sequence[TokenLogprob], *, start: int = 0) -> TextLogprobs:
+    """As text completions have them: the token itself is among the likeliest.
+
+    Args:
+        start: Characters of the choice's text before these tokens' answer.
+    """
+    tops: list[dict[str, float] | None] = []
     for t in tokens:
         top: dict[str, float] = {}
         for token, logprob in (*t.top, (t.token, t.logprob)):
@@ -35,7 +39,23 @@ def text_logprobs(tokens: Sequence[TokenLogprob]) -> TextLogprobs:
         tokens=[_text(t.token) for t in tokens],
         token_logprobs=[t.logprob for t in tokens],
         top_logprobs=tops,
-        text_offset=[t.offset for t in tokens],
+        text_offset=[start + t.offset for t in tokens],
+    )
+
+
+def echo_logprobs(echo: Echo) -> TextLogprobs:
+    """Of the tokens of a prompt; of the first one, which follows nothing, there are none."""
+    first = TextLogprobs(tokens=[_text(echo.first)], token_logprobs=[None], top_logprobs=[None], text_offset=[0])
+    return joined(first, text_logprobs(echo.logprobs or ()))
+
+
+def joined(one: TextLogprobs, other: TextLogprobs) -> TextLogprobs:
+    """The tokens of both, one after the other."""
+    return TextLogprobs(
+        tokens=one.tokens + other.tokens,
+        token_logprobs=one.token_logprobs + other.token_logprobs,
+        top_logprobs=one.top_logprobs + other.top_logprobs,
+        text_offset=one.text_offset + other.text_offset,
     )
 
 

@@ -18,6 +18,7 @@ from runtime.api.access import needs
 from runtime.api.admin import act
 from runtime.api.appliance import appliance_of
 from runtime.api.call import Call, HttpRequest, Steps
+from runtime.api.completions import start_completion
 from runtime.api.describe import exchanges
 from runtime.api.embeddings import EmbeddingRequest, read_texts, written
 from runtime.api.errors import fault_of
@@ -45,8 +46,8 @@ from runtime.api.ollama_schema import (
     ollama_name,
     option_warnings,
 )
-from runtime.api.openai import Answer, start_chat, start_completion, warning_headers, whole_answers
-from runtime.api.parsing import check_items, parse_body
+from runtime.api.openai import Answer, start_chat, warning_headers, whole_answers
+from runtime.api.parsing import check_items, parse_body, passed_over
 from runtime.api.responses import EventStream, until_disconnect
 from runtime.api.tools import CallCollector, unused_options
 from runtime.host import ModelHost
@@ -90,7 +91,7 @@ class _Asked:
             answer.text, answer.logprobs, done=answer.reason, thinking=answer.reasoning, calls=answer.calls
         )  # fmt: skip
         _fill(line, call, self.started)
-        line.warnings = self.warnings
+        line.warnings = self.warnings + _dropped(call)
         return line
 
 
@@ -120,13 +121,18 @@ def _fill(line: Timed, call: Call, started: float) -> None:
         line.eval_duration = nanoseconds(p.total_s - p.queue_s - p.prefill_s)
 
 
+def _dropped(call: Call) -> list[str]:
+    number = call.last.num_dropped if call.last else 0
+    return [f"truncate left out {number} tokens of the prompt"] if number else []
+
+
 @post("/api/chat", opt=needs("chat") | exchanges(OllamaChatRequest, streams=NDJSON), status_code=200)
 async def chat(request: HttpRequest, state: State) -> Response[Line] | EventStream:
     """Answer a conversation."""
     started, content = time.perf_counter(), await request.body()
     body, warnings = parse_body(content, OllamaChatRequest)
     if body.messages:
-        warnings += check_items(content, "messages", _MESSAGE_FIELDS, frozenset[str]())
+        check_items(content, "messages", _MESSAGE_FIELDS, frozenset[str]())
     asked = _checked(request, body, warnings + option_warnings(content), started, is_chat=True)
     if not body.messages:
         return await _load(asked)
@@ -135,15 +141,15 @@ async def chat(request: HttpRequest, state: State) -> Response[Line] | EventStre
 
 @post("/api/generate", opt=needs("chat") | exchanges(OllamaGenerateRequest, streams=NDJSON), status_code=200)
 async def generate(request: HttpRequest, state: State) -> Response[Line] | EventStream:
-    """Answer a prompt, or with `raw` continue it as it stands."""
+    """Answer a prompt, or with `raw` or `suffix` continue it."""
     started, content = time.perf_counter(), await request.body()
     body, warnings = parse_body(content, OllamaGenerateRequest)
     asked = _checked(request, body, warnings + option_warnings(content), started, is_chat=False)
-    if not body.prompt and not body.images:
+    if not (body.prompt or body.images or body.suffix):
         return await _load(asked)
-    if body.raw:
-        raw = body.completion()
-        return await _answer(asked, *await start_completion(request, state, raw, max_tokens=raw.max_tokens or 0))
+    if body.is_continued:
+        text = body.completion()
+        return await _answer(asked, *await start_completion(request, state, text, max_tokens=text.max_tokens or 0))
     return await _answer(asked, *await start_chat(request, state, body.answer()))
 
 
@@ -204,8 +210,9 @@ def _may_keep(http: HttpRequest) -> bool:
 
 def _keep_warnings(http: HttpRequest, keep_alive: KeepAlive) -> list[str]:
     """Also looks whether it can be read, while there is a status to say so."""
-    is_passed_over = kept_s(keep_alive) is not None and not _may_keep(http)
-    return ["keep_alive has no effect: that takes a key of scope 'operate'"] if is_passed_over else []
+    if kept_s(keep_alive) is None or _may_keep(http):
+        return []
+    return [passed_over("keep_alive", "keep_alive has no effect: that takes a key of scope 'operate'")]
 
 
 async def _answer(asked: _Asked, calls: list[Call], streams: list[Steps]) -> Response[Line] | EventStream:
@@ -242,12 +249,13 @@ async def _warnings_of(body: AnswerFields, host: ModelHost | None) -> list[str]:
     warnings: list[str] = []
     wanted, there = (body.options or Options()).num_ctx or 0, host.ready.context_tokens
     if wanted > there:
-        warnings.append(f"options.num_ctx is {wanted}, and this model's context has {there} tokens")
+        text = f"options.num_ctx is {wanted}, and this model's context has {there} tokens"
+        warnings.append(passed_over("options.num_ctx", text))
     if body.think and not host.ready.thinks:
         hint = "Leave 'think' out."
         raise InvalidRequest(f"'{body.model[:200]}' does not support thinking.", field="think", hint=hint)
     if body.think is not None and host.ready.thinks and unused_options({}, body.effort(), host.ready):
-        warnings.append("think has no effect: this model decides by itself")
+        warnings.append(passed_over("think", "think has no effect: this model decides by itself"))
     return warnings
 
 

@@ -45,7 +45,7 @@ from runtime.api.ollama_schema import (
     option_warnings,
 )
 from runtime.api.openai import warning_headers
-from runtime.api.parsing import parse_body
+from runtime.api.parsing import parse_body, passed_over
 from runtime.api.responses import EventStream
 from runtime.api.schema import Job, OllamaError, PullRequest
 from runtime.host import ModelHost
@@ -100,7 +100,7 @@ async def show(request: HttpRequest, state: State) -> Response[Shown]:
     """All about one model. Loads nothing."""
     body, warnings = parse_body(await request.body(), OllamaShowRequest)
     if body.verbose:
-        warnings.append("verbose has no effect: lists such as the vocabulary are left out")
+        warnings.append(passed_over("verbose", "verbose has no effect: lists such as the vocabulary are left out"))
     appliance = appliance_of(state)
     await appliance.check_allowed(caller_of(request.scope).limits, body.wanted)
     answer = await asyncio.to_thread(shown, await _stored(appliance, body.wanted))
@@ -170,7 +170,7 @@ async def pull(request: HttpRequest, state: State) -> Response[Progressed] | Eve
     appliance = appliance_of(state)
     source, name = source_of(body.given)
     if body.insecure:
-        warnings.append("insecure has no effect: certificates are always checked")
+        warnings.append(passed_over("insecure", "insecure has no effect: certificates are always checked"))
     async with act(request, "model.pull", f"{without_query(source)} {name or ''}".strip()):
         job = appliance.pull(PullRequest(source=source, name=name), caller_of(request.scope))
     lines, headers = _pulling(appliance, job, source, warnings), warning_headers(warnings)
@@ -326,7 +326,8 @@ def _changes(body: OllamaCreateRequest, known: ModelDetails) -> Changes:
 def _parameter_warnings(content: bytes, parameters: Options | None) -> list[str]:
     warnings = option_warnings(content, "parameters")
     if parameters is not None and parameters.num_ctx:
-        warnings.append("parameters.num_ctx has no effect: the whole context is there in any case")
+        text = "parameters.num_ctx has no effect: the whole context is there in any case"
+        warnings.append(passed_over("parameters.num_ctx", text))
     return warnings
 
 

@@ -31,7 +31,7 @@ from runtime.api.openai_schema import (
     TokenCount,
     TopLogprobs,
 )
-from runtime.api.parsing import MAX_WARNINGS, check_num_fields
+from runtime.api.parsing import CHECKED_APART, MAX_WARNINGS, check_num_fields, passed_over
 from runtime.api.structured import Schema, Structure
 from runtime.api.tools import MAX_TOOLS, CalledFunction, Id, ReasoningEffort, ToolCallField, ToolField, ToolName, Tools
 from runtime.request import Constraint
@@ -189,7 +189,7 @@ def option_warnings(body: bytes, field: str = "options", *, known: frozenset[str
         if value is not None and value not in WITHOUT_EFFECT.get(name, ()):
             is_ours = name in WITHOUT_EFFECT or name in _OPTIONS
             why = "has no effect here" if is_ours else "is unknown and was ignored"
-            warnings.append(f"{field}.{name[:64]} {why}")
+            warnings.append(passed_over(f"{field}.{name}", f"{field}.{name[:64]} {why}"))
     return warnings
 
 
@@ -221,17 +221,22 @@ class FormedChat(ChatRequest, kw_only=True):
         return _structure(self.form)
 
 
-class RawCompletion(CompletionRequest, kw_only=True):
-    """A prompt to continue as it stands: who sends it wrote the model's markers himself."""
+class FormedCompletion(CompletionRequest, kw_only=True):
+    """A text to continue, likewise."""
 
     cuts_max_tokens: ClassVar[bool] = True
-    is_raw: ClassVar[bool] = True
 
     form: Format = None
 
     @override
     def structure(self) -> Structure | None:
         return _structure(self.form)
+
+
+class RawCompletion(FormedCompletion, kw_only=True):
+    """A prompt to continue as it stands: who sends it wrote the model's markers himself."""
+
+    is_raw: ClassVar[bool] = True
 
 
 class AnswerFields(msgspec.Struct, kw_only=True):
@@ -241,7 +246,7 @@ class AnswerFields(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     """Without it, the answer comes in lines."""
     format: Format = None
-    options: Options | None = None
+    options: Annotated[Options, CHECKED_APART] | None = None
     keep_alive: KeepAlive = None
     think: bool | str | None = None
     logprobs: bool | None = None
@@ -266,9 +271,8 @@ class AnswerFields(msgspec.Struct, kw_only=True):
 
     def warnings(self) -> list[str]:
         """What was left out of account."""
-        asked = {"truncate": self.truncate, "shift": self.shift}
-        why = "has no effect: what does not fit the context is an error"
-        return [f"{name} {why}" for name, value in asked.items() if value]
+        why = "shift has no effect: what does not fit the context is an error"
+        return [passed_over("shift", why)] if self.shift else []
 
     def sampling(self) -> dict[str, object]:
         """Model, options and what else OpenAI's structs have a field for."""
@@ -279,7 +283,7 @@ class AnswerFields(msgspec.Struct, kw_only=True):
             "min_p": o.min_p, "typical_p": o.typical_p, "repeat_penalty": o.repeat_penalty,
             "repeat_last_n": o.repeat_last_n, "presence_penalty": o.presence_penalty,
             "frequency_penalty": o.frequency_penalty, "seed": None if o.seed == -1 else o.seed,
-            "stop": o.stops() or None,
+            "stop": o.stops() or None, "truncation": "auto" if self.truncate else None,
         }  # fmt: skip
 
     def effort(self) -> ReasoningEffort | None:
@@ -370,10 +374,17 @@ class OllamaGenerateRequest(AnswerFields, kw_only=True):
 
     prompt: str | None = None
     system: str | None = None
+    suffix: str | None = None
+    """What shall follow the answer; an empty one is none."""
     raw: bool | None = None
     template: str | None = None
     context: list[TokenCount] | None = None
     images: list[Image] | None = None
+
+    @property
+    def is_continued(self) -> bool:
+        """Whether the prompt is a text to continue, and no question."""
+        return bool(self.raw or self.suffix)
 
     @override
     def check(self) -> None:
@@ -386,8 +397,9 @@ class OllamaGenerateRequest(AnswerFields, kw_only=True):
             if getattr(self, field):
                 raise InvalidRequest(f"'{field}' is not supported by this version.", field=field, hint=hint)
         for field in ("system", "images"):
-            if self.raw and getattr(self, field):
-                raise InvalidRequest(f"A raw prompt has no '{field}' beside it.", field=field, hint="Leave 'raw' out.")
+            if self.is_continued and getattr(self, field):
+                text = f"A prompt with 'raw' or 'suffix' has no '{field}' beside it."
+                raise InvalidRequest(text, field=field, hint="Leave one of them out.")
 
     def answer(self) -> FormedChat:
         """The request as a conversation, in OpenAI's words."""
@@ -396,11 +408,12 @@ class OllamaGenerateRequest(AnswerFields, kw_only=True):
             messages.insert(0, ChatMessage(role="system", content=self.system))
         return self.chat(messages)
 
-    def completion(self) -> RawCompletion:
-        """The raw prompt, in OpenAI's words."""
+    def completion(self) -> FormedCompletion:
+        """The text to continue, in OpenAI's words."""
         fields: dict[str, Any] = self.sampling()
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return RawCompletion(prompt=self.prompt or "", logprobs=logprobs, **fields)
+        kind = RawCompletion if self.raw else FormedCompletion
+        return kind(prompt=self.prompt or "", suffix=self.suffix or None, logprobs=logprobs, **fields)
 
 
 class OllamaEmbedRequest(msgspec.Struct, kw_only=True):
@@ -411,7 +424,7 @@ class OllamaEmbedRequest(msgspec.Struct, kw_only=True):
     truncate: bool | None = None
     """Without it, the end of a text that is too long is cut off."""
     dimensions: Annotated[int, msgspec.Meta(ge=0, le=1 << 16)] | None = None
-    options: Options | None = None
+    options: Annotated[Options, CHECKED_APART] | None = None
     keep_alive: KeepAlive = None
 
     def texts(self) -> list[str]:
@@ -426,7 +439,7 @@ class OllamaEmbeddingsRequest(msgspec.Struct, kw_only=True):
 
     model: Name
     prompt: str | None = None
-    options: Options | None = None
+    options: Annotated[Options, CHECKED_APART] | None = None
     keep_alive: KeepAlive = None
 
 
@@ -483,7 +496,7 @@ class OllamaCreateRequest(ModelNamed, kw_only=True):
     template: Text | None = None
     system: Text | None = None
     license: Annotated[str, msgspec.Meta(max_length=500)] | list[str] | None = None
-    parameters: Options | None = None
+    parameters: Annotated[Options, CHECKED_APART] | None = None
     messages: list[OllamaMessage] | None = None
     quantize: str | None = None
 

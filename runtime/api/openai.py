@@ -22,7 +22,7 @@ from runtime.api.describe import EVENTS, exchanges
 from runtime.api.errors import fault_of
 from runtime.api.guard import caller_of
 from runtime.api.images import Conversation, conversation_of
-from runtime.api.logprobs import chat_logprobs, text_logprobs
+from runtime.api.logprobs import chat_logprobs
 from runtime.api.ollama_facts import capabilities
 from runtime.api.openai_schema import (
     AssistantMessage,
@@ -30,9 +30,6 @@ from runtime.api.openai_schema import (
     ChatCompletion,
     ChatMessage,
     ChatRequest,
-    Completion,
-    CompletionChoice,
-    CompletionRequest,
     Model,
     Models,
     SamplingFields,
@@ -41,7 +38,7 @@ from runtime.api.openai_schema import (
 from runtime.api.parsing import check_items, parse_body
 from runtime.api.responses import EventStream, until_disconnect
 from runtime.api.tools import CallCollector, CalledFunction, Promise, ToolCallField, unused_options
-from runtime.request import TokenLogprob
+from runtime.request import Echo, TokenLogprob
 from runtime.selection import combined_name, refuse_adapter
 
 NO_TOOLS = ToolFields()
@@ -58,6 +55,8 @@ class Answer:
     logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
     reasoning: str = ""
     collector: CallCollector = field(default_factory=CallCollector)
+    echo: Echo | None = None
+    """The prompt, for who asked for it."""
 
     @property
     def text(self) -> str:
@@ -67,6 +66,16 @@ class Answer:
     def calls(self) -> list[wire.ToolCall]:
         """The tools that it calls."""
         return self.collector.calls
+
+    @property
+    def echoed_text(self) -> str:
+        """The prompt, if it was asked for, and the answer."""
+        return (self.echo.text if self.echo else "") + self.text
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of its tokens, where they are known."""
+        return sum(t.logprob for t in self.logprobs) / max(1, len(self.logprobs))
 
 
 async def _collect(streams: Sequence[Steps]) -> list[Answer]:
@@ -78,6 +87,7 @@ async def _collect(streams: Sequence[Steps]) -> list[Answer]:
             answer.reasoning += p.reasoning
             answer.collector.push(p.calls)
             answer.logprobs += p.logprobs or ()
+            answer.echo = answer.echo or p.echo
             answer.reason = p.finish_reason or answer.reason
     return answers
 
@@ -101,7 +111,7 @@ def _finish(calls: Sequence[Call], error: BaseException | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What one event of a stream tells of one answer: what was added, or why the answer ended."""
+    """What one event of a stream tells of one answer: the prompt, what was added, or why the answer ended."""
 
     index: int
     text: str = ""
@@ -109,6 +119,7 @@ class Event:
     reason: str | None = None
     reasoning: str = ""
     calls: Sequence[wire.CallDelta] = ()
+    echo: Echo | None = None
 
 
 Choice = Callable[[Event], bytes]
@@ -145,8 +156,9 @@ async def _events(
 
 
 def _piece_events(index: int, p: wire.Piece, format_event: Choice) -> bytes:
+    out = sse.data(format_event(Event(index, echo=p.echo))) if p.echo else b""
     added = Event(index, p.text, p.logprobs, None, p.reasoning, p.calls)
-    out = sse.data(format_event(added)) if p.text or p.logprobs or p.reasoning or p.calls else b""
+    out += sse.data(format_event(added)) if p.text or p.logprobs or p.reasoning or p.calls else b""
     return out + sse.data(format_event(Event(index, reason=p.finish_reason))) if p.finish_reason else out
 
 
@@ -176,14 +188,7 @@ def _call_delta(call: wire.CallDelta) -> dict[str, object]:
     return {"index": call.index, "id": call.id, "type": "function", "function": function}
 
 
-def _text_choice(event: Event) -> bytes:
-    why = b'"%s"' % event.reason.encode() if event.reason else b"null"
-    logprobs = b"null" if event.logprobs is None else msgspec.json.encode(text_logprobs(event.logprobs))
-    parts = (event.index, msgspec.json.encode(event.text), logprobs, why)
-    return b'{"index":%d,"text":%s,"logprobs":%s,"finish_reason":%s}' % parts
-
-
-def _stream(
+def stream_answers(
     calls: Sequence[Call], streams: Sequence[Steps], warnings: list[str], *, kind: str, choice: Choice,
     first_choice: bytes = b"",
 ) -> EventStream:  # fmt: skip
@@ -211,11 +216,11 @@ def _stream(
     return EventStream(events, on_close=lambda: _finish(calls, None), headers=warning_headers(warnings))
 
 
-def _calls(
+def calls_for(
     state: State, http: HttpRequest, body: SamplingFields, operation: Operation, max_tokens: int, *,
-    first_image: str = "", tools: Sequence[wire.Tool] = (),
+    first_image: str = "", tools: Sequence[wire.Tool] = (), num_prompts: int = 1,
 ) -> list[Call]:  # fmt: skip
-    """One for each of the answers that are asked for."""
+    """One for each of the answers that are asked for: those to the first prompt, those to the next."""
     body.check()
     appliance, structure = appliance_of(state), body.structure()
     promise = Promise(structure, {t.name: t.parameters for t in tools}) if structure is not None or tools else None
@@ -226,15 +231,17 @@ def _calls(
             body,
             operation=operation,
             max_tokens=max_tokens,
-            index=i,
+            prompt_number=prompt,
+            draw=draw,
             promise=promise,
             first_image=first_image,
         )
-        for i in range(body.n or 1)
+        for prompt in range(num_prompts)
+        for draw in range(body.num_draws)
     ]
 
 
-def _generate(
+def asked(
     calls: list[Call],
     body: SamplingFields,
     max_tokens: int,
@@ -264,6 +271,7 @@ def _generate(
         tool_choice=tools.choice,
         parallel_tools=tools.parallel,
         template_options=tools.template_options,
+        truncates=body.truncation == "auto",
     )
 
 
@@ -295,17 +303,11 @@ async def start_chat(http: HttpRequest, state: State, body: ChatRequest) -> Star
     """Begin to answer a conversation."""
     max_tokens = body.max_completion_tokens or body.max_tokens or 0
     conversation, asks = conversation_of(body.messages), body.asks()
-    calls = _calls(
+    calls = calls_for(
         state, http, body, "chat", max_tokens, first_image=conversation.first_image, tools=asks.tools
     )  # fmt: skip
-    asked = _generate(calls, body, max_tokens, conversation=conversation, tools=asks)
-    return calls, await start_all(calls, http.receive, asked)
-
-
-async def start_completion(http: HttpRequest, state: State, body: CompletionRequest, *, max_tokens: int) -> Started:
-    """Begin to continue a text."""
-    calls = _calls(state, http, body, "text_completion", max_tokens)
-    return calls, await start_all(calls, http.receive, _generate(calls, body, max_tokens, prompt=body.prompt))
+    make = asked(calls, body, max_tokens, conversation=conversation, tools=asks)
+    return calls, await start_all(calls, http.receive, make)
 
 
 @post("/v1/chat/completions", opt=needs("chat") | exchanges(ChatRequest, streams=EVENTS), status_code=200)
@@ -313,13 +315,13 @@ async def chat_completions(request: HttpRequest, state: State) -> Response[ChatC
     """Answer a conversation."""
     content = await request.body()
     body, warnings = parse_body(content, ChatRequest)
-    warnings += check_items(content, "messages", _MESSAGE_FIELDS, frozenset({"function_call"}))
+    check_items(content, "messages", _MESSAGE_FIELDS, frozenset({"function_call"}))
     calls, streams = await start_chat(request, state, body)
     warnings += template_warnings(body, calls[0])
     if body.stream:
         role = b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
         kind = "chat.completion.chunk"
-        return _stream(calls, streams, warnings, kind=kind, choice=_chat_choice, first_choice=role)
+        return stream_answers(calls, streams, warnings, kind=kind, choice=_chat_choice, first_choice=role)
     answers = await whole_answers(request, calls, streams)
     call = calls[0]
     completion = ChatCompletion(
@@ -332,38 +334,6 @@ async def chat_completions(request: HttpRequest, state: State) -> Response[ChatC
                 index=c.index,
                 message=_message(a),
                 logprobs=chat_logprobs(a.logprobs) if body.logprobs else None,
-                finish_reason=a.reason,
-                token_ids=c.answer_ids(),
-            )
-            for c, a in zip(calls, answers, strict=True)
-        ],
-        usage=usage_of(calls),
-        prompt_token_ids=call.prompt_ids(),
-        warnings=warnings or msgspec.UNSET,
-    )
-    return Response(completion, headers=warning_headers(warnings))
-
-
-@post("/v1/completions", opt=needs("chat") | exchanges(CompletionRequest, streams=EVENTS), status_code=200)
-async def completions(request: HttpRequest, state: State) -> Response[Completion] | EventStream:
-    """Continue a text, or token ids."""
-    body, warnings = parse_body(await request.body(), CompletionRequest)
-    default = 16  # OpenAI's for this endpoint
-    calls, streams = await start_completion(request, state, body, max_tokens=body.max_tokens or default)
-    if body.stream:
-        return _stream(calls, streams, warnings, kind="text_completion", choice=_text_choice)
-    answers = await whole_answers(request, calls, streams)
-    call = calls[0]
-    completion = Completion(
-        id=call.id,
-        created=call.created,
-        model=call.model,
-        system_fingerprint=call.fingerprint,
-        choices=[
-            CompletionChoice(
-                index=c.index,
-                text=a.text,
-                logprobs=None if body.logprobs is None else text_logprobs(a.logprobs),
                 finish_reason=a.reason,
                 token_ids=c.answer_ids(),
             )
@@ -410,4 +380,4 @@ async def get_model(request: HttpRequest, state: State, model_id: str) -> Model:
     return msgspec.structs.replace(model, id=selection.name, parent=model.id) if selection.adapters else model
 
 
-HANDLERS = [chat_completions, completions, list_models, get_model]
+HANDLERS = [chat_completions, list_models, get_model]

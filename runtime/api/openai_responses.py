@@ -109,7 +109,7 @@ async def _read(request: HttpRequest, state: State) -> _Asked:
     kept = _kept(request, state)
     if isinstance(body.input, str):
         return _Asked(kept, body, [Item(role="user", content=body.input)], warnings)
-    warnings += check_items(content, "input", _ITEM_FIELDS, frozenset())
+    check_items(content, "input", _ITEM_FIELDS, frozenset())
     return _Asked(kept, body, await kept.resolved(body.input), warnings)
 
 

@@ -39,6 +39,10 @@ Priority = Annotated[int, msgspec.Meta(ge=0, le=3)]
 TokenCount = Annotated[int, msgspec.Meta(ge=0, le=(1 << 31) - 1)]
 PositiveInt = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 LogitBias = Annotated[dict[str, Annotated[float, msgspec.Meta(ge=-100, le=100)]], msgspec.Meta(max_length=1024)]
+MAX_ANSWERS = 128
+"""To one request, of all its prompts."""
+MAX_ECHOED = 500_000
+"""Figures of tokens of echoed prompts: some 60 MB in each process that holds them."""
 StopString = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
 StopList = Annotated[list[StopString], msgspec.Meta(max_length=16)]
 CacheKey = Annotated[str, msgspec.Meta(max_length=256)]
@@ -146,11 +150,18 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     """Adapters to answer with, beside those in the model's name (`model+adapter`)."""
     return_token_ids: bool = False
     """Give the token ids of prompt and answer, as vLLM does."""
+    truncation: Literal["auto", "disabled"] | None = None
+    """`auto` leaves out the oldest of what does not fit the context."""
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     """vLLM's."""
     grammar: Annotated[str, msgspec.Meta(max_length=MAX_TEXT_CHARS)] | None = None
     """llama-server's: GBNF, or Lark."""
+
+    @property
+    def num_draws(self) -> int:
+        """How many answers are drawn to one prompt."""
+        return self.n or 1
 
     def num_logprobs(self) -> int | None:
         """How many of the likeliest tokens are reported beside each; None reports nothing.
@@ -275,34 +286,86 @@ class ChatRequest(SamplingFields, kw_only=True):
 class CompletionRequest(SamplingFields, kw_only=True):
     """`POST /v1/completions`."""
 
-    prompt: str | list[TokenCount]
+    prompt: str | list[str | TokenCount | list[TokenCount]]
+    """A text, a list of token ids, or a list of either."""
+    suffix: str | None = None
+    """What shall follow the answer, for models that fill in middles."""
+    echo: bool | None = None
+    max_tokens: Annotated[int, msgspec.Meta(ge=0, le=1 << 31)] | None = None
     logprobs: TopLogprobs | None = None
-    best_of: int | None = None
-    """Only as many as `n`: choosing among answers is left to who asks."""
+    best_of: Annotated[int, msgspec.Meta(ge=1, le=8)] | None = None
+    """Draw so many answers to each prompt, and give the `n` likeliest."""
+
+    @property
+    @override
+    def num_draws(self) -> int:
+        """See :attr:`SamplingFields.num_draws`."""
+        return max(self.best_of or 1, self.n or 1)
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one or more.
+
+        Raises:
+            InvalidRequest: Texts and tokens are mixed.
+        """
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        tokens = [item for item in self.prompt if isinstance(item, int)]
+        if len(tokens) == len(self.prompt):
+            return [tokens]
+        if len({type(item) for item in self.prompt}) != 1:
+            hint = "It is a text, a list of texts, a list of token ids, or a list of such lists."
+            raise InvalidRequest("'prompt' mixes texts with tokens.", field="prompt", hint=hint)
+        return [item for item in self.prompt if not isinstance(item, int)]
 
     @override
     def num_logprobs(self) -> int | None:
-        """See :meth:`SamplingFields.num_logprobs`."""
-        return self.logprobs
+        """See :meth:`SamplingFields.num_logprobs`. The likeliest answers are known by theirs."""
+        return 0 if self.logprobs is None and self.num_draws > (self.n or 1) else self.logprobs
 
     @override
     def check(self) -> None:
         """See :meth:`SamplingFields.check`."""
         super().check()
-        if self.best_of not in (None, self.n or 1):
-            raise InvalidRequest("'best_of' can only be 'n'.", field="best_of", hint="Ask for n answers and choose.")
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise InvalidRequest(
+                "'best_of' is less than 'n'.", field="best_of", hint="It is how many 'n' are chosen of."
+            )
+        if self.stream and self.num_draws > (self.n or 1):
+            raise InvalidRequest("Which answers are the best is not known in a stream.", field="best_of")
+        if self.echo and self.suffix is not None:
+            raise InvalidRequest("'echo' and 'suffix' do not go together.", field="echo", hint="Send one of them.")
+        if self.max_tokens == 0 and not self.echo:
+            hint = "0 is for who asks for the prompt alone, by 'echo'."
+            raise InvalidRequest("'max_tokens' has to be at least 1.", field="max_tokens", hint=hint)
+        self._check_size()
+
+    def _check_size(self) -> None:
+        prompts = self.prompts()
+        if len(prompts) * self.num_draws > MAX_ANSWERS:
+            hint = "Send several requests."
+            raise InvalidRequest(f"These are more than {MAX_ANSWERS} answers at once.", field="prompt", hint=hint)
+        num_tokens = sum(len(p.encode()) if isinstance(p, str) else len(p) for p in prompts) * self.num_draws
+        if self.echo and self.logprobs is not None and num_tokens * (self.logprobs + 1) > MAX_ECHOED:
+            hint = "Ask for fewer logprobs, or send several requests."
+            raise InvalidRequest("The prompts are too long to report on each token.", field="echo", hint=hint)
 
 
 class TokenDetails(msgspec.Struct, kw_only=True):
     """Where the prompt's tokens came from."""
 
     cached_tokens: int
+    dropped_tokens: int | msgspec.UnsetType = msgspec.UNSET
+    """What `truncation` left out of it; about, where that is more than anybody would count."""
 
 
 class OutputDetails(msgspec.Struct, kw_only=True):
-    """What the answer's tokens were."""
+    """What the answer's tokens were, and what became of guesses at them. Those that proved wrong are no part of it."""
 
-    reasoning_tokens: int
+    reasoning_tokens: int | msgspec.UnsetType = msgspec.UNSET
+    """Only of models that think."""
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
 
 
 class Usage(msgspec.Struct, kw_only=True):
@@ -312,8 +375,7 @@ class Usage(msgspec.Struct, kw_only=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: TokenDetails
-    completion_tokens_details: OutputDetails | msgspec.UnsetType = msgspec.UNSET
-    """Only of models that think."""
+    completion_tokens_details: OutputDetails
 
 
 class AssistantMessage(msgspec.Struct, kw_only=True):
@@ -351,8 +413,8 @@ class TextLogprobs(msgspec.Struct, kw_only=True):
     """The tokens of a continuation, in the older endpoint's shape."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -388,6 +450,8 @@ class CompletionChoice(msgspec.Struct, kw_only=True):
     logprobs: TextLogprobs | None = None
     finish_reason: str
     token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    """Where there are several prompts; of one, they stand beside the choices."""
 
 
 class Completion(msgspec.Struct, kw_only=True):

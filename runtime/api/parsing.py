@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from functools import cache
 from itertools import islice
 from typing import TypeVar
 
 import msgspec
+from msgspec import inspect
 
 from edge.errors import InvalidRequest
 
@@ -61,8 +63,40 @@ _HINTS = {
     "messages": "It is a list of objects with role and content, at least one.",
     "model": "GET /v1/models lists the names.",
 }
-# Fields without effect on the answer: taken without a word.
-_HARMLESS = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls"})
+# Fields without effect on the answer: taken without a word, unless the request is strict.
+_INEFFECTIVE = frozenset({"user", "service_tier", "safety_identifier"})
+_HARMLESS = _INEFFECTIVE | {"metadata", "store", "parallel_tool_calls"}
+_APART = "is_checked_apart"
+CHECKED_APART = msgspec.Meta(extra={_APART: True})
+"""Of a field whose own fields are looked at elsewhere."""
+_is_strict: ContextVar[bool] = ContextVar("is_strict", default=False)
+
+
+def set_strict(header: str | None, *, by_default: bool) -> None:
+    """Say for the request of this task whether fields that would be left out of account are refused.
+
+    Args:
+        header: Its `x-edge-strict`.
+
+    Raises:
+        InvalidRequest: That is neither true nor false.
+    """
+    value = {None: by_default, "true": True, "false": False}.get(header and header.lower())
+    if value is None:
+        raise InvalidRequest(f"x-edge-strict is true or false, got {header!r:.40}.", field="x-edge-strict")
+    _is_strict.set(value)
+
+
+def passed_over(field: str, warning: str) -> str:
+    """The warning that a field is left out of account.
+
+    Raises:
+        InvalidRequest: The request is strict.
+    """
+    if _is_strict.get():
+        hint = "Leave it out, or ask without x-edge-strict."
+        raise InvalidRequest(f"In a strict request every field counts: {warning}.", field=field[:300], hint=hint)
+    return warning
 
 
 def parse_body(body: bytes, kind: type[T]) -> tuple[T, list[str]]:
@@ -89,7 +123,10 @@ def parse_body(body: bytes, kind: type[T]) -> tuple[T, list[str]]:
         raise InvalidRequest(f"{where}{message}.", field=field, hint=hint) from e
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise InvalidRequest(f"The body is not valid JSON: {e}.", hint="Send one JSON object.") from e
-    return parsed, _check_others({k: v for k, v in raw.items() if k not in known})
+    for name in _INEFFECTIVE & known & raw.keys():
+        _check_effect(name, raw[name])
+    warnings = _check_others({k: v for k, v in raw.items() if k not in known})
+    return parsed, (warnings + _warnings_inside(raw, kind))[:MAX_WARNINGS]
 
 
 def check_num_fields(body: bytes, known: frozenset[str], *, is_list: bool = False) -> None:
@@ -118,24 +155,19 @@ def _too_many_fields() -> InvalidRequest:
     return InvalidRequest(f"The body has more than {MAX_FIELDS:,} fields, or unknown ones of too many parts.")
 
 
-def check_items(body: bytes, list_name: str, known: frozenset[str], refused: frozenset[str]) -> list[str]:
-    """Warnings for fields of a list's objects that were left out of account. `body` was parsed already.
+def check_items(body: bytes, list_name: str, known: frozenset[str], refused: frozenset[str]) -> None:
+    """Refuse fields of a list's objects that ask for what is not done. `body` was parsed already.
 
     Raises:
         InvalidRequest: A field of `refused` asks for something.
     """
     items = msgspec.json.decode(body, type=dict[str, msgspec.Raw])[list_name]
     check_num_fields(bytes(items), known | refused, is_list=True)
-    names: dict[str, None] = {}
     for i, item in enumerate(msgspec.json.decode(items, type=list[dict[str, msgspec.Raw]])):
         for name in item.keys() - known:
-            asks = bytes(item[name]) not in (b"null", b"[]")
-            if name in refused and asks:
+            if name in refused and bytes(item[name]) not in (b"null", b"[]"):
                 field = f"{list_name}[{i}].{name}"
                 raise InvalidRequest(f"'{field}' is not supported by this version.", field=field, hint="Leave it out.")
-            if asks:
-                names[name] = None
-    return [f"unknown field '{name[:64]}' in {list_name} was ignored" for name in sorted(names)][:MAX_WARNINGS]
 
 
 def check_size(name: str, value: bytes) -> None:
@@ -164,6 +196,81 @@ def _check_others(others: Mapping[str, msgspec.Raw]) -> list[str]:
                 raise InvalidRequest(
                     f"'{name}' is not supported by this version.", field=name, hint="Leave the field out."
                 )
-        elif len(warnings) < MAX_WARNINGS and name not in _HARMLESS and bytes(raw) != b"null":
-            warnings.append(f"unknown field '{name[:64]}' was ignored")
+        elif name in _HARMLESS:
+            _check_effect(name, raw)
+        elif len(warnings) < MAX_WARNINGS and bytes(raw) != b"null":
+            warnings.append(passed_over(name, f"unknown field '{name[:64]}' was ignored"))
     return warnings
+
+
+def _check_effect(name: str, raw: msgspec.Raw) -> None:
+    """Refuse in a strict request what has no effect in any."""
+    if bytes(raw) != b"null":
+        passed_over(name, f"'{name}' has no effect here")
+
+
+# ---------------------------------------------------------------- fields inside of fields
+
+
+@cache
+def _inner_fields(kind: type) -> tuple[frozenset[str], dict[str, inspect.Type]]:
+    """The names of a struct's fields, and the types of those in which there are structs."""
+    info = inspect.type_info(kind)
+    assert isinstance(info, inspect.StructType)
+    names = [f.encode_name for f in info.fields] + ([info.tag_field] if info.tag_field else [])
+    return frozenset(names), {f.encode_name: f.type for f in info.fields if _holds_structs(f.type)}
+
+
+def _kinds(kind: inspect.Type) -> Iterator[inspect.Type]:
+    """What a value of a type may be."""
+    if isinstance(kind, inspect.UnionType):
+        for k in kind.types:
+            yield from _kinds(k)
+    elif not isinstance(kind, inspect.Metadata):
+        yield kind
+    elif not (kind.extra or {}).get(_APART):  # pyright: ignore[reportUnknownMemberType]  # a dict of anything
+        yield from _kinds(kind.type)
+
+
+def _holds_structs(kind: inspect.Type) -> bool:
+    return any(
+        isinstance(k, inspect.StructType) or (isinstance(k, inspect.ListType) and _holds_structs(k.item_type))
+        for k in _kinds(kind)
+    )
+
+
+def _unknown_inside(raw: msgspec.Raw, kind: inspect.Type, path: str) -> Iterator[tuple[str, str]]:
+    """Where there are fields that their struct does not have, and their names. `raw` was parsed as of this kind."""
+    first = bytes(memoryview(raw)[:1])
+    if first == b"[":
+        for k in _kinds(kind):
+            if isinstance(k, inspect.ListType) and _holds_structs(k.item_type):
+                for item in msgspec.json.decode(raw, type=list[msgspec.Raw]):
+                    yield from _unknown_inside(item, k.item_type, path)
+    elif first == b"{":
+        structs = [k for k in _kinds(kind) if isinstance(k, inspect.StructType)]
+        if not structs:
+            return
+        if len(memoryview(raw)) > MAX_COLONS:
+            check_num_fields(bytes(raw), frozenset[str]().union(*(_inner_fields(k.cls)[0] for k in structs)))
+        fields = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+        for k in structs:
+            if k.tag_field and msgspec.json.decode(fields[k.tag_field]) != k.tag:
+                continue
+            names, inner = _inner_fields(k.cls)
+            for name, value in fields.items():
+                if name in inner:
+                    yield from _unknown_inside(value, inner[name], f"{path}.{name}")
+                elif name not in names and bytes(value) not in (b"null", b"[]"):
+                    yield path, name
+
+
+def _warnings_inside(raw: Mapping[str, msgspec.Raw], kind: type) -> list[str]:
+    found: dict[tuple[str, str], None] = {}
+    for field, inner in _inner_fields(kind)[1].items():
+        if field in raw:
+            found |= dict.fromkeys(islice(_unknown_inside(raw[field], inner, field), MAX_FIELDS))
+    return [
+        passed_over(f"{path}.{name}", f"unknown field '{name[:64]}' in {path} was ignored")
+        for path, name in sorted(found)[:MAX_WARNINGS]
+    ]

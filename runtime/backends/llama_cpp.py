@@ -178,6 +178,15 @@ class LlamaTokenizer:
         """What spells a token in a prompt, control tokens too."""
         return self._piece(token, special=True).decode("utf-8", "replace")
 
+    @property
+    def fim_tokens(self) -> tuple[TokenId, TokenId, TokenId] | None:
+        """See :class:`runtime.tokenizer.Tokenizer`."""
+        lib, vocab = self._lib, self._vocab
+        before: int = lib.llama_vocab_fim_pre(vocab)
+        behind: int = lib.llama_vocab_fim_suf(vocab)
+        middle: int = lib.llama_vocab_fim_mid(vocab)
+        return None if min(before, behind, middle) < 0 else (before, behind, middle)
+
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[TokenId]:
         """Tokens of a text; see :class:`runtime.tokenizer.Tokenizer`."""
         if not add_special and self._is_sentencepiece:

@@ -177,13 +177,13 @@ def test_what_has_no_effect_is_named(http: httpx.Client) -> None:
         "prompt": "Hi",
         "options": options,
         "mood": "good",
-        "truncate": True,
+        "shift": True,
         "think": False,
     }
     reply = http.post("/api/generate", json={**body, "stream": False})
     warnings = reply.json()["warnings"]
     named = [w.split()[0] for w in warnings]
-    assert sorted(named) == ["options.colour", "options.num_ctx", "options.num_gpu", "truncate", "unknown"]
+    assert sorted(named) == ["options.colour", "options.num_ctx", "options.num_gpu", "shift", "unknown"]
     assert "options.num_gpu has no effect" in reply.headers["x-edge-warnings"]
     streamed = http.post("/api/generate", json=body)
     assert lines_of(streamed)[-1]["warnings"] == warnings

@@ -70,10 +70,11 @@ async def test_health_is_looked_at_once_however_many_ask(tmp_path: Path) -> None
 
 
 class Answer:
-    def __init__(self, prompt: int, cached: int, output: int, error: str | None = None) -> None:
+    def __init__(self, prompt: int, cached: int, output: int, error: str | None = None, *, number: int = 0) -> None:
         self.known_model = "m"
         self.error_type = error
         self.tokens = (prompt, cached, output)
+        self.prompt_number = number
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,7 @@ class Answer:
     [
         ([Answer(10, 4, 3)], 200, Usage(1, 0, 0, 10, 3, 4, 0)),
         ([Answer(10, 9, 3), Answer(10, 4, 2)], 200, Usage(1, 0, 0, 10, 5, 4, 0)),
+        ([Answer(10, 4, 3), Answer(8, 2, 2, number=1), Answer(8, 7, 2, number=1)], 200, Usage(1, 0, 0, 18, 7, 6, 0)),
         ([Answer(10, 4, 3, "worker_died")], 200, Usage(1, 1, 0, 0, 0, 0, 13)),
         ([Answer(10, 4, 3), Answer(0, 0, 0, "worker_died")], 500, Usage(1, 1, 0, 0, 0, 0, 13)),
         ([Answer(10, 4, 3, "cancelled")], 200, Usage(1, 0, 1, 0, 0, 0, 13)),

@@ -314,7 +314,7 @@ def test_masked_sampling_draws_from_the_models_own_distribution_of_what_is_allow
 
 
 def test_a_grammar_that_becomes_too_costly_ends_its_own_request() -> None:
-    costly = compiled("lark", 'start: x{250,5000}\nx: "a"{1,5000}')
+    costly = compiled("lark", 'start: first x{250,5000}\nfirst: "a" | "b" | "c"\nx: "a"{1,5000}')
     backend, sink = BabblingBackend(Capabilities(2, 900, 900, 64)), CollectingSink()
     engine = Engine(backend, sink, max_queue=10)
     greedy = SamplingParams(temperature=0)

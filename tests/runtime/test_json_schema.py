@@ -104,3 +104,15 @@ def test_answers_that_do_not_or_cannot_be_checked_fail(schema: dict[str, Any], a
     with pytest.raises(ConstraintFailed) as caught:
         check_answer(answer, parse_schema(schema, "s"))
     assert len(caught.value.message) < 400
+
+
+def test_references_may_name_definitions_in_any_letters() -> None:
+    """As programs write them that make schemas of classes; an answer is checked by the same text."""
+    part = {"type": "integer", "maximum": 3}
+    schema = {"anyOf": [{"$ref": "#/$defs/Größe (m)"}, {"$ref": "#/$defs/Gr%C3%B6%C3%9Fe%20(m)"}]}
+    text = parse_schema({**schema, "$defs": {"Größe (m)": part}}, "schema")
+    refs = [option["$ref"] for option in json.loads(text)["anyOf"]]
+    assert refs == ["#/$defs/Gr%C3%B6%C3%9Fe%20(m)"] * 2
+    check_answer("3", text)
+    with pytest.raises(ConstraintFailed):
+        check_answer("4", text)

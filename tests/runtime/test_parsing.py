@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextvars import copy_context
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from edge.errors import InvalidRequest
 from runtime.api.embeddings import EmbeddingRequest
 from runtime.api.ollama_schema import option_warnings
 from runtime.api.openai_schema import ChatRequest
-from runtime.api.parsing import MAX_FIELDS, MAX_PARTS, MAX_VALUES, MAX_WARNINGS, check_items, parse_body
+from runtime.api.parsing import MAX_FIELDS, MAX_PARTS, MAX_VALUES, MAX_WARNINGS, check_items, parse_body, set_strict
 
 NUMBERS = [999] * (MAX_VALUES + 2)
 
@@ -54,7 +55,7 @@ def test_so_are_those_of_messages(num_messages: int) -> None:
     with pytest.raises(InvalidRequest, match="1,000 fields"):
         check_items(body, "messages", frozenset({"role", "content"}), frozenset())
     plain = json.dumps({"messages": [{"role": "user", "content": "x: y"}] * num_messages}).encode()
-    assert check_items(plain, "messages", frozenset({"role", "content"}), frozenset()) == []
+    check_items(plain, "messages", frozenset({"role", "content"}), frozenset())
 
 
 def test_so_are_options() -> None:
@@ -82,3 +83,50 @@ def test_commas_in_texts_are_no_values(text: str) -> None:
     body, _ = parse_body(json.dumps({"model": "m", "input": [text, text]}).encode(), EmbeddingRequest)
     assert body.input == [text, text]
     assert parse_body(json.dumps({"model": "m", "input": text}).encode(), EmbeddingRequest)[0].input == text
+
+
+def parsed(header: str | None, by_default: bool) -> list[str]:
+    set_strict(header, by_default=by_default)
+    return parse_body(b'{"model": "m", "input": "x", "colour": 1, "mood": null}', EmbeddingRequest)[1]
+
+
+@pytest.mark.parametrize(("header", "by_default"), [(None, False), ("false", True), ("False", False)])
+def test_a_request_that_is_not_strict_is_warned(header: str | None, by_default: bool) -> None:
+    assert copy_context().run(parsed, header, by_default) == ["unknown field 'colour' was ignored"]
+
+
+@pytest.mark.parametrize(("header", "by_default"), [(None, True), ("true", False), ("True", True)])
+def test_a_strict_request_names_the_field(header: str | None, by_default: bool) -> None:
+    with pytest.raises(InvalidRequest, match="unknown field 'colour'") as caught:
+        copy_context().run(parsed, header, by_default)
+    assert caught.value.field == "colour"
+
+
+@pytest.mark.parametrize("header", ["", "1", "yes"])
+def test_strictness_is_true_or_false(header: str) -> None:
+    with pytest.raises(InvalidRequest, match="true or false"):
+        copy_context().run(parsed, header, False)
+
+
+def test_fields_inside_of_fields_are_listed_once() -> None:
+    url = {"url": "data:x", "size": 3}
+    parts = [{"type": "text", "text": "x", "mood": 1}, {"type": "image_url", "image_url": url}]
+    message = {"role": "user", "content": parts, "mood": "good", "nothing": None}
+    body = {"model": "m", "messages": [message] * 3, "stream_options": {"include_usage": True, "pace": 2}, "lora": []}
+    assert parse_body(json.dumps(body).encode(), ChatRequest)[1] == [
+        f"unknown field '{name}' in {where} was ignored"
+        for where, name in (
+            ("messages", "mood"), ("messages.content", "mood"), ("messages.content.image_url", "size"),
+            ("stream_options", "pace"),
+        )
+    ]  # fmt: skip
+    schema = {"type": "object", "properties": {"anything": {"x-note": 1}}}
+    body |= {"messages": [{"role": "user", "content": "x"}], "stream_options": None, "metadata": {"a": "b"}}
+    body |= {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}}
+    assert parse_body(json.dumps(body).encode(), ChatRequest)[1] == []
+
+
+def test_so_many_fields_inside_are_refused() -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"} | {f"unknown{i}": 1 for i in range(100_000)}]}
+    with pytest.raises(InvalidRequest, match="1,000 fields"):
+        parse_body(json.dumps(body).encode(), ChatRequest)

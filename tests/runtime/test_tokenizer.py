@@ -10,11 +10,8 @@ from runtime.tokenizer import Detokenizer, StopMatcher
 
 @given(st.text(), st.lists(st.integers(1, 5), min_size=1))
 def test_bytes_in_any_pieces_give_the_text(text: str, cuts: list[int]) -> None:
-    data, out, detokenizer, at, i = text.encode("utf-8", "replace"), "", Detokenizer(), 0, 0
-    while at < len(data):
-        out += detokenizer.push(data[at : at + cuts[i % len(cuts)]])
-        at += cuts[i % len(cuts)]
-        i += 1
+    data, detokenizer = text.encode("utf-8", "replace"), Detokenizer()
+    out = "".join(map(detokenizer.push, pieces_of(data, cuts)))
     assert out + detokenizer.finish() == data.decode()
 
 
@@ -24,29 +21,44 @@ def test_an_incomplete_character_is_shown_at_the_end_only() -> None:
     assert detokenizer.finish() == "\ufffd"
 
 
-def whole(text: str, stops: list[str]) -> str:
-    found = [text.index(s) for s in stops if s and s in text]
-    return text[: min(found)] if found else text
+@given(st.binary(max_size=40), st.lists(st.integers(1, 5), min_size=1))
+def test_so_do_bytes_that_are_no_text(data: bytes, cuts: list[int]) -> None:
+    detokenizer = Detokenizer()
+    out = "".join(map(detokenizer.push, pieces_of(data, cuts)))
+    assert out + detokenizer.finish() == data.decode("utf-8", "replace")
 
 
-letters = st.text(alphabet="abc", max_size=30)
+def pieces_of(data: bytes, cuts: list[int]) -> list[bytes]:
+    found, at = list[bytes](), 0
+    while at < len(data):
+        size = cuts[len(found) % len(cuts)]
+        found.append(data[at : at + size])
+        at += size
+    return found
 
 
-@given(letters, st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=4), st.integers(1, 4))
-def test_stops_in_any_pieces_cut_where_they_cut_the_whole(text: str, stops: list[str], size: int) -> None:
-    matcher, out, stopped = StopMatcher(stops), "", False
-    for i in range(0, len(text), size):
-        emission = matcher.push(text[i : i + size])
+def cut_at(text: str, stops: list[str]) -> tuple[str, bool]:
+    """A text as it is with these stop strings, and whether one stood in it: plainly, letter by letter."""
+    for end in range(len(text) + 1):
+        starts = [end - len(s) for s in stops if text[:end].endswith(s)]
+        if starts:
+            return text[: min(starts)], True
+    return text, False
+
+
+@given(
+    st.text(alphabet="aé€😀", max_size=30), st.lists(st.text(alphabet="aé€😀", min_size=1, max_size=4), max_size=4),
+    st.lists(st.integers(1, 9), min_size=1),
+)  # fmt: skip
+def test_any_split_into_tokens_gives_the_same_text(text: str, stops: list[str], cuts: list[int]) -> None:
+    """Tokens end in the middle of characters, and of stop strings; what is passed on is never taken back."""
+    detokenizer, matcher, out, stopped = Detokenizer(), StopMatcher(stops), "", False
+    for piece in pieces_of(text.encode(), cuts):
+        emission = matcher.push(detokenizer.push(piece))
         out += emission.text
-        if emission.stopped:
-            stopped = True
+        assert text.startswith(out)
+        if stopped := emission.stopped:
             break
     if not stopped:
         out += matcher.finish()
-    assert text.startswith(out)
-    # A longer piece may complete two stop strings at once; the first to begin wins, as in the whole text.
-    assert stopped == any(s in text for s in stops)
-    if size == 1 and stopped:
-        assert any(text[len(out) :].startswith(s) for s in stops)
-    if not stopped:
-        assert out == whole(text, stops)
+    assert (out, stopped) == cut_at(text, stops)

@@ -19,11 +19,13 @@ WINDOW = 48
 """Of the models with a sliding window."""
 WORDS = ("▁", "▁the", "▁and", "▁of", "▁water", "▁pump", "▁boat", "▁sea", "ing", "er", "s")
 VOCABULARY = 3 + 256 + len(WORDS)
+FIM = (VOCABULARY - 3, VOCABULARY - 2, VOCABULARY - 1)
+"""What marks prefix, suffix and middle in the models that fill in: the last three words."""
 SHARPNESS = 2.0
 """Of attention: at 1 every token looks at all before it alike, and what a single one says is lost in the mean."""
 
 
-def _add_vocabulary(writer: Any) -> None:
+def _add_vocabulary(writer: Any, *, fills_in: bool) -> None:
     tokens = [b"<unk>", b"<s>", b"</s>", *(b"<0x%02X>" % i for i in range(256)), *(w.encode() for w in WORDS)]
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
@@ -31,6 +33,9 @@ def _add_vocabulary(writer: Any) -> None:
     writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * len(WORDS)])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    if fills_in:
+        for name, token in zip(("pre", "suf", "mid"), FIM, strict=True):
+            writer.add_uint32(f"tokenizer.ggml.fim_{name}_token_id", token)
 
 
 class Tensors:
@@ -199,7 +204,7 @@ TINY: Mapping[str, Tiny] = {
 }
 
 
-def make_tiny(path: Path, architecture: str) -> Path:
+def make_tiny(path: Path, architecture: str, *, fills_in: bool = False) -> Path:
     """Write a model of four layers."""
     tiny = TINY[architecture]
     writer: Any = gguf.GGUFWriter(str(path), architecture)
@@ -214,7 +219,7 @@ def make_tiny(path: Path, architecture: str) -> Path:
         if isinstance(value, int | float):
             add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
         add(f"{architecture}.{name}", value)
-    _add_vocabulary(writer)
+    _add_vocabulary(writer, fills_in=fills_in)
     tensors = Tensors(writer, seed=7)
     tensors.vector("token_embd.weight", EMBD, VOCABULARY, gain=EMBD**-0.5 if tiny.scales_embeddings else 1)
     tensors.ones(f"{tiny.output_norm}.weight", EMBD, times=8 if tiny.is_tied else 1)
