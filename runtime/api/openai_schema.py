@@ -375,7 +375,7 @@ class Usage(msgspec.Struct, kw_only=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: TokenDetails
-    completion_tokens_details: OutputDetails
+    completion_tokens_details: OutputDetails | msgspec.UnsetType = msgspec.UNSET
 
 
 class AssistantMessage(msgspec.Struct, kw_only=True):
