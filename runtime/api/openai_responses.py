@@ -105,7 +105,7 @@ async def _read(request: HttpRequest, state: State) -> _Asked:
     body.check()
     warnings += body.warnings()
     if body.tools:
-        warnings += check_items(content, "tools", _TOOL_FIELDS, frozenset())
+        check_items(content, "tools", _TOOL_FIELDS, frozenset())
     kept = _kept(request, state)
     if isinstance(body.input, str):
         return _Asked(kept, body, [Item(role="user", content=body.input)], warnings)

@@ -196,7 +196,9 @@ def _usage(usage: Usage) -> ResponseUsage:
         input_tokens=usage.prompt_tokens,
         input_tokens_details=InputDetails(cached_tokens=usage.prompt_tokens_details.cached_tokens),
         output_tokens=usage.completion_tokens,
-        output_tokens_details=OutputDetails(reasoning_tokens=thought.reasoning_tokens if thought else 0),
+        output_tokens_details=OutputDetails(
+            reasoning_tokens=thought.reasoning_tokens if thought and thought.reasoning_tokens else 0
+        ),
         total_tokens=usage.total_tokens,
     )
 
