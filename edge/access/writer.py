@@ -126,7 +126,9 @@ class StateWriter:
         with self._changed:
             used, self._used = self._used, {}
             days, self._days = self._days, {}
-            acts, self._acts = list(self._acts), deque()
+            waiting, self._acts = list(self._acts), deque()
+        # What was done is noted also where nobody waits for that any more.
+        acts = [(act, noted if noted.set_running_or_notify_cancel() else None) for act, noted in waiting]
         try:
             if used or acts:
                 self._commit(used, days, acts)
@@ -135,7 +137,7 @@ class StateWriter:
             log.exception("usage waits in memory")
             self._drop_connection()
             self._put_back(used, days, str(e))
-            for _, noted in acts:
+            for noted in _awaited(acts):
                 noted.set_exception(e if isinstance(e, EdgeError) else StoreError(f"{self.path} failed: {e}."))
         return not is_last
 
@@ -151,7 +153,7 @@ class StateWriter:
         return max(self._first_s + COMMIT_INTERVAL_S, self._retry_at_s)
 
     def _commit(
-        self, used: Mapping[Account, Usage], days: Mapping[str, SavedDay], acts: list[tuple[Act, Future[Head]]]
+        self, used: Mapping[Account, Usage], days: Mapping[str, SavedDay], acts: list[tuple[Act, Future[Head] | None]]
     ) -> None:
         now_s = time.time()
         if self._file != file_of(self.path):  # removed, or another put in its place
@@ -164,7 +166,8 @@ class StateWriter:
             _save_days(db, days, now_s=now_s)
             heads = [audit.append(db, act, now_s=now_s) for act, _ in acts]
         for (_, noted), head in zip(acts, heads, strict=True):
-            noted.set_result(head)
+            if noted is not None:
+                noted.set_result(head)
 
     def _put_back(self, used: Mapping[Account, Usage], days: Mapping[str, SavedDay], error: str) -> None:
         with self._changed:
@@ -172,6 +175,10 @@ class StateWriter:
             for account, what in used.items():
                 self._used[account] = what.plus(self._used.get(account, Usage()))
             self._days = {**days, **self._days}
+
+
+def _awaited(acts: list[tuple[Act, Future[Head] | None]]) -> list[Future[Head]]:
+    return [noted for _, noted in acts if noted is not None]
 
 
 def _save_days(db: sqlite3.Connection, days: Mapping[str, SavedDay], *, now_s: float) -> None:

@@ -9,6 +9,7 @@ import json
 import sqlite3
 import stat
 import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -300,6 +301,25 @@ def test_what_the_disk_refuses_waits_and_is_counted_once(path: Path) -> None:
     assert writer.error is None
     (row,) = read_usage(path, ("key",))
     assert row.usage.requests == 3
+
+
+def test_what_nobody_waits_for_any_more_is_noted_and_counted_once(path: Path) -> None:
+    writer = StateWriter(path)
+    writer.start()
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        first = writer.note(Act("me", "a"))
+        while not first.running():
+            time.sleep(0.001)
+        given_up = writer.note(Act("me", "b"))
+        writer.meter(Account("2026-01-01", "k", "m"), Usage(requests=1))
+        assert given_up.cancel()
+        db.execute("ROLLBACK")
+    assert writer.note(Act("me", "c")).result(10).seq == 3
+    writer.close()
+    assert [line.act.act for line in audit.read_lines(path)] == ["a", "b", "c"]
+    (row,) = read_usage(path, ("key",))
+    assert row.usage.requests == 1
 
 
 def test_a_file_that_is_removed_is_made_anew(path: Path) -> None:
