@@ -206,6 +206,11 @@ def split_images(text: str, *, num_images: int) -> list[str]:
     return texts[::2]
 
 
+def without_breaks(text: str) -> str:
+    """A rendered prompt for people: what the user wrote is as he wrote it, and an image is llama-server's marker."""
+    return re.sub(f"{_IMAGE}[0-9]+{_IMAGE}", "<__media__>", text).replace(_BREAK, "")
+
+
 def encode_prompt(tokenizer: Tokenizer, text: str, *, is_first: bool = True) -> list[TokenId]:
     """Tokens of a rendered prompt, or of what follows an image in it. A text of the user that spells a control token
     becomes plain text."""

@@ -68,6 +68,7 @@ class Delta:
         num_accepted: Guesses that proved right, on the last delta.
         num_rejected: Guesses that proved wrong; they are no part of the answer.
         num_dropped: Tokens left out of the prompt, on the last delta.
+        stop: The stop string that ended the answer, on the last delta; empty where it ended otherwise.
     """
 
     request_id: RequestId
@@ -83,6 +84,7 @@ class Delta:
     num_accepted: int = 0
     num_rejected: int = 0
     num_dropped: int = 0
+    stop: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -698,6 +700,7 @@ class Engine:
             delta, tokens=shown_ids(sequence.tokens) if sequence.request.return_tokens else None,
             num_accepted=answer.num_accepted, num_rejected=answer.num_rejected,
             num_dropped=sequence.request.num_dropped,
+            stop=answer.stops.found if reason is FinishReason.STOP else "",
         )  # fmt: skip
 
 

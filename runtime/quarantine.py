@@ -30,8 +30,13 @@ differ a little."""
 def fingerprint(message: wire.Ask, *, engine: str) -> Fingerprint:
     """What makes two requests the same: all but the id and whose it is, for one model and version of the engine."""
     message = msgspec.structs.replace(message, id=0)
-    if isinstance(message, wire.Generate):
-        message = msgspec.structs.replace(message, tenant="")
+    match message:
+        case wire.Generate():
+            message = msgspec.structs.replace(message, tenant="")
+        case wire.Render():
+            message = msgspec.structs.replace(message, asked=msgspec.structs.replace(message.asked, id=0, tenant=""))
+        case _:
+            pass
     body = msgspec.msgpack.encode(message)
     return Fingerprint(hashlib.blake2b(engine.encode() + b"\0" + body, digest_size=8).hexdigest())
 

@@ -69,12 +69,14 @@ class StopMatcher:
 
     Attributes:
         num_known: Characters that came in.
+        found: The stop string that was reached; empty before.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(s for s in stops if s)
         self._held = ""
         self.num_known = 0
+        self.found = ""
 
     def push(self, text: str) -> Emission:
         """Add text; what is certain comes out. After a stop string nothing more does."""
@@ -82,9 +84,9 @@ class StopMatcher:
         if not self._stops:
             return Emission(text, stopped=False)
         self._held += text
-        found = [(at + len(s), at) for s in self._stops if (at := self._held.find(s)) >= 0]
+        found = [(at + len(s), at, s) for s in self._stops if (at := self._held.find(s)) >= 0]
         if found:
-            _, at = min(found)  # what is complete first, however the text was cut
+            _, at, self.found = min(found)  # what is complete first, however the text was cut
             text, self._held = self._held[:at], ""
             return Emission(text, stopped=True)
         keep = self._longest_beginning()

@@ -111,6 +111,26 @@ class Embed(Message, frozen=True):
     raw_scores: bool = False
 
 
+class Render(Message, frozen=True):
+    """Tell the prompt of a request, which is not answered: its tokens, or the text that the template makes."""
+
+    id: int
+    asked: Generate
+    as_text: bool = False
+
+
+class Spell(Message, frozen=True):
+    """Tell the tokens of texts and token ids in a row, and what spells each. With `add_special` the first text has
+    what the model wants around it; with `parse_special`, what spells a control token is one."""
+
+    id: int
+    content: list[str | int]
+    add_special: bool = False
+    parse_special: bool = False
+    field: str = "content"
+    """What the request calls `content`."""
+
+
 class Cancel(Message, frozen=True):
     """Drop a request; nothing more is sent for it."""
 
@@ -232,7 +252,7 @@ class Piece(msgspec.Struct, array_like=True, frozen=True):
     prefill_s: float = 0.0
     total_s: float = 0.0
     tokens: tuple[int, ...] | None = None
-    """Of prompt and answer, for who asked for them."""
+    """Of prompt and answer, for who asked for them; or what a `Render` or `Spell` asked for."""
     logprobs: tuple[TokenLogprob, ...] | None = None
     rows: bytes | None = None
     """What became of the texts of an `Embed`: float32, little-endian, one row after the other."""
@@ -249,6 +269,10 @@ class Piece(msgspec.Struct, array_like=True, frozen=True):
     num_rejected: int = 0
     num_dropped: int = 0
     """Tokens that were left out of the prompt."""
+    stop: str = ""
+    """The stop string that ended the answer; empty where it ended otherwise."""
+    spellings: tuple[bytes, ...] | None = None
+    """What spells each of the `tokens`, for a `Spell`."""
 
 
 class Failed(msgspec.Struct, array_like=True, frozen=True):
@@ -299,7 +323,7 @@ class Heartbeat(Message, frozen=True):
     """Memory that looks free but is for cells that nobody used yet."""
 
 
-Ask = Generate | Embed
+Ask = Generate | Embed | Render | Spell
 """What can be asked of a model."""
 ToWorker = Load | Ask | Cancel | AskPins | Stop
 ToFront = Loading | Ready | Step | Pins | Heartbeat

@@ -34,7 +34,7 @@ from runtime import wire
 from runtime.adapters import adapter_set
 from runtime.backends.base import Backend
 from runtime.blackbox import BlackBox
-from runtime.chat import CHATML, encode_prompt, split_images
+from runtime.chat import CHATML, encode_prompt, split_images, without_breaks
 from runtime.continuation import Continuer, Prompt
 from runtime.dialogues import Dialogues, num_chars, parts_of
 from runtime.embedding import Embedded, EmbedEngine, EmbedSink
@@ -42,11 +42,13 @@ from runtime.engine import Delta, Engine, Failure, Sink
 from runtime.governor import Governor
 from runtime.grammar import Grammar, Grammars
 from runtime.image_prompts import DECODING_BYTES, ImagePlacer
+from runtime.images import shown_ids
 from runtime.lengths import Ruler
 from runtime.penalties import find_breakers
 from runtime.radix import common_prefix
 from runtime.request import NO_BREAKERS, Adapter, AdapterSet, Breakers, Pin, Request, RequestId, SamplingParams
 from runtime.speculate import AdaptiveSpeculator
+from runtime.spelling import Speller
 from runtime.state_dirs import states_root
 from runtime.state_files import StateFiles, open_states
 from runtime.states import MIN_STATE_TOKENS
@@ -139,7 +141,7 @@ def _piece(d: Delta) -> wire.Piece:
     return wire.Piece(
         d.request_id, d.text, d.num_output, d.num_prompt, d.num_cached, reason, t.queue_s, t.prefill_s, t.total_s,
         d.tokens, d.logprobs, echo=d.echo, num_accepted=d.num_accepted, num_rejected=d.num_rejected,
-        num_dropped=d.num_dropped,
+        num_dropped=d.num_dropped, stop=d.stop,
     )  # fmt: skip
 
 
@@ -277,6 +279,18 @@ class PromptMaker:
                 self._grammars.compile(part, message.tenant)
             raise
 
+    def render(self, message: wire.Render) -> wire.Piece:
+        """What a request's prompt is.
+
+        Raises:
+            InvalidRequest, ContextOverflow: As `request`.
+        """
+        if message.as_text:
+            text = without_breaks(self._dialogue(message.asked).text)
+            return wire.Piece(message.id, text, 0, 0, 0, "stop")
+        prompt, _ = self._prompt(message.asked)
+        return wire.Piece(message.id, "", 0, 0, 0, "stop", tokens=shown_ids(prompt.tokens))
+
     def _breakers(self, params: SamplingParams) -> Breakers:
         """The tokens of the sequence breakers; those of the last request are kept, since few ask for others."""
         if not params.dry_multiplier:
@@ -376,6 +390,7 @@ class Worker:
         self._sink = SocketSink(connection)
         self._box = box
         self._serving: Engine | EmbedEngine
+        self._speller: Speller
         self._take: Callable[[wire.Ask], None]
         self._promised_bytes: Callable[[], int] = lambda: 0
 
@@ -405,6 +420,7 @@ class Worker:
         if files is not None:
             self._adopt(files)
         can, facts = backend.capabilities, backend.facts
+        self._speller = Speller(backend.tokenizer, vocab_size=facts.vocab_size, context_tokens=can.context_tokens)
         self._connection.send(
             wire.Ready(
                 facts.description, facts.architecture, facts.num_parameters, can.context_tokens, can.num_cells,
@@ -451,12 +467,14 @@ class Worker:
         texts = TextMaker(backend)
 
         def take(message: wire.Ask) -> None:
-            if isinstance(message, wire.Generate):
+            if isinstance(message, wire.Embed):
+                engine.submit(texts.request(message))
+            else:
                 raise InvalidRequest("This model makes no text.", field="model")
-            engine.submit(texts.request(message))
 
         self._serving, self._take = engine, take
         can, facts = backend.capabilities, backend.facts
+        self._speller = Speller(backend.tokenizer, vocab_size=facts.vocab_size, context_tokens=can.max_text_tokens)
         self._connection.send(
             wire.Ready(
                 facts.description, facts.architecture, facts.num_parameters, can.max_text_tokens, 0,
@@ -543,7 +561,7 @@ class Worker:
     def _read(self) -> None:
         while (message := self._connection.receive()) is not None:
             match message:
-                case wire.Generate() | wire.Embed():
+                case wire.Generate() | wire.Embed() | wire.Render() | wire.Spell():
                     self._submit(message)
                 case wire.Cancel():
                     self._sink.drop(message.id)
@@ -557,17 +575,24 @@ class Worker:
         os._exit(0)  # the front is gone, and with it everybody who could want an answer
 
     def _generate(self, message: wire.Ask) -> None:
-        if isinstance(message, wire.Embed):
-            raise InvalidRequest("This model makes no embeddings.", field="model")
-        request, reader = self._prompts.request(message)
-        if reader is not None:
-            self._sink.expect(message.id, reader)
-        self._engine.submit(request)
+        match message:
+            case wire.Generate():
+                request, reader = self._prompts.request(message)
+                if reader is not None:
+                    self._sink.expect(message.id, reader)
+                self._engine.submit(request)
+            case wire.Render():
+                self._connection.send(wire.Step([self._prompts.render(message)], []))
+            case _:
+                raise InvalidRequest("This model makes no embeddings.", field="model")
 
     def _submit(self, message: wire.Ask) -> None:
         self._box.begin_text(message.id)
         try:
-            self._take(message)
+            if isinstance(message, wire.Spell):
+                self._connection.send(wire.Step([self._speller.spell(message)], []))
+            else:
+                self._take(message)
         except EdgeError as e:
             self._connection.send(wire.Step([], [failed(message.id, e)]))
         except RecursionError:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from . import semconv
 
-Operation = Literal["chat", "text_completion", "embeddings", "rerank"]
+Operation = Literal["chat", "text_completion", "embeddings", "rerank", "count", "tokenize"]
 AttributeValue = str | bool | int | float | tuple[str, ...]
 Entropy = Callable[[int], bytes]
 """Gives that many random bytes, as `os.urandom` does."""

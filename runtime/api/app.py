@@ -11,7 +11,19 @@ from litestar.plugins import PluginProtocol
 from litestar.plugins.core import MsgspecDIPlugin
 from typing_extensions import override
 
-from runtime.api import admin, completions, docs, embeddings, keys, ollama, ollama_models, openai, openai_responses
+from runtime.api import (
+    admin,
+    anthropic,
+    completions,
+    docs,
+    embeddings,
+    keys,
+    ollama,
+    ollama_models,
+    openai,
+    openai_responses,
+    tokens,
+)
 from runtime.api.access import needs
 from runtime.api.appliance import Appliance, appliance_of
 from runtime.api.call import HttpRequest
@@ -20,7 +32,7 @@ from runtime.api.errors import to_response
 from runtime.api.guard import caller_of, guard
 from runtime.api.schema import ModelInfo
 
-PARTS = (openai, completions, openai_responses, embeddings, ollama, ollama_models, admin, keys, docs)
+PARTS = (openai, completions, openai_responses, anthropic, tokens, embeddings, ollama, ollama_models, admin, keys, docs)
 HEALTH_S = 1.0
 PROMETHEUS_TYPE = "text/plain; version=0.0.4"
 

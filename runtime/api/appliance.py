@@ -74,7 +74,9 @@ _KINDS: dict[Operation, ModelKind] = {
     "text_completion": "text",
     "embeddings": "embeddings",
     "rerank": "reranking",
+    "count": "text",
 }
+"""What models an operation asks for; where it says nothing, any."""
 
 
 class Appliance:
@@ -215,9 +217,9 @@ class Appliance:
             ModelNotFound: There is none of that name.
             InvalidRequest: It is made for something else.
         """
-        wanted = _KINDS[operation]
+        wanted = _KINDS.get(operation)
         model = (await self.pool.host(ref)).model
-        if model.kind != wanted:
+        if wanted is not None and model.kind != wanted:
             names = [str(m.ref) for m in await self.stored_models() if m.kind == wanted]
             others = [name for name in names if limits is None or limits.may_use(name)]
             raise InvalidRequest(

@@ -39,6 +39,8 @@ _PREFIXES: dict[Operation, str] = {
     "text_completion": "cmpl",
     "embeddings": "embd",
     "rerank": "rerank",
+    "count": "count",
+    "tokenize": "tokens",
 }
 HttpRequest = Request[object, object, State]
 Make = Callable[[int, SamplingParams], wire.Ask]
@@ -343,10 +345,18 @@ def usage_of(calls: Sequence[Call]) -> Usage:
 
 def _completed(message: wire.Ask, adapters: tuple[Adapter, ...], details: ModelDetails) -> wire.Ask:
     """The request with its adapters; what it leaves open is as the model's package says."""
-    if not isinstance(message, wire.Generate):
-        if adapters:
+    match message:
+        case wire.Embed() if adapters:
             raise InvalidRequest("Adapters change models that make text, and no others.", field="model")
-        return message
+        case wire.Embed() | wire.Spell():
+            return message
+        case wire.Render():
+            return msgspec.structs.replace(message, asked=_filled(message.asked, adapters, details))
+        case wire.Generate():
+            return _filled(message, adapters, details)
+
+
+def _filled(message: wire.Generate, adapters: tuple[Adapter, ...], details: ModelDetails) -> wire.Generate:
     messages, advised = message.messages, details.sampling
     if messages is not None and details.system and all(m.role != "system" for m in messages):
         messages = [wire.ChatMessage("system", details.system), *messages]

@@ -151,7 +151,7 @@ class RerankList(msgspec.Struct, kw_only=True):
     warnings: list[str] | msgspec.UnsetType = msgspec.UNSET
 
 
-class _NoSampling(SamplingFields, kw_only=True):
+class NoSampling(SamplingFields, kw_only=True):
     """What a call needs to know of a request, where nothing is drawn."""
 
     @override
@@ -191,7 +191,7 @@ async def read_texts(
     http: HttpRequest, state: State, body: TextFields, message: wire.Embed
 ) -> tuple[Call, list[bytes], list[int] | msgspec.UnsetType]:
     """What became of each text, and which were cut."""
-    fields = _NoSampling(model=body.model, timeout_s=body.timeout_s)
+    fields = NoSampling(model=body.model, timeout_s=body.timeout_s)
     operation = "embeddings" if message.query is None else "rerank"
     call = Call(appliance_of(state), http, fields, operation=operation, max_tokens=0)
     streams = await start_all([call], http.receive, lambda i, _: msgspec.structs.replace(message, id=i))

@@ -1,10 +1,11 @@
-"""The one place where errors become responses: OpenAI's error object under /v1, Ollama's under /api, RFC 9457
-elsewhere."""
+"""The one place where errors become responses: OpenAI's error object under /v1, Anthropic's under /v1/messages,
+Ollama's under /api, RFC 9457 elsewhere."""
 
 from __future__ import annotations
 
 import logging
 import math
+import secrets
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,9 @@ STATUS: dict[type[EdgeError], int] = {
     errors.NoRoomToPin: 507,
 }
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_ANTHROPIC_TYPES = _OPENAI_TYPES | {413: "request_too_large", 503: "overloaded_error", 504: "timeout_error"}
+_LLAMA_PATHS = frozenset({"/tokenize", "/detokenize", "/apply-template"})
+"""llama-server's, whose errors are OpenAI's."""
 
 
 class OpenAIErrorDetail(msgspec.Struct, kw_only=True):
@@ -82,6 +86,21 @@ class OpenAIError(msgspec.Struct, kw_only=True):
     error: OpenAIErrorDetail
 
 
+class AnthropicErrorDetail(msgspec.Struct, kw_only=True):
+    """What clients read of an error."""
+
+    type: str
+    message: str
+
+
+class AnthropicError(msgspec.Struct, kw_only=True):
+    """Anthropic's error body."""
+
+    type: str = "error"
+    error: AnthropicErrorDetail
+    request_id: str
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """An error as a response is made of it."""
@@ -93,15 +112,27 @@ class Fault:
     field: str | None = None
     retry_after_s: float | None = None
 
+    @property
+    def _whole_message(self) -> str:
+        """The hint is part of it, where clients show nothing else."""
+        return f"{self.message} {self.hint}" if self.hint else self.message
+
     def openai(self) -> OpenAIError:
-        """As OpenAI's error object; the hint is part of the message, since clients show nothing else."""
+        """As OpenAI's error object."""
         kind = _OPENAI_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        message = f"{self.message} {self.hint}" if self.hint else self.message
-        return OpenAIError(error=OpenAIErrorDetail(message=message, type=kind, param=self.field, code=self.code))
+        detail = OpenAIErrorDetail(message=self._whole_message, type=kind, param=self.field, code=self.code)
+        return OpenAIError(error=detail)
+
+    def anthropic(self, request_id: str) -> AnthropicError:
+        """As Anthropic's."""
+        kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        return AnthropicError(
+            error=AnthropicErrorDetail(type=kind, message=self._whole_message), request_id=request_id
+        )  # fmt: skip
 
     def ollama(self) -> OllamaError:
         """As Ollama's. Its clients look for "not found" before they offer to pull a model."""
-        message = f"{self.message} {self.hint}" if self.hint else self.message
+        message = self._whole_message
         return OllamaError(error=f"model not found: {message}" if self.code == "model_not_found" else message)
 
     def problem(self) -> Problem:
@@ -166,7 +197,17 @@ def _headers(fault: Fault) -> dict[str, str]:
 
 def is_openai_path(path: str) -> bool:
     """Whether errors of this path are OpenAI's."""
-    return path == "/v1" or path.startswith("/v1/")
+    return path == "/v1" or path.startswith("/v1/") or path in _LLAMA_PATHS
+
+
+def is_anthropic_path(path: str) -> bool:
+    """Whether errors of this path are Anthropic's."""
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
+
+
+def request_id_of(token: str = "") -> str:
+    """How Anthropic's clients know a request again: it stands in the header `request-id`, and in errors."""
+    return f"req_{token or secrets.token_hex(12)}"
 
 
 def is_ollama_path(path: str) -> bool:
@@ -174,8 +215,10 @@ def is_ollama_path(path: str) -> bool:
     return path == "/api" or path.startswith("/api/")
 
 
-def written(fault: Fault, path: str) -> tuple[bytes, str]:
+def written(fault: Fault, path: str, *, request_id: str = "") -> tuple[bytes, str]:
     """Body and media type of a fault, in the shape that the path's clients read."""
+    if is_anthropic_path(path):
+        return msgspec.json.encode(fault.anthropic(request_id or request_id_of())), "application/json"
     if is_openai_path(path):
         return msgspec.json.encode(fault.openai()), "application/json"
     if is_ollama_path(path):
@@ -189,5 +232,8 @@ def to_response(request: Request[Any, Any, Any], error: Exception) -> Response[b
     if fault.status >= 500:
         unexpected = not isinstance(error, EdgeError | HTTPException)
         log.error("%s %s: %s", request.method, request.url.path, error, exc_info=error if unexpected else None)
-    body, media_type = written(fault, request.url.path)
-    return Response(body, status_code=fault.status, media_type=media_type, headers=_headers(fault))
+    headers = _headers(fault)
+    if is_anthropic_path(request.url.path):
+        headers["request-id"] = request_id_of()
+    body, media_type = written(fault, request.url.path, request_id=headers.get("request-id", ""))
+    return Response(body, status_code=fault.status, media_type=media_type, headers=headers)

@@ -17,7 +17,7 @@ from runtime import wire
 from runtime.api import sse
 from runtime.api.access import needs
 from runtime.api.appliance import appliance_of
-from runtime.api.call import Call, HttpRequest, Make, Steps, merged, start_all, usage_of
+from runtime.api.call import Call, HttpRequest, Steps, merged, start_all, usage_of
 from runtime.api.describe import EVENTS, exchanges
 from runtime.api.errors import fault_of
 from runtime.api.guard import caller_of
@@ -38,7 +38,7 @@ from runtime.api.openai_schema import (
 from runtime.api.parsing import check_items, parse_body
 from runtime.api.responses import EventStream, until_disconnect
 from runtime.api.tools import CallCollector, CalledFunction, Promise, ToolCallField, unused_options
-from runtime.request import Echo, TokenLogprob
+from runtime.request import Echo, SamplingParams, TokenLogprob
 from runtime.selection import combined_name, refuse_adapter
 
 NO_TOOLS = ToolFields()
@@ -249,7 +249,7 @@ def asked(
     conversation: Conversation | None = None,
     prompt: str | list[int] | None = None,
     tools: ToolFields = NO_TOOLS,
-) -> Make:
+) -> Callable[[int, SamplingParams], wire.Generate]:
     """What the engine is asked, but for the id and the sampling of each answer."""
     return lambda i, params: wire.Generate(
         i,
@@ -296,7 +296,7 @@ def _message(answer: Answer) -> AssistantMessage:
     )
 
 
-_MESSAGE_FIELDS = frozenset(f.encode_name for f in msgspec.structs.fields(ChatMessage))
+MESSAGE_FIELDS = frozenset(f.encode_name for f in msgspec.structs.fields(ChatMessage))
 
 
 async def start_chat(http: HttpRequest, state: State, body: ChatRequest) -> Started:
@@ -310,12 +310,26 @@ async def start_chat(http: HttpRequest, state: State, body: ChatRequest) -> Star
     return calls, await start_all(calls, http.receive, make)
 
 
+async def start_render(http: HttpRequest, state: State, body: ChatRequest, *, as_text: bool) -> Started:
+    """Begin to make the prompt of a conversation, which is not answered; see :class:`runtime.wire.Render`."""
+    body.check()
+    structure, conversation, asks = body.structure(), conversation_of(body.messages), body.asks()
+    constraint, first_image = structure.constraint if structure is not None else None, conversation.first_image
+    calls = [Call(appliance_of(state), http, body, operation="count", max_tokens=0, first_image=first_image)]
+    make = asked(calls, body, 0, conversation=conversation, tools=asks)
+
+    def rendering(number: int, params: SamplingParams) -> wire.Render:
+        return wire.Render(number, msgspec.structs.replace(make(0, params), constraint=constraint), as_text)
+
+    return calls, await start_all(calls, http.receive, rendering)
+
+
 @post("/v1/chat/completions", opt=needs("chat") | exchanges(ChatRequest, streams=EVENTS), status_code=200)
 async def chat_completions(request: HttpRequest, state: State) -> Response[ChatCompletion] | EventStream:
     """Answer a conversation."""
     content = await request.body()
     body, warnings = parse_body(content, ChatRequest)
-    check_items(content, "messages", _MESSAGE_FIELDS, frozenset({"function_call"}))
+    check_items(content, "messages", MESSAGE_FIELDS, frozenset({"function_call"}))
     calls, streams = await start_chat(request, state, body)
     warnings += template_warnings(body, calls[0])
     if body.stream:
@@ -353,7 +367,8 @@ async def list_models(request: HttpRequest, state: State) -> Models:
     stored = [m for m in await appliance.stored_models() if limits.may_use(str(m.ref))]
     pairs = await appliance.pool.combinations(stored)
     models = await asyncio.to_thread(lambda: [_model(m) for m in stored if not m.is_adapter])
-    return Models(data=models + await asyncio.to_thread(lambda: [_adapted(base, adapter) for base, adapter in pairs]))
+    models += await asyncio.to_thread(lambda: [_adapted(base, adapter) for base, adapter in pairs])
+    return Models(data=models, first_id=models[0].id if models else None, last_id=models[-1].id if models else None)
 
 
 def _model(stored: StoredModel) -> Model:

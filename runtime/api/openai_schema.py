@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -479,6 +480,14 @@ class Model(msgspec.Struct, kw_only=True):
     """What it does: ``completion``, with ``vision`` where it reads images; ``embedding``; ``rerank``."""
     parent: str | msgspec.UnsetType = msgspec.UNSET
     """Of a model with an adapter: the model."""
+    type: str = "model"
+    """This and what follows is for Anthropic's clients."""
+    display_name: str = ""
+    created_at: str = ""
+
+    def __post_init__(self) -> None:
+        created = datetime.datetime.fromtimestamp(self.created, datetime.UTC)
+        self.display_name, self.created_at = self.id, created.isoformat().replace("+00:00", "Z")
 
 
 class Models(msgspec.Struct, kw_only=True):
@@ -486,6 +495,9 @@ class Models(msgspec.Struct, kw_only=True):
 
     object: str = "list"
     data: list[Model]
+    has_more: bool = False
+    first_id: str | None
+    last_id: str | None
 
 
 def _advised(makers: Sampling) -> SamplingParams:

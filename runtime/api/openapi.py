@@ -18,7 +18,7 @@ from litestar.routes import HTTPRoute
 from edge import errors
 from runtime.api.access import METERED, Need
 from runtime.api.describe import ASKING, NAMING, OPERATING, Errors, Exchange
-from runtime.api.errors import STATUS, OpenAIError, is_ollama_path, is_openai_path
+from runtime.api.errors import STATUS, AnthropicError, OpenAIError, is_anthropic_path, is_ollama_path, is_openai_path
 from runtime.api.responses import EventStream
 from runtime.api.schema import OllamaError, Problem
 
@@ -237,11 +237,13 @@ def _not_null(schema: Schema) -> Schema:
 
 
 def _error_of(path: str) -> type[msgspec.Struct]:
+    if is_anthropic_path(path):
+        return AnthropicError
     if is_openai_path(path):
         return OpenAIError
     return OllamaError if is_ollama_path(path) else Problem
 
 
 def _tag(path: str) -> str:
-    tags = {"/v1/": "OpenAI", "/api/": "Ollama", "/edge/v1/": "operator"}
+    tags = {"/v1/messages": "Anthropic", "/v1/": "OpenAI", "/api/": "Ollama", "/edge/v1/": "operator"}
     return next((tag for prefix, tag in tags.items() if path.startswith(prefix)), "server")

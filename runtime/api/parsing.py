@@ -48,6 +48,8 @@ _REFUSED: dict[str, tuple[object, ...]] = {
     "conversation": (None,),
     "context_management": (None, []),
     "moderation": (None,),
+    "container": (None,),
+    "mcp_servers": (None, []),
     # samplers of llama-server that are not here
     "mirostat": (None, 0),
     "dynatemp_range": (None, 0),
@@ -65,7 +67,7 @@ _HINTS = {
 }
 # Fields without effect on the answer: taken without a word, unless the request is strict.
 _INEFFECTIVE = frozenset({"user", "service_tier", "safety_identifier"})
-_HARMLESS = _INEFFECTIVE | {"metadata", "store", "parallel_tool_calls"}
+_HARMLESS = _INEFFECTIVE | {"metadata", "store", "parallel_tool_calls", "cache_control"}
 _APART = "is_checked_apart"
 CHECKED_APART = msgspec.Meta(extra={_APART: True})
 """Of a field whose own fields are looked at elsewhere."""
@@ -102,6 +104,9 @@ def passed_over(field: str, warning: str) -> str:
 def parse_body(body: bytes, kind: type[T]) -> tuple[T, list[str]]:
     """A request, and a warning for each field that was left out of account.
 
+    Args:
+        kind: A struct. Its `hints`, where it has any, say what to send instead, by the end of a field's path.
+
     Raises:
         InvalidRequest: Not JSON, a value of the wrong type or outside its range, or a field that asks for what this
             version does not do.
@@ -119,7 +124,8 @@ def parse_body(body: bytes, kind: type[T]) -> tuple[T, list[str]]:
         message, _, path = str(e).partition(" - at `$")
         field = path.strip("`.") or _missing_field(message)
         where = f"'{field}': " if field else ""
-        hint = next((h for end, h in _HINTS.items() if field and field.endswith(end)), None)
+        hints: Mapping[str, str] = getattr(kind, "hints", _HINTS)
+        hint = next((h for end, h in hints.items() if field and field.endswith(end)), None)
         raise InvalidRequest(f"{where}{message}.", field=field, hint=hint) from e
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise InvalidRequest(f"The body is not valid JSON: {e}.", hint="Send one JSON object.") from e

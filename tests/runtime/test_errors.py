@@ -59,3 +59,17 @@ def test_clients_are_told_whether_and_when_to_try_again() -> None:
     ):  # fmt: skip
         assert headers_of(passing)["retry-after"] == "5"
         assert "x-should-retry" not in headers_of(passing)
+
+
+def test_anthropics_clients_read_their_own_types() -> None:
+    found = fault_of(errors.InvalidRequest("Wrong.", field="top_p", hint="Send less.")).anthropic("req_1")
+    assert (found.type, found.request_id) == ("error", "req_1")
+    assert (found.error.type, found.error.message) == ("invalid_request_error", "Wrong. Send less.")
+    types = {status_of(e): fault_of(e).anthropic("").error.type for e in (
+        errors.Unauthorized("x"), errors.Forbidden("x"), errors.ModelNotFound("x"), errors.QueueFull(retry_after_s=1),
+        errors.ModelLoading("x", retry_after_s=1), errors.BackendError("x"), errors.DeadlineExceeded(timeout_s=1),
+    )}  # fmt: skip
+    assert types == {
+        401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
+        503: "overloaded_error", 500: "api_error", 504: "timeout_error",
+    }  # fmt: skip

@@ -91,6 +91,8 @@ def test_errors_have_the_shape_of_the_paths_clients(described: dict[str, Any]) -
     shapes = {
         "POST /v1/chat/completions": ("application/json", "OpenAIError"),
         "POST /api/chat": ("application/json", "OllamaError"),
+        "POST /v1/messages": ("application/json", "AnthropicError"),
+        "POST /tokenize": ("application/json", "OpenAIError"),
         "POST /edge/v1/models/load": ("application/problem+json", "Problem"),
     }
     for name, (media_type, struct) in shapes.items():

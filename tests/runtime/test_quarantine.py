@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,6 +39,12 @@ def test_a_fingerprint_is_of_all_but_the_id() -> None:
         fingerprint(generate(), engine="sha256:b"),
     ]
     assert len({same, *others}) == 4
+
+
+def test_what_renders_the_same_prompt_is_the_same() -> None:
+    asked = [generate(id=i) for i in (1, 2)]
+    first, second = (wire.Render(a.id, msgspec.structs.replace(a, tenant=str(a.id))) for a in asked)
+    assert fingerprint(first, engine="a") == fingerprint(second, engine="a") != fingerprint(asked[0], engine="a")
 
 
 def test_two_deaths_alone_convict() -> None:

@@ -62,3 +62,5 @@ def test_any_split_into_tokens_gives_the_same_text(text: str, stops: list[str], 
     if not stopped:
         out += matcher.finish()
     assert (out, stopped) == cut_at(text, stops)
+    assert matcher.found in (stops if stopped else [""])
+    assert not stopped or text[len(out) :].startswith(matcher.found)
