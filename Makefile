@@ -13,10 +13,10 @@ STAMPS := $(VENV)/.stamps
 QUIET := 2>&1 | grep -v -e 'already satisfied' -e '^WARNING: Location' || true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run test lint bench soak images-test clean
+.PHONY: help setup setup-dev run test lint bench soak images-test compatibility clean
 
 help:  ## Show this list.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 $(STAMPS)/venv:
 	@echo "==> Making $(VENV)"
@@ -69,6 +69,9 @@ soak: setup-dev  ## The long runs.
 
 images-test: setup-dev  ## Build the images and run them (needs buildah and podman).
 	@$(BIN)/python -m pytest -m images --timeout 7200
+
+compatibility: setup-dev  ## Write docs/compatibility.md anew.
+	@$(BIN)/python -m tests.compatibility > docs/compatibility.new && mv docs/compatibility.new docs/compatibility.md
 
 clean:  ## Remove what set-up made.
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

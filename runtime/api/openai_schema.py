@@ -14,6 +14,7 @@ from edge.store.details import Sampling
 from runtime import wire
 from runtime.api.structured import MAX_TEXT_CHARS, ResponseFormat, Structure, StructuredOutputs, structure_of
 from runtime.api.tools import (
+    ChosenTool,
     ReasoningEffort,
     ToolCallField,
     ToolCalls,
@@ -270,8 +271,11 @@ class ChatRequest(SamplingFields, kw_only=True):
             InvalidRequest: A tool's schema is not one that is held, or one is to be called that is not there.
         """
         tools = wire_tools(self.tools or ())
+        # Who names a tool wants one call of it, as OpenAI's clients take for granted; others say so where they do.
+        is_one = isinstance(self.tool_choice, ChosenTool) and not self.parallel_tool_calls
+        many = not is_one and self.parallel_tool_calls is not False
         return ToolFields(
-            tools, wire_choice(self.tool_choice, tools), self.parallel_tool_calls is not False,
+            tools, wire_choice(self.tool_choice, tools), many,
             template_options(self.chat_template_kwargs, self.reasoning_effort),
         )  # fmt: skip
 

@@ -12,6 +12,7 @@ from typing import Any, Union, get_args, get_origin
 
 import msgspec
 from litestar import Litestar, Response
+from litestar.enums import MediaType
 from litestar.handlers import HTTPRouteHandler
 from litestar.routes import HTTPRoute
 
@@ -113,6 +114,12 @@ class _Operation:
         need: Need = self.handler.opt.get("needs", "admin")
         return need
 
+    @property
+    def _media_type(self) -> str:
+        """Of an answer that comes as a whole."""
+        found = self.handler.media_type
+        return (found.value if isinstance(found, MediaType) else found) or JSON
+
     def kinds(self) -> Iterator[object]:
         """Types of bodies."""
         yield _error_of(self.path)
@@ -177,7 +184,7 @@ class _Operation:
         content: Schema = {}
         if self.method != "HEAD":
             if kind is not None:
-                content[str(self.handler.media_type)] = {"schema": {} if kind is bytes else schemas.of(kind)}
+                content[self._media_type] = {"schema": {} if kind is bytes else schemas.of(kind)}
             if self.exchange.streams and status == self.handler.status_code:
                 content[self.exchange.streams] = {"schema": {"type": "string"}}
         return {

@@ -104,6 +104,19 @@ def test_errors_have_the_shape_of_the_paths_clients(described: dict[str, Any]) -
             assert media_type in responses[status]["content"]
 
 
+def test_media_types_are_described(described: dict[str, Any]) -> None:
+    answers = {
+        name: o["responses"]["200"].get("content", {})
+        for name, o in operations(described).items()
+        if "200" in o["responses"]
+    }
+    assert set(answers["POST /v1/chat/completions"]) == {"application/json", "text/event-stream"}
+    assert set(answers["POST /api/chat"]) == {"application/json", "application/x-ndjson"}
+    assert set(answers["GET /livez"]) == {"application/json"}
+    assert set(answers["GET /edge/v1/events"]) == {"text/event-stream"}
+    assert all(len(name.split("/")) == 2 for content in answers.values() for name in content)
+
+
 def test_keys_are_described(described: dict[str, Any]) -> None:
     assert set(described["components"]["securitySchemes"]) == {"bearer", "x-api-key"}
     assert "security" not in operations(described)["GET /livez"]
