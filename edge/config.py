@@ -78,6 +78,10 @@ class Settings:
     request_timeout_s: float = 1800.0
     """A request that has no whole answer after this time ends with an error; it may ask for less by `timeout_s`."""
     max_body_bytes: int = 16 << 20
+    max_file_bytes: int = 200 << 20
+    """Largest file of requests that is taken for a batch."""
+    moderation: str = ""
+    """Name of the classifier behind /v1/moderations (entry point group ``slm_edge.moderation``); empty is none."""
     max_connections: int = 1024
     """Open at once; one address of another machine may have a quarter. Near it, those go that ask for nothing."""
     head_timeout_s: float = 10.0
@@ -136,6 +140,16 @@ class Settings:
     def responses_db(self) -> Path:
         """What `/v1/responses` keeps."""
         return self.home / "responses.db"
+
+    @property
+    def batches_db(self) -> Path:
+        """Files, batches, and the answers of their lines."""
+        return self.home / "batches.db"
+
+    @property
+    def files_dir(self) -> Path:
+        """What clients sent as files, and what batches made."""
+        return self.home / "files"
 
     @property
     def needs_keys(self) -> bool:
@@ -233,8 +247,8 @@ def _convert(name: str, value: object, where: str) -> object:
 
 _LEAST = {
     "threads": 0, "context_tokens": 0, "state_bytes": 0, "state_disk_bytes": -1, "max_sequences": 1, "step_tokens": 1,
-    "max_queue": 1, "token_interval_ms": 0, "max_body_bytes": 1024, "request_timeout_s": 1, "outbox_bytes": 1 << 16,
-    "responses_bytes": 0,
+    "max_queue": 1, "token_interval_ms": 0, "max_body_bytes": 1024, "max_file_bytes": 1024,
+    "request_timeout_s": 1, "outbox_bytes": 1 << 16, "responses_bytes": 0,
     "max_connections": 16, "head_timeout_s": 1, "stall_timeout_s": 1, "drain_timeout_s": 0,
 }  # fmt: skip
 

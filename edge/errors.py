@@ -207,6 +207,70 @@ class ResponseNotFound(InvalidRequest):
         self.name = name
 
 
+class StoredFileNotFound(EdgeError):
+    """No file of that id was sent or made for who asks."""
+
+    code = "file_not_found"
+
+    def __init__(self, file_id: str) -> None:
+        super().__init__(f"There is no file {file_id[:64]!r}.", hint="GET /v1/files lists those that there are.")
+        self.file_id = file_id
+
+
+class FileTooLarge(EdgeError):
+    """A file that is larger than files may be."""
+
+    code = "file_too_large"
+
+    def __init__(self, *, limit_bytes: int) -> None:
+        super().__init__(
+            f"The file is larger than {limit_bytes:,} bytes.", hint="Send it in parts, or raise max_file_bytes."
+        )
+        self.limit_bytes = limit_bytes
+
+
+class FileInUse(EdgeError):
+    """A file that a batch still reads."""
+
+    code = "file_in_use"
+
+    def __init__(self, file_id: str, *, batch: str) -> None:
+        super().__init__(f"The file {file_id} is being read by the batch {batch}.", hint="Cancel the batch first.")
+        self.file_id = file_id
+        self.batch = batch
+
+
+class StorageFull(EdgeError):
+    """As many files as one may keep, or as large ones."""
+
+    code = "storage_full"
+
+    def __init__(self, *, num_files: int, max_files: int, size_bytes: int, max_bytes: int) -> None:
+        super().__init__(
+            f"There is no room for this file: {num_files:,} files of {size_bytes:,} bytes are kept, and "
+            f"{max_files:,} of {max_bytes:,} bytes may be.",
+            hint="Remove files that are not needed any more: DELETE /v1/files/ID.",
+        )
+        self.size_bytes = size_bytes
+        self.max_bytes = max_bytes
+
+
+class BatchNotFound(EdgeError):
+    """No batch of that id belongs to who asks."""
+
+    code = "batch_not_found"
+
+    def __init__(self, batch_id: str) -> None:
+        super().__init__(f"There is no batch {batch_id[:64]!r}.", hint="GET /v1/batches lists those that there are.")
+        self.batch_id = batch_id
+
+
+class ModerationUnavailable(EdgeError):
+    """Nothing here judges texts."""
+
+    code = "moderation_unavailable"
+
+
 class JobNotFound(EdgeError):
     """No job of that id is known."""
 

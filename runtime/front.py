@@ -21,6 +21,7 @@ from edge.store.models import ModelStore
 from edge.telemetry.service import Telemetry
 from runtime.api.app import create_app
 from runtime.api.appliance import Appliance
+from runtime.api.batches.service import batches_of
 from runtime.connection import HttpConnection
 from runtime.door import Door, Manners
 from runtime.listener import PEER_SHARE, Listener, raise_fd_limit, room_for
@@ -105,8 +106,9 @@ async def answer(
     door = Door(Manners(most, of_peer, settings.head_timeout_s, settings.stall_timeout_s))
     appliance.telemetry.add_gauge("edge.connections.open", lambda: float(len(door)), text="Connections that are open.")
     loop = asyncio.get_running_loop()
+    app = create_app(appliance)
     config = uvicorn.Config(
-        create_app(appliance), log_config=None, access_log=False, http="httptools", ws="none",
+        app, log_config=None, access_log=False, http="httptools", ws="none",
         timeout_keep_alive=75, timeout_graceful_shutdown=5, server_header=False,
         # Whose address a proxy names is believed only where the operator says that there is one.
         proxy_headers=bool(settings.tls_by_proxy),
@@ -122,6 +124,7 @@ async def answer(
     async def drain() -> None:
         await draining.wait()
         door.drain()
+        await batches_of(app.state).pause()
         if (num := sum(h.num_active for h in appliance.pool.hosts())) > 0:
             log.warning("stopping: waiting for %d requests, %.0f s at most", num, settings.drain_timeout_s)
         await appliance.pool.drain(settings.drain_timeout_s)

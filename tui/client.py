@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, NoReturn, Self, TypeVar
+from typing import BinaryIO, Literal, NoReturn, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -37,6 +37,7 @@ from edge.errors import (
     UnsupportedFormat,
 )
 from edge.kinds import Role
+from runtime.api.batches.schema import Batch, BatchList, FileObject
 from runtime.api.schema import (
     DeviceStatus,
     Explanation,
@@ -66,6 +67,8 @@ MAX_REPLY_BYTES = 8 << 20
 MAX_ERROR_BYTES = 64 << 10
 CONNECT_TIMEOUT_S = 3.0
 REPLY_TIMEOUT_S = 15.0
+UPLOAD_TIMEOUT_S = 60.0
+"""In which nothing of a file moves; and for the disk at its end."""
 LOAD_TIMEOUT_S = 600.0
 """A load answers when the model is ready: a large file on a slow card takes minutes."""
 TOKEN_TIMEOUT_S = 600.0
@@ -353,6 +356,35 @@ class RuntimeClient:
         """The last lines of the appliance's log, oldest first."""
         return (await self._call("GET", f"/edge/v1/logs?lines={num_lines}", LogLines)).lines
 
+    async def send_file(self, file: BinaryIO) -> FileObject:
+        """Send a file of requests, for a batch."""
+        async with self._open("POST", "/v1/files", None, UPLOAD_TIMEOUT_S, file=file) as response:
+            return self._decode(await self._read(response, MAX_REPLY_BYTES), FileObject)
+
+    async def create_batch(self, file_id: str, endpoint: str) -> Batch:
+        """Have the requests of a file answered."""
+        body = {"input_file_id": file_id, "endpoint": endpoint, "completion_window": "24h"}
+        return await self._call("POST", "/v1/batches", Batch, body)
+
+    async def batches(self) -> list[Batch]:
+        """The last hundred batches, the newest first."""
+        return (await self._call("GET", "/v1/batches?limit=100", BatchList)).data
+
+    async def batch(self, batch_id: str) -> Batch:
+        """One batch."""
+        return await self._call("GET", f"/v1/batches/{quote(batch_id, safe='')}", Batch)
+
+    async def cancel_batch(self, batch_id: str) -> Batch:
+        """Have a batch end with what it has."""
+        return await self._call("POST", f"/v1/batches/{quote(batch_id, safe='')}/cancel", Batch)
+
+    async def file_content(self, file_id: str) -> AsyncGenerator[bytes]:
+        """What is in a file, as it arrives."""
+        path = f"/v1/files/{quote(file_id, safe='')}/content"
+        async with self._open("GET", path, None, UPLOAD_TIMEOUT_S) as response:
+            async for chunk in response.aiter_bytes():
+                yield chunk
+
     async def events(self) -> AsyncGenerator[DeviceStatus | Job | LogLines]:
         """What the appliance tells, as it happens; it ends only by an error. The caller connects again.
 
@@ -419,16 +451,21 @@ class RuntimeClient:
                     yield event
 
     @contextlib.asynccontextmanager
-    async def _open(self, method: Method, path: str, body: Body, timeout_s: float) -> AsyncGenerator[httpx.Response]:
+    async def _open(
+        self, method: Method, path: str, body: Body, timeout_s: float, *, file: BinaryIO | None = None
+    ) -> AsyncGenerator[httpx.Response]:
         """Send, and hand out the response if it is a success. Errors of httpx end here."""
         if self._read_only and method != "GET":
             raise InvalidRequest("This terminal is read only.", hint="Start it without --readonly to change things.")
         content = None if body is None else msgspec.json.encode(body)
         # No compression: a bound on what arrives is then a bound on what it becomes.
-        headers = {"accept-encoding": "identity", "content-type": "application/json"}
+        headers = {"accept-encoding": "identity", **({} if file else {"content-type": "application/json"})}
+        form = (None, None) if file is None else ({"file": file}, {"purpose": "batch"})
         timeout = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
         try:
-            async with self._http.stream(method, path, content=content, headers=headers, timeout=timeout) as response:
+            async with self._http.stream(
+                method, path, content=content, files=form[0], data=form[1], headers=headers, timeout=timeout
+            ) as response:
                 if not response.is_success:
                     await self._fail(response, body)
                 if response.headers.get("content-encoding", "identity") != "identity":

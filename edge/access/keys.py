@@ -169,6 +169,16 @@ class KeyReader:
         found = _key(row) if row and is_right else None
         return found if found is not None and found.revoked_s is None else None
 
+    def get(self, key_id: str) -> Key | None:
+        """The key of an id, for what somebody left to be done in its name; None if there is none, or it was revoked.
+
+        Raises:
+            StoreError: The file cannot be read.
+        """
+        with errors_of(self._path):
+            row = self._db.execute(f"{_SELECT} WHERE id = ? AND revoked_s IS NULL", (key_id,)).fetchone()
+        return _key(row) if row else None
+
     def is_valid(self, key: Key) -> bool:
         """Whether it still holds, and has not been changed for another.
 

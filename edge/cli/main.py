@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "unload": ("edge.cli.running:unload", "Unload a model from the running appliance."),
     "pin": ("edge.cli.models:pin", "Keep a model in memory once it is loaded."),
     "draft": ("edge.cli.drafts:draft", "Have a smaller model guess for another one."),
+    "batch": ("edge.cli.batch:batch", "Have a file of requests answered when there is room."),
     "warm": ("edge.cli.warm:warm", "Compute a system prompt once and keep it for all who begin with it."),
     "replay": ("edge.cli.replay:replay", "Look into requests that ended the engine."),
     "tune": ("edge.cli.tune:tune", "Measure which engine settings are fastest for a model on this device."),

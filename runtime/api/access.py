@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import datetime
 import logging
 import time
@@ -19,7 +20,7 @@ from edge.access.usage import Account, Usage
 from edge.access.writer import SavedDay, StateWriter, load_day
 from edge.config import Settings
 from edge.database import NewerFormat, connect_read_only, errors_of
-from edge.errors import EdgeError, Forbidden, RateLimited, StoreError, Unauthorized
+from edge.errors import EdgeError, Forbidden, KeyNotFound, RateLimited, StoreError, Unauthorized
 
 log = logging.getLogger("edge.access")
 
@@ -30,6 +31,8 @@ BYTES_PER_TOKEN = 4
 """About what a token of a body takes."""
 UNSTATED_TOKENS = 512
 """What an answer is taken to be that may be as long as it likes."""
+LAST = 3
+"""The priority of what nobody waits for."""
 LOG_INTERVAL_S = 10.0
 """Refused callers are logged together: nobody shall fill the log by being refused."""
 
@@ -47,11 +50,13 @@ class Caller:
         key: Its key; None for a program of this machine that needs none.
         address: Where it came from: an IP address, or ``unix``.
         is_local: It came over the Unix socket, which has file permissions instead of keys.
+        is_background: Nobody waits for the answer: whatever the key says, it is served last.
     """
 
     key: Key | None
     address: str
     is_local: bool = False
+    is_background: bool = False
 
     @property
     def id(self) -> str:
@@ -61,7 +66,8 @@ class Caller:
     @property
     def limits(self) -> Limits:
         """What it may do; without a key, everything."""
-        return self.key.limits if self.key else _EVERYTHING
+        limits = self.key.limits if self.key else _EVERYTHING
+        return dataclasses.replace(limits, priority=LAST) if self.is_background else limits
 
     @property
     def may_read_files(self) -> bool:
@@ -281,6 +287,17 @@ class Access:
         if key is None:
             raise self._refusal(address, _not_a_key())
         return Caller(key, address, is_local)
+
+    def background_caller(self, key_id: str) -> Caller:
+        """Who asks for what a key left to be done; an empty id is who needed none.
+
+        Raises:
+            KeyNotFound: The key was revoked.
+        """
+        key = self._open_reader().get(key_id) if key_id else None
+        if key_id and key is None:
+            raise KeyNotFound(key_id)
+        return Caller(key, "batch", is_background=True)
 
     def is_valid(self, caller: Caller) -> bool:
         """Whether its key still holds."""

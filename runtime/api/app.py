@@ -18,6 +18,7 @@ from runtime.api import (
     docs,
     embeddings,
     keys,
+    moderations,
     ollama,
     ollama_models,
     openai,
@@ -26,13 +27,19 @@ from runtime.api import (
 )
 from runtime.api.access import needs
 from runtime.api.appliance import Appliance, appliance_of
+from runtime.api.batches import routes as batches
+from runtime.api.batches.service import BatchService
 from runtime.api.call import HttpRequest
 from runtime.api.describe import exchanges
 from runtime.api.errors import to_response
 from runtime.api.guard import caller_of, guard
+from runtime.api.moderations import Moderator
 from runtime.api.schema import ModelInfo
 
-PARTS = (openai, completions, openai_responses, anthropic, tokens, embeddings, ollama, ollama_models, admin, keys, docs)
+PARTS = (
+    openai, completions, openai_responses, anthropic, tokens, embeddings, moderations, batches, ollama, ollama_models,
+    admin, keys, docs,
+)  # fmt: skip
 HEALTH_S = 1.0
 PROMETHEUS_TYPE = "text/plain; version=0.0.4"
 
@@ -118,14 +125,19 @@ class _MsgspecApp(Litestar):
 
 def create_app(appliance: Appliance) -> Litestar:
     """The ASGI application of an appliance, which it starts and closes."""
+    service = BatchService(appliance)
+    state = {
+        "appliance": appliance, "health": Health(appliance), "batches": service,
+        "moderator": Moderator(appliance.settings.moderation),
+    }  # fmt: skip
     return _MsgspecApp(
         [livez, readyz, health, metrics, *(handler for part in PARTS for handler in part.HANDLERS)],
-        state=State({"appliance": appliance, "health": Health(appliance)}),
+        state=State(state),
         middleware=[guard(appliance.settings, appliance.access)],
         exception_handlers={Exception: to_response},
         request_max_body_size=appliance.settings.max_body_bytes,
         openapi_config=None,
-        on_startup=[appliance.start],
-        on_shutdown=[appliance.close],
+        on_startup=[appliance.start, service.start],
+        on_shutdown=[service.close, appliance.close],
         logging_config=None,
     )

@@ -31,6 +31,8 @@ from runtime.api.parsing import set_strict
 
 _LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 _PREFLIGHT_S = 600
+INSIDE = "edge.caller"
+"""The extension of a scope in which the appliance says on whose behalf it asks itself. No client can set one."""
 _EXPOSED = (
     "Retry-After, WWW-Authenticate, x-edge-warnings, x-should-retry, x-ratelimit-limit-requests, "
     "x-ratelimit-remaining-requests, x-ratelimit-reset-requests, x-ratelimit-limit-tokens, "
@@ -172,6 +174,8 @@ class _Gate:
         return {"access-control-allow-origin": origin, "vary": "Origin", "access-control-expose-headers": _EXPOSED}
 
     def _identify(self, scope: HTTPScope) -> tuple[Caller, Need]:
+        if (inside := _inside(scope)) is not None:
+            return inside, _need(scope)
         server, client = scope["server"], scope["client"]
         is_local = server is None or server[1] is None
         address = "unix" if is_local or client is None else client[0]
@@ -179,6 +183,13 @@ class _Gate:
         if need == "nothing":
             return Caller(None, address), need
         return self._access.identify(scope["headers"], address=address, is_local=is_local), need
+
+
+def _inside(scope: Mapping[str, Any]) -> Caller | None:
+    """On whose behalf the appliance asks itself; None where it is asked by others."""
+    extensions: Mapping[str, Any] | None = scope.get("extensions")
+    caller: Caller | None = extensions.get(INSIDE) if extensions else None
+    return caller
 
 
 def _body_bytes(scope: HTTPScope) -> int:

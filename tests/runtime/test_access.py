@@ -48,6 +48,8 @@ def test_every_route_says_what_it_needs_and_only_these_need_nothing(tmp_path: Pa
             assert need == "admin", name
         elif path.startswith("/edge/v1/"):
             assert need in (("view",) if method == "GET" else ("operate", "admin")), name
+        elif path.startswith(("/v1/files", "/v1/batches")):
+            assert need == "key", name  # for those who may ask anything; what a batch asks is looked at by itself
         elif path.startswith("/v1/") and method == "POST":
             assert need in ("chat", "embed"), name
 

@@ -1,0 +1,210 @@
+"""Works through batches: validated, answered line by line, written out. What was done is on the disk, so that each
+line is answered once whatever ends in between."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Generator
+from dataclasses import dataclass, field
+
+from edge.config import Settings
+from edge.errors import KeyNotFound, StoreError
+from edge.store.digest import digest_file
+
+from .answers import Answer, answer_of, wait_before_retry_s
+from .gate import Gate, lines_at_once
+from .inside import Reply
+from .lines import LINE_EXTRA_BYTES, Line, check_lines, raw_lines, unanswered
+from .outputs import Ending, finish, write_outputs
+from .schema import Batch, BatchError, BatchStatus
+from .store import StoreThread
+
+log = logging.getLogger("edge.batches")
+
+RETRY_S = 10.0
+"""Until a batch goes on whose disk or database failed."""
+Ask = Callable[[str, str, bytes], Awaitable[Reply]]
+"""Sends a body to a path as the key of this id."""
+_ENDINGS: dict[BatchStatus, Ending] = {"finalizing": "completed", "cancelling": "cancelled", "in_progress": "expired"}
+
+
+@dataclass(slots=True)
+class _Job:
+    id: str
+    key: str
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Runner:
+    """Owned by the event loop. A key's batches are answered one after the other; those of several take turns.
+
+    Args:
+        ask: Raises `KeyNotFound` where the key does not hold any more.
+    """
+
+    def __init__(self, settings: Settings, store: StoreThread, gate: Gate, ask: Ask) -> None:
+        self._settings, self._store, self._gate, self._ask = settings, store, gate, ask
+        self._max_line_bytes = settings.max_body_bytes + LINE_EXTRA_BYTES
+        self._is_closed = False
+        self._jobs: dict[str, _Job] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._checking = asyncio.Lock()
+
+    def add(self, batch_id: str, key: str) -> None:
+        """Begin with a batch, or go on with it where it is. One that is known or comes too late is left alone."""
+        if batch_id in self._jobs or self._is_closed:
+            return
+        job = self._jobs[batch_id] = _Job(batch_id, key)
+        task = asyncio.create_task(self._supervise(job), name=f"batch {batch_id}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def stop(self, batch_id: str) -> None:
+        """Have a batch see that it is being cancelled: what is under way of it is given up."""
+        if (job := self._jobs.get(batch_id)) is not None:
+            job.stop.set()
+
+    async def close(self) -> None:
+        """Let go of everything; it goes on at the next start."""
+        self._is_closed = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _supervise(self, job: _Job) -> None:
+        try:
+            while not await self._worked_through(job):  # noqa: ASYNC110  # a disk tells nobody that it works again
+                await asyncio.sleep(RETRY_S)
+        finally:
+            self._jobs.pop(job.id, None)
+
+    async def _worked_through(self, job: _Job) -> bool:
+        """Whether the batch is over; if not, it is worth another try."""
+        try:
+            await self._work(job)
+        except FileNotFoundError:
+            return await self._failed(job, BatchError(code="file_damaged", message="The file of this batch is gone."))
+        except (StoreError, OSError) as e:
+            log.error("batch %s waits: %s", job.id, e)
+            return False
+        except KeyNotFound:
+            return await self._failed(job, BatchError(code="key_revoked", message="The key of this batch was revoked."))
+        except Exception:  # the supervisor of a task: the batch fails, the appliance goes on
+            log.exception("batch %s failed", job.id)
+            return await self._failed(
+                job, BatchError(code="internal_error", message="The appliance failed; see its log.")
+            )
+        return True
+
+    async def _failed(self, job: _Job, *errors: BatchError) -> bool:
+        try:
+            await self._store.run(lambda s: s.batches.fail(job.id, errors, now_s=time.time()))
+        except StoreError as e:
+            log.error("batch %s waits: %s", job.id, e)
+            return False
+        return True
+
+    async def _work(self, job: _Job) -> None:
+        batch = await self._store.run(lambda s: s.batches.find(job.id))
+        if batch.status == "validating":
+            batch = await self._validated(job, batch)
+        if batch.status == "in_progress":
+            batch = await self._answered(job, batch)
+        if not batch.is_over:
+            await self._write_out(job, batch)
+
+    async def _validated(self, job: _Job, batch: Batch) -> Batch:
+        digest = await self._store.run(lambda s: s.files.digest(batch.input_file_id))
+        async with self._checking:
+            total, errors = await asyncio.to_thread(self._check, batch, digest)
+        if errors:
+            await self._store.run(lambda s: s.batches.fail(job.id, errors, now_s=time.time()))
+            return await self._store.run(lambda s: s.batches.find(job.id))
+        return await self._moved(job, "in_progress", since="validating", total=total)
+
+    def _check(self, batch: Batch, digest: str) -> tuple[int, list[BatchError]]:
+        path = self._settings.files_dir / batch.input_file_id
+        if digest_file(path) != digest:
+            return 0, [BatchError(code="file_damaged", message="The file is not as it was sent. Send it again.")]
+        with path.open("rb") as file:
+            return check_lines(raw_lines(file, max_bytes=self._max_line_bytes), batch.endpoint)
+
+    async def _moved(self, job: _Job, to: BatchStatus, *, since: BatchStatus, total: int | None = None) -> Batch:
+        return await self._store.run(
+            lambda s: s.batches.move(job.id, to, since=(since,), now_s=time.time(), total=total)
+        )
+
+    async def _answered(self, job: _Job, batch: Batch) -> Batch:
+        """The batch when all its lines are answered, it is cancelled, or its time is over."""
+        work, stopped = asyncio.create_task(self._answer_all(job, batch)), asyncio.create_task(job.stop.wait())
+        left_s = max(0.0, batch.expires_at - time.time())
+        try:
+            await asyncio.wait({work, stopped}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                return await self._store.run(lambda s: s.batches.find(job.id))
+            work.result()
+        finally:
+            work.cancel()
+            stopped.cancel()
+            await asyncio.wait({work, stopped})
+        return await self._moved(job, "finalizing", since="in_progress")
+
+    async def _answer_all(self, job: _Job, batch: Batch) -> None:
+        async with self._turns[job.key]:
+            answered = await self._store.run(lambda s: s.batches.answered(job.id))
+            path = self._settings.files_dir / batch.input_file_id
+            lines = _Lines(unanswered(path, batch.endpoint, answered, max_bytes=self._max_line_bytes))
+            num = lines_at_once(self._settings.max_sequences)
+            tasks = [asyncio.create_task(self._answer_some(job, batch, lines)) for _ in range(num)]
+            try:
+                await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _answer_some(self, job: _Job, batch: Batch, lines: _Lines) -> None:
+        while (line := await lines.next()) is not None:
+            answer = await self._answer(job, batch, line)
+            await self._store.run(lambda s, a=answer: s.batches.record(job.id, a))
+
+    async def _answer(self, job: _Job, batch: Batch, line: Line) -> Answer:
+        for num_tries in itertools.count(1):
+            async with self._gate.passed():
+                reply = await self._ask(job.key, batch.endpoint, line.body)
+            wait_s = wait_before_retry_s(reply, num_tries=num_tries)
+            if wait_s is None:
+                return answer_of(line, reply)
+            await asyncio.sleep(wait_s)
+        raise AssertionError("counting has no end")
+
+    async def _write_out(self, job: _Job, batch: Batch) -> None:
+        ending = _ENDINGS[batch.status]
+        # After this no answer is on its way to the disk any more: they went the same way, before it.
+        answered = await self._store.run(lambda s: s.batches.answered(job.id))
+        outputs = await asyncio.to_thread(
+            write_outputs, self._settings, batch, ending, answered, max_line_bytes=self._max_line_bytes
+        )
+        try:
+            await self._store.run(lambda s: finish(s, batch, job.key, outputs, ending, now_s=time.time()))
+        except StoreError:
+            await asyncio.to_thread(outputs.discard)
+            raise
+
+
+class _Lines:
+    """Lines that several take from, read on a thread."""
+
+    def __init__(self, lines: Generator[Line]) -> None:
+        self._lines = lines
+        self._reading = asyncio.Lock()
+
+    async def next(self) -> Line | None:
+        """The next; None after the last."""
+        async with self._reading:
+            return await asyncio.to_thread(next, self._lines, None)

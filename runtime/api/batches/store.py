@@ -1,0 +1,107 @@
+"""Files and batches on the disk, under one connection and on one thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TypeVar
+
+from edge.config import Settings
+from edge.database import errors_of, transaction
+from edge.errors import InvalidRequest
+
+from .database import open_batches
+from .files import Files
+from .ledger import Ledger
+from .schema import Batch
+
+T = TypeVar("T")
+FILES_OF_KEY = 8
+"""A key's files may together be as large as so many of the largest."""
+
+
+class BatchStore:
+    """What is on the disk. All of it blocks, and belongs to the thread that made it."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Open it, or make it, and remove what was left half done. Nothing may be on its way to the disk.
+
+        Raises:
+            StoreError: It cannot be opened.
+        """
+        self.path = settings.batches_db
+        self._db = open_batches(self.path)
+        self.files = Files(self._db, settings.files_dir, max_bytes=FILES_OF_KEY * settings.max_file_bytes)
+        self.batches = Ledger(self._db)
+        with errors_of(self.path):
+            self.files.sweep()
+
+    def transaction(self) -> AbstractContextManager[object]:
+        """Changes of files and batches, all or none."""
+        return transaction(self._db)
+
+    def create_batch(self, key: str, batch: Batch, *, now_s: float) -> None:
+        """Keep a new batch of a file of the key.
+
+        Raises:
+            StoredFileNotFound: It has no such file.
+            InvalidRequest: The file is not for a batch.
+            StorageFull: It has no room for what will come of it.
+            QueueFull: Too many batches are not over yet.
+        """
+        self.files.check_room(key, 1)
+        file = self.files.get(key, batch.input_file_id, now_s=now_s)
+        if file.purpose != "batch":
+            raise InvalidRequest(
+                f"The file {file.id} is the result of a batch, and none for one.", field="input_file_id"
+            )
+        self.batches.create(key, batch)
+
+    def close(self) -> None:
+        """Close the database."""
+        self._db.close()
+
+
+class StoreThread:
+    """The store's thread. It opens the store when something is first wanted of it: most appliances never do."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._store: BatchStore | None = None
+
+    @property
+    def path(self) -> Path:
+        """Of the database."""
+        return self._settings.batches_db
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there is anything on the disk."""
+        return self.path.exists() or self._settings.files_dir.exists()
+
+    async def run(self, work: Callable[[BatchStore], T]) -> T:
+        """What `work` gives, in its turn.
+
+        Raises:
+            StoreError: The disk or the database failed.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._with_store, work)
+
+    def _with_store(self, work: Callable[[BatchStore], T]) -> T:
+        if self._store is None:
+            self._store = BatchStore(self._settings)
+        with errors_of(self.path):
+            return work(self._store)
+
+    async def close(self) -> None:
+        """Do what waits, and close the database."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
+        self._thread.shutdown(wait=False)
+
+    def _close(self) -> None:
+        if self._store is not None:
+            self._store.close()
