@@ -31,8 +31,20 @@ CHAT, TEXT, EMBED, RESPOND = "/v1/chat/completions", "/v1/completions", "/v1/emb
 OVER = ("completed", "failed", "expired", "cancelled")
 
 
+_CLIENTS: list[openai.OpenAI] = []
+
+
+@pytest.fixture(autouse=True)
+def closing_clients() -> Iterator[None]:
+    yield
+    while _CLIENTS:
+        _CLIENTS.pop().close()
+
+
 def client_of(appliance: RunningAppliance, key: str = "none") -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{appliance.url}/v1", api_key=key, max_retries=0, timeout=60)
+    client = openai.OpenAI(base_url=f"{appliance.url}/v1", api_key=key, max_retries=0, timeout=60)
+    _CLIENTS.append(client)
+    return client
 
 
 def line(custom_id: str, body: Any, *, url: str = CHAT) -> str:
