@@ -295,6 +295,27 @@ OTHERS: list[tuple[str, str, Any, int, str]] = [
     ("pins of a long name", f"GET /edge/v1/prefixes?model={'x' * 401}", None, 400, "invalid_reference"),
     ("unpin without a model", "DELETE /edge/v1/prefixes/x", None, 400, "invalid_request"),
     ("unpin what is not", f"DELETE /edge/v1/prefixes/x?model={DEFAULT_MODEL}", None, 404, "pin_not_found"),
+    ("no limit for Anthropic's", "POST /v1/messages", {"model": DEFAULT_MODEL, "messages": HI}, 400, "max_tokens"),
+    ("Anthropic's not json", "POST /v1/messages", b"{", 400, "not valid JSON"),
+    ("Anthropic's without a model", "POST /v1/messages", {"max_tokens": 1, "messages": HI}, 400, "model"),
+    ("Anthropic's unknown model", "POST /v1/messages", {"model": "none:such", "max_tokens": 1, "messages": HI},
+     404, "not_found_error"),
+    ("Anthropic's unknown role", "POST /v1/messages",
+     {"model": DEFAULT_MODEL, "max_tokens": 1, "messages": [{"role": "king", "content": "x"}]}, 400, "king"),
+    ("count without messages", "POST /v1/messages/count_tokens", {"model": DEFAULT_MODEL}, 400, "messages"),
+    ("tokenize nothing", "POST /tokenize", {}, 400, "content"),
+    ("tokenize a number", "POST /tokenize", {"content": 3}, 400, "content"),
+    ("detokenize a text", "POST /detokenize", {"tokens": "a"}, 400, "tokens"),
+    ("detokenize a negative token", "POST /detokenize", {"tokens": [-1]}, 400, "tokens[0]"),
+    ("render no messages", "POST /apply-template", {}, 400, "messages"),
+    ("response without input", "POST /v1/responses", {"model": DEFAULT_MODEL}, 400, "input"),
+    ("response in the background", "POST /v1/responses", {"model": DEFAULT_MODEL, "input": "a", "background": True},
+     400, "background"),
+    ("response to none", "POST /v1/responses", {"model": DEFAULT_MODEL, "input": "a", "previous_response_id": "x"},
+     404, "previous_response_id"),
+    ("unknown response", "GET /v1/responses/none", None, 404, "none"),
+    ("forget an unknown response", "DELETE /v1/responses/none", None, 404, "none"),
+    ("items of an unknown response", "GET /v1/responses/none/input_items", None, 404, "none"),
     ("no such path of OpenAI's", "GET /v1/nothing", None, 404, "not_found"),
     ("no such model of OpenAI's", "GET /v1/models/none:such", None, 404, "model_not_found"),
     ("no model's name", "GET /v1/models/a%20b", None, 400, "invalid_reference"),
@@ -357,7 +378,9 @@ def test_malformed_requests_of_the_others(
     described.check(reply)
     told = reply.json()
     assert part in reply.text
-    if path.startswith("/v1/"):
+    if path.startswith("/v1/messages"):
+        assert set(told) == {"type", "error", "request_id"}
+    elif path.startswith(("/v1/", "/tokenize", "/detokenize", "/apply-template")):
         assert set(told["error"]) == {"message", "type", "param", "code"}
     elif path.startswith("/api/"):
         assert set(told) == {"error"}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Annotated, Any
 
+import anthropic
 import openai
 import pydantic
 import pytest
@@ -182,6 +183,29 @@ def test_openai_has_responses(client: openai.OpenAI) -> None:
     responses.delete(whole.id)
     with pytest.raises(openai.NotFoundError):
         responses.retrieve(whole.id)
+
+
+# ---------------------------------------------------------------- anthropic
+
+
+def test_anthropic_asks_streams_and_counts(appliance: RunningAppliance) -> None:
+    hi: anthropic.types.MessageParam = {"role": "user", "content": "Name a colour."}
+    greedy = {"extra_body": {"temperature": 0}}  # its client leaves it to who knows
+    ask: dict[str, Any] = {"model": DEFAULT_MODEL, "messages": [hi], "max_tokens": 8, **greedy}
+    with anthropic.Anthropic(base_url=appliance.url, api_key="none", max_retries=0, timeout=60) as opened:
+        client: Any = opened
+        whole = client.messages.create(**ask)
+        with client.messages.stream(**ask) as stream:
+            text = "".join(stream.text_stream)
+        counted = client.messages.count_tokens(model=DEFAULT_MODEL, messages=[hi])
+        with pytest.raises(anthropic.NotFoundError):
+            client.messages.create(**{**ask, "model": "none:such"})
+        with pytest.raises(anthropic.BadRequestError, match="temperature"):
+            client.messages.create(**{**ask, "extra_body": {"temperature": 9}})
+    assert whole.content[0].type == "text"
+    assert text == whole.content[0].text
+    assert (whole.stop_reason, whole.usage.output_tokens) == ("max_tokens", 8)
+    assert counted.input_tokens == whole.usage.input_tokens + (whole.usage.cache_read_input_tokens or 0)
 
 
 # ---------------------------------------------------------------- litellm
