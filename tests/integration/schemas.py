@@ -18,7 +18,7 @@ PATTERNS = (
     "^[αβγ]{1,3}$", "^(a|b){2,5}$", "^\\S{1,6}$", "^[0-9a-f]{8}$", "^x?y{0,3}z$", "^(?:ab|cd)+$",
 )  # fmt: skip
 FORMATS = ("date", "time", "date-time", "uuid", "ipv4", "ipv6", "duration")
-"""Those whose texts have an end of their own."""
+"""Those that need no more than 36 letters."""
 
 
 class _Maker:
@@ -27,6 +27,8 @@ class _Maker:
     def __init__(self, number: int) -> None:
         self._rng = random.Random(number)
         self._definitions: dict[str, Schema] = {}
+        self._expressions_left = 6
+        """So many the appliance takes where schemas are merged."""
 
     def whole(self) -> Schema:
         made = self._object(3) if self._rng.random() < 0.8 else self._any(3)
@@ -58,10 +60,16 @@ class _Maker:
         return {"type": "string", "minLength": least, "maxLength": least + self._rng.randint(1, 12)}
 
     def _pattern(self) -> Schema:
+        self._expressions_left -= 1
+        if self._expressions_left < 0:
+            return self._string()
         return {"type": "string", "pattern": self._rng.choice(PATTERNS), "maxLength": 20}
 
     def _format(self) -> Schema:
-        return {"type": "string", "format": self._rng.choice(FORMATS)}
+        self._expressions_left -= 1
+        if self._expressions_left < 0:
+            return self._string()
+        return {"type": "string", "format": self._rng.choice(FORMATS), "maxLength": 36}
 
     def _integer(self) -> Schema:
         low = self._rng.choice([0, 1, -5, -1000, 10**9, -(10**15)])
@@ -73,7 +81,8 @@ class _Maker:
         low = self._rng.choice([0, -1.5, 0.25, 100, -273.15])
         lower = self._rng.choice(["minimum", "exclusiveMinimum"])
         upper = self._rng.choice(["maximum", "exclusiveMaximum"])
-        return {"type": "number", lower: low, upper: low + self._rng.choice([0.5, 1, 99.5])}
+        high = low + self._rng.choice([0.5, 1, 99.5])
+        return {"type": "number", lower: low, upper: high, "multipleOf": 0.01}  # else its digits go on for ever
 
     def _multiple(self) -> Schema:
         step = self._rng.choice([2, 5, 7, 10])
@@ -136,8 +145,10 @@ class _Maker:
         return {"$ref": f"#/$defs/{name}"}
 
     def _list_of_nodes(self) -> Schema:
-        """It holds itself, at most once."""
-        properties = {"value": self._integer(), "next": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/node"}]}}
+        """Of two at most: what may hold itself, small models write on and on."""
+        last = {"type": "object", "properties": {"value": self._integer()}, "additionalProperties": False}
+        self._definitions["last node"] = last
+        properties = {"value": self._integer(), "next": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/last node"}]}}
         return {
             "type": "object",
             "properties": properties,

@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from functools import partial
 from typing import Any
 
@@ -36,8 +37,8 @@ def check(http: httpx.Client, number: int) -> str:
         return f"{reply.status_code} {number}: {reply.json()['error']['message']}"
     choice = reply.json()["choices"][0]
     if choice["finish_reason"] == "stop":
-        answer = json.loads(choice["message"]["content"])
-        checker = jsonschema.Draft202012Validator(body, format_checker=jsonschema.FormatChecker())
+        answer, exact = (json.loads(t, parse_float=Decimal) for t in (choice["message"]["content"], json.dumps(body)))
+        checker = jsonschema.Draft202012Validator(exact, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER)
         errors = [str(e) for e in checker.iter_errors(answer)]  # pyright: ignore[reportUnknownMemberType]  # its stubs are partial
         assert not errors, f"{number}: {errors}"
     if choice["finish_reason"] != "stop":
