@@ -104,7 +104,7 @@ def fuzz(appliance: RunningAppliance, *, num_examples: int, part: int = 0, num_p
 
 
 def test_a_few_requests_of_each_kind(appliance: RunningAppliance) -> None:
-    print(f"{fuzz(appliance, num_examples=3)} requests")
+    print(f"{fuzz(appliance, num_examples=2)} requests")
     with appliance.client() as http:
         http.post("/v1/chat/completions", json=chat_body("Hi", max_tokens=1)).raise_for_status()
 
