@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -105,7 +106,7 @@ class Kept:
         """Items, with those that references mean in their place.
 
         Raises:
-            InvalidRequest: They refer to items of too many responses.
+            InvalidRequest: They refer to items of too many responses, or bring more than a request could.
             ResponseNotFound: There is no such item.
             StoreError: The disk failed.
         """
@@ -117,13 +118,22 @@ class Kept:
             found = await self._read(response_id, max_responses=1)
             size_bytes += sum(kept.size_bytes for kept in found)
             if num > MAX_REFERENCED or size_bytes > self.max_bytes:
-                raise InvalidRequest(
-                    f"'input' refers to items of more than {MAX_REFERENCED} responses or {self.max_bytes:,} bytes.",
-                    field="input",
-                    hint="Send the items themselves, or previous_response_id.",
-                )
+                raise self._too_much()
             known |= {item.id: item for item in await asyncio.to_thread(_said, found, with_answer=True)}
-        return [_meant(item, known, i) if is_reference(item) else item for i, item in enumerate(items)]
+        meant = [_meant(item, known, i) if is_reference(item) else item for i, item in enumerate(items)]
+        if (
+            await asyncio.to_thread(_size_bytes, (item.id for item in items if is_reference(item)), known)
+            > self.max_bytes
+        ):
+            raise self._too_much()
+        return meant
+
+    def _too_much(self) -> InvalidRequest:
+        return InvalidRequest(
+            f"'input' refers to items of more than {MAX_REFERENCED} responses or {self.max_bytes:,} bytes.",
+            field="input",
+            hint="Send the items themselves, or previous_response_id.",
+        )
 
     async def _read(self, response_id: str, *, max_responses: int) -> list[KeptResponse]:
         if not is_response_id(response_id):
@@ -139,6 +149,12 @@ def _said(chain: Sequence[KeptResponse], *, with_answer: bool) -> list[Item]:
         if i < len(chain) or with_answer:
             said += msgspec.json.decode(kept.body, type=_Output).output
     return said
+
+
+def _size_bytes(names: Iterable[str | None], known: Mapping[str | None, Item]) -> int:
+    """Of what references bring, as JSON: an item counts as often as it is named."""
+    counts = Counter(names)
+    return sum(count * len(msgspec.json.encode(known[name])) for name, count in counts.items())
 
 
 def _meant(reference: Item, known: Mapping[str | None, Item], number: int) -> Item:

@@ -1,0 +1,50 @@
+"""What kept responses bring to a request: bounded by what a request could bring itself."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from edge.errors import InvalidRequest
+from edge.responses import ResponseStore
+from runtime.api.responses_items import item_id, named
+from runtime.api.responses_kept import Kept
+from runtime.api.responses_schema import Item
+from tests.runtime.test_responses import response
+
+MAX_BYTES = 100_000
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Generator[ResponseStore]:
+    with closing(ResponseStore(tmp_path / "responses.db", limit_bytes=1 << 20)) as store:
+        yield store
+
+
+@pytest.fixture
+def kept(store: ResponseStore) -> Kept:
+    return Kept(store, "", MAX_BYTES)
+
+
+async def said(kept: Kept, number: int, *texts: str, previous: str | None = None) -> str:
+    """A response is kept; its id."""
+    made = response()
+    made.id, made.previous_response_id = f"resp_{number:032x}", previous
+    assert await kept.keep(made, named([Item(role="user", content=t) for t in texts], made.id)) is None
+    return made.id
+
+
+def references(response_id: str, numbers: Sequence[int]) -> list[Item]:
+    return [Item(id=item_id(response_id, "message", n, is_input=True)) for n in numbers]
+
+
+async def test_an_item_counts_as_often_as_it_is_named(kept: Kept) -> None:
+    made = await said(kept, 1, "x" * 30_000, "y")
+    assert len(await kept.resolved(references(made, [0, 0, 0, 1]))) == 4
+    with pytest.raises(InvalidRequest, match="more than 32 responses or 100,000 bytes"):
+        await kept.resolved(references(made, [0, 0, 0, 0]))
+    with pytest.raises(InvalidRequest, match="more than"):
+        await kept.resolved(references(made, [1] * 5000))
