@@ -23,6 +23,7 @@ from edge.errors import (
     BackendError,
     DeadlineExceeded,
     EdgeError,
+    InvalidRequest,
     ModelLoading,
     QueueFull,
     RequestPoisoned,
@@ -290,6 +291,7 @@ class ModelHost:
             tenant: Whose it is: tenants share the queue.
 
         Raises:
+            InvalidRequest: It is larger than any message to a worker.
             RequestPoisoned: It ended the worker twice.
             QueueFull: Too much is waiting.
             DeadlineExceeded: It could not be sent in time.
@@ -370,6 +372,8 @@ class ModelHost:
             raise WorkerDied(self.ref, reason="it is not running")
         self._check_room(tenant)
         frame = wire.encode_frame(message)
+        if len(frame) > wire.MAX_FRAME_BYTES:  # no worker would read it
+            raise InvalidRequest(f"The request is larger than {wire.MAX_FRAME_BYTES:,} bytes.", hint="Send less.")
         self._touch(uses=1)
         if not self._generations:
             self._last_progress = self.last_used  # the clock of a hang starts with work
