@@ -21,7 +21,7 @@ from runtime.api.appliance import appliance_of
 from runtime.api.call import Call, HttpRequest, Steps, merged, usage_of
 from runtime.api.describe import EVENTS, Errors, exchanges
 from runtime.api.errors import fault_of
-from runtime.api.guard import caller_of
+from runtime.api.guard import meter_of
 from runtime.api.openai import start_chat, template_warnings, warning_headers, whole_answers
 from runtime.api.parsing import MAX_WARNINGS, check_items, parse_body
 from runtime.api.responses import EventStream
@@ -145,7 +145,7 @@ async def _events(
 
 def _kept(request: HttpRequest, state: State) -> Kept:
     appliance = appliance_of(state)
-    return Kept(appliance.responses, caller_of(request.scope).id, appliance.settings.max_body_bytes)
+    return Kept(appliance.responses, meter_of(request.scope), appliance.settings.max_body_bytes)
 
 
 # ---------------------------------------------------------------- what was kept

@@ -11,6 +11,7 @@ import msgspec
 
 from edge.errors import InvalidRequest, ResponseNotFound, StoreError
 from edge.responses import KeptResponse, ResponseStore
+from runtime.api.access import BYTES_PER_TOKEN, Meter
 from runtime.api.responses_items import is_reference, is_response_id, response_of
 from runtime.api.responses_schema import Item, ResponseObject
 
@@ -33,12 +34,18 @@ class Kept:
     """What is kept for one key.
 
     Attributes:
+        meter: Of the request that asks: what it goes on from is held of its key's day, as its body is.
         max_bytes: Of one conversation: no more than a request could bring.
     """
 
     store: ResponseStore
-    key: str
+    meter: Meter
     max_bytes: int
+
+    @property
+    def key(self) -> str:
+        """Its id."""
+        return self.meter.caller.id
 
     async def get(self, response_id: str) -> ResponseObject:
         """A response.
@@ -85,6 +92,7 @@ class Kept:
 
         Raises:
             InvalidRequest: It is too long.
+            RateLimited: It may use up the day.
             ResponseNotFound: There is no such response, or not all that it goes on from.
             StoreError: The disk failed.
         """
@@ -100,6 +108,7 @@ class Kept:
                 field=field,
                 hint="Begin a new one with what matters of it.",
             )
+        self._hold(sum(kept.size_bytes for kept in chain))
         return await asyncio.to_thread(_said, chain, with_answer=with_answer)
 
     async def resolved(self, items: Iterable[Item]) -> list[Item]:
@@ -107,6 +116,7 @@ class Kept:
 
         Raises:
             InvalidRequest: They refer to items of too many responses, or bring more than a request could.
+            RateLimited: They may use up the day.
             ResponseNotFound: There is no such item.
             StoreError: The disk failed.
         """
@@ -121,12 +131,15 @@ class Kept:
                 raise self._too_much()
             known |= {item.id: item for item in await asyncio.to_thread(_said, found, with_answer=True)}
         meant = [_meant(item, known, i) if is_reference(item) else item for i, item in enumerate(items)]
-        if (
-            await asyncio.to_thread(_size_bytes, (item.id for item in items if is_reference(item)), known)
-            > self.max_bytes
-        ):
+        names = Counter(item.id for item in items if is_reference(item))
+        brought_bytes = await asyncio.to_thread(_size_bytes, names, known)
+        if brought_bytes > self.max_bytes:
             raise self._too_much()
+        self._hold(brought_bytes)
         return meant
+
+    def _hold(self, size_bytes: int) -> None:
+        self.meter.hold(size_bytes // BYTES_PER_TOKEN)
 
     def _too_much(self) -> InvalidRequest:
         return InvalidRequest(
@@ -151,10 +164,9 @@ def _said(chain: Sequence[KeptResponse], *, with_answer: bool) -> list[Item]:
     return said
 
 
-def _size_bytes(names: Iterable[str | None], known: Mapping[str | None, Item]) -> int:
+def _size_bytes(names: Counter[str | None], known: Mapping[str | None, Item]) -> int:
     """Of what references bring, as JSON: an item counts as often as it is named."""
-    counts = Counter(names)
-    return sum(count * len(msgspec.json.encode(known[name])) for name, count in counts.items())
+    return sum(count * len(msgspec.json.encode(known[name])) for name, count in names.items())
 
 
 def _meant(reference: Item, known: Mapping[str | None, Item], number: int) -> Item:

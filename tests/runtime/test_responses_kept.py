@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from edge.errors import InvalidRequest
+from edge.access.quota import TokenDay
+from edge.errors import InvalidRequest, RateLimited
 from edge.responses import ResponseStore
+from runtime.api.access import Caller, Meter
 from runtime.api.responses_items import item_id, named
 from runtime.api.responses_kept import Kept
 from runtime.api.responses_schema import Item
 from tests.runtime.test_responses import response
 
 MAX_BYTES = 100_000
+NOBODY = Caller(None, "unix")
 
 
 @pytest.fixture
@@ -26,7 +29,7 @@ def store(tmp_path: Path) -> Generator[ResponseStore]:
 
 @pytest.fixture
 def kept(store: ResponseStore) -> Kept:
-    return Kept(store, "", MAX_BYTES)
+    return Kept(store, Meter(NOBODY), MAX_BYTES)
 
 
 async def said(kept: Kept, number: int, *texts: str, previous: str | None = None) -> str:
@@ -48,3 +51,22 @@ async def test_an_item_counts_as_often_as_it_is_named(kept: Kept) -> None:
         await kept.resolved(references(made, [0, 0, 0, 0]))
     with pytest.raises(InvalidRequest, match="more than"):
         await kept.resolved(references(made, [1] * 5000))
+
+
+async def test_what_is_gone_on_from_is_held_of_the_day_as_if_it_were_sent(store: ResponseStore) -> None:
+    def asking(day: TokenDay) -> Kept:
+        return Kept(store, Meter(NOBODY, day=day), MAX_BYTES)
+
+    first = await said(asking(TokenDay(1, now_s=0.0)), 1, "x" * 30_000)
+    last = await said(asking(TokenDay(1, now_s=0.0)), 2, "y", previous=first)
+    asks: list[Callable[[Kept], Awaitable[list[Item]]]] = [
+        lambda kept: kept.conversation(last, with_answer=True),
+        lambda kept: kept.resolved(references(first, [0])),
+        lambda kept: kept.resolved(references(last, [0] * 200)),
+    ]
+    for ask in asks:
+        day = TokenDay(18_000, now_s=0.0)
+        await ask(asking(day))
+        await ask(asking(day))
+        with pytest.raises(RateLimited):
+            await ask(asking(day))
