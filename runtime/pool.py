@@ -22,6 +22,9 @@ log = logging.getLogger("edge.pool")
 READY_WAIT_S = 120.0
 """How long a request waits for its model before it is told to come back."""
 
+CROWDED_S = 120.0
+"""How long batches leave their models alone, so that one that did not fit beside them finds room."""
+
 MAX_KNOWN_NAMES = 1000
 
 
@@ -37,6 +40,14 @@ class Pool:
         """Hosts by what people typed, and the version of the store that said so: no file is read for most requests."""
         self._selector = Selector(store)
         self._stopping = False
+        self._crowded_until_s: dict[str, float] = {}
+        """Models that did not fit beside those that are busy, by their references; until when."""
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether somebody waits for a model that did not fit lately, and that would if others became idle."""
+        now_s = time.monotonic()
+        return any(until_s > now_s for until_s in self._crowded_until_s.values())
 
     @property
     def is_stopping(self) -> bool:
@@ -109,8 +120,13 @@ class Pool:
             return 0, 0
         return stat.st_ino, stat.st_mtime_ns
 
-    async def ready(self, ref: str, *, timeout_s: float = READY_WAIT_S, tenant: str = "") -> ModelHost:
+    async def ready(
+        self, ref: str, *, timeout_s: float = READY_WAIT_S, tenant: str = "", may_make_room: bool = True
+    ) -> ModelHost:
         """A host that answers; where memory lacks, idle models that are not pinned give way, the least worth first.
+
+        Args:
+            may_make_room: False for whom nobody waits: then no model gives way.
 
         Raises:
             ServerStopping: The appliance is shutting down.
@@ -122,10 +138,20 @@ class Pool:
         while True:
             try:
                 await host.wait_ready(timeout_s, tenant=tenant)
+                self._crowded_until_s.pop(host.ref, None)
                 return host
             except DoesNotFit as e:
-                if not await self.make_room(host, missing_bytes=e.missing_bytes):
+                if not may_make_room:
                     raise
+                if not await self.make_room(host, missing_bytes=e.missing_bytes):
+                    self._note_crowded(host, missing_bytes=e.missing_bytes)
+                    raise
+
+    def _note_crowded(self, wanted: ModelHost, *, missing_bytes: int) -> None:
+        """Have batches pause where that may help."""
+        loaded = [h for h in self._hosts.values() if h is not wanted and h.state in ("loading", "ready")]
+        if sum(h.memory_bytes for h in loaded) >= missing_bytes:
+            self._crowded_until_s[wanted.ref] = time.monotonic() + CROWDED_S
 
     async def make_room(self, keep: ModelHost, *, missing_bytes: int) -> bool:
         """Unload the idle model that is worth the least, for another's sake. False where there is none, or where all of
@@ -155,6 +181,7 @@ class Pool:
     async def forget(self, ref: str) -> None:
         """Unload a model that leaves the store."""
         self._known.clear()
+        self._crowded_until_s.pop(ref, None)
         if host := self._hosts.pop(ref, None):
             await host.unload()
 

@@ -162,7 +162,9 @@ class Call:
             await self.appliance.check_vision(selection.model, limits, field=self._first_image)
         asked_for = time.perf_counter()
         wait_s = min(READY_WAIT_S, self._left_s())
-        host = await self.appliance.pool.ready(selection.model, timeout_s=wait_s, tenant=self.caller.id)
+        host = await self.appliance.pool.ready(
+            selection.model, timeout_s=wait_s, tenant=self.caller.id, may_make_room=not self.caller.is_background
+        )
         self.load_s += time.perf_counter() - asked_for
         self._adopt(host, selection)
         params = self.body.params(host.model.details.sampling)

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from edge.config import Settings
 from edge.errors import DoesNotFit
+from edge.hardware.memory import available_bytes
 from edge.store.details import ModelDetails
 from edge.store.models import ModelStore, PackageFile
 from runtime import wire
@@ -86,9 +87,11 @@ async def test_what_was_asked_more_often_is_worth_more(pool: Pool) -> None:
 class CrowdedPool(Pool):
     """Where others are about to take all memory that there could be, whenever the second model is loaded."""
 
+    reserved_bytes = 1 << 50
+
     @override
     def _reserved_bytes(self, *, but: str) -> int:
-        return 1 << 50 if but == SECOND else 0
+        return self.reserved_bytes if but == SECOND else 0
 
 
 async def test_idle_models_give_way_only_where_that_helps(home: Path) -> None:
@@ -105,6 +108,26 @@ async def test_idle_models_give_way_only_where_that_helps(home: Path) -> None:
         assert await pool.make_room(second, missing_bytes=first.memory_bytes // 2)
         assert first.state == "unloaded"
         assert not await pool.make_room(second, missing_bytes=0)
+    finally:
+        await pool.close()
+
+
+async def test_who_is_not_waited_for_never_makes_room_and_pauses_where_others_lack_it(home: Path) -> None:
+    pool = CrowdedPool(Settings(home=home, context_tokens=1024), two_models(home))
+    try:
+        first = await pool.ready(DEFAULT_MODEL)
+        pool.reserved_bytes = available_bytes()  # the second fits in the place of the first only
+        with pytest.raises(DoesNotFit):
+            await pool.ready(SECOND, may_make_room=False)
+        assert (first.state, pool.is_crowded) == ("ready", False)
+        generation = await first.start(greeting, timeout_s=30, allowed_s=30)
+        with pytest.raises(DoesNotFit):
+            await pool.ready(SECOND)
+        assert pool.is_crowded, "the first is busy"
+        assert [p async for p in generation.steps()]
+        pool.reserved_bytes = 0
+        await pool.ready(SECOND)
+        assert not pool.is_crowded
     finally:
         await pool.close()
 

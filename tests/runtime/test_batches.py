@@ -161,13 +161,16 @@ def test_answers_are_as_openai_writes_them() -> None:
         (Reply(400, b"{}"), 1, None),
         (Reply(422, b'{"error":{"code":"request_poisoned"}}'), 1, None),
         (Reply(500, b"{}"), 1, None),
-        (Reply(507, b'{"error":{"code":"does_not_fit"}}'), 1, None),
+        (Reply(507, b'{"error":{"code":"does_not_fit"}}'), 1, 5.0),
+        (Reply(507, b'{"error":{"code":"does_not_fit"}}'), 2, 10.0),
+        (Reply(507, b'{"error":{"code":"does_not_fit"}}'), 10_000, 60.0),
+        (Reply(507, b'{"error":{"code":"no_room_to_pin"}}'), 1, None),
         (Reply(429, b"{}", 7.0), 1, 7.0),
         (Reply(429, b"{}", 7.0), 1000, 7.0),
         (Reply(429, b"{}", 80_000.0), 1, 600.0),
         (Reply(503, b'{"error":{"code":"model_loading"}}', 10.0), 1, 10.0),
         (Reply(503, b'{"error":{"code":"model_loading"}}', 10.0), MAX_TRIES, None),
-        (Reply(503, b'{"error":{"code":"server_stopping"}}'), MAX_TRIES, 3600.0),
+        (Reply(503, b'{"error":{"code":"server_stopping"}}'), 10_000, 5.0),
     ],
 )
 def test_a_line_waits_for_its_turn_and_not_for_a_miracle(reply: Reply, num_tries: int, wait_s: float | None) -> None:

@@ -16,8 +16,7 @@ MAX_TRIES = 10
 """For a model that is being loaded."""
 MAX_WAIT_S = 600.0
 DEFAULT_WAIT_S = 5.0
-STOPPING_WAIT_S = 3600.0
-"""The appliance ends before; the line is asked again after the next start."""
+MAX_WAIT_FOR_MEMORY_S = 60.0
 
 
 class _Response(msgspec.Struct, kw_only=True):
@@ -119,8 +118,10 @@ def wait_before_retry_s(reply: Reply, *, num_tries: int) -> float | None:
     asked_s = min(MAX_WAIT_S, max(1.0, reply.retry_after_s or DEFAULT_WAIT_S))
     if reply.status == 429:
         return asked_s
-    if reply.status == 503 and reply.code == "server_stopping":
-        return STOPPING_WAIT_S
+    if reply.status == 503 and reply.code == "server_stopping":  # its model was unloaded, or this task ends soon
+        return DEFAULT_WAIT_S
+    if reply.status == 507 and reply.code == "does_not_fit":  # while other models are in use; the batch's time ends it
+        return min(MAX_WAIT_FOR_MEMORY_S, DEFAULT_WAIT_S * 2.0 ** min(num_tries - 1, 10))
     if reply.status == 503 and num_tries < MAX_TRIES:
         return asked_s
     return None

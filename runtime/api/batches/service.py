@@ -88,7 +88,8 @@ class BatchService:
     def _has_room(self, own: int) -> bool:
         pool = self._appliance.pool
         return (
-            has_room(
+            not pool.is_crowded
+            and has_room(
                 own=own,
                 active=sum(h.num_active for h in pool.hosts()),
                 waiting=sum(beat.waiting for beat in pool.heartbeats()),
