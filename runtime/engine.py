@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -289,10 +290,10 @@ class Engine:
         return batch is not None
 
     def _ahead_s(self) -> float:
-        """How long all answers may pause before a reader has caught up with one."""
+        """How long the answers that a prompt holds up may pause before a reader has caught up with one."""
         now = self._clock()
-        begun = ((a.sequence.num_output, a.first_token) for a in self._answers.values())
-        return min((ahead_s(count, now - first) for count, first in begun if first is not None), default=0.0)
+        begun = ((s.num_output, self._answers[s.request.id].first_token) for s in self._scheduler.pausing())
+        return min((ahead_s(count, now - first) for count, first in begun if first is not None), default=math.inf)
 
     def adopt(self, tokens: list[TokenId], scope: Scope, *, uses: int, pin: str) -> bool:
         """Take a state on the disk into the books, before `run`; False where it is of no use."""

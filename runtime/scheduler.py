@@ -182,6 +182,12 @@ class Scheduler:
         self._turns.book(batch.num_tokens)
         return batch
 
+    def pausing(self) -> list[Sequence]:
+        """The answers that pause while this step reads prompts, but for those of a lower class than one of these."""
+        prompts = [s.request.priority for s in self._in_turn() if s.is_prefilling]
+        urgent = min(prompts, default=0)
+        return [s for s in self._in_turn() if not s.is_prefilling and s.request.priority <= urgent]
+
     def _in_turn(self) -> list[Sequence]:
         """The running sequences that this step may compute."""
         return [s for s in self.running if s.request.adapters == self._adapters]
@@ -343,7 +349,7 @@ class Scheduler:
         prompts = [s for s in prompts if s not in scored[1:]]
         if not prompts:
             return []
-        wanted = sum(s.num_pending for s in prompts)
+        wanted = sum(map(_num_wanted, prompts))
         room = self._prompt_tokens(num_decoding, min(wanted, self.limits.step_tokens - num_decoding))
         shares: dict[int, int] = {}
         for members, part in _split(

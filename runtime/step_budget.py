@@ -51,6 +51,8 @@ class BudgetTuner:
         self.threads = 0
         self._ahead_s = ahead_s
         self._waits = 0
+        self._fitted = -1
+        """What fitted at the last step that was waited; it is to have grown since."""
 
     def prompt_tokens(self, num_decoding: int, room: int) -> int:
         """Prompt tokens, at most `room`, for a step that has `num_decoding` tokens of decoding sequences; 0 where a
@@ -62,11 +64,11 @@ class BudgetTuner:
         if plain is None:
             return room
         tokens = self._fitting(num_decoding, room, self._interval_s or max(PLAIN_STEPS * plain, self._longest_s()))
-        if tokens < min(room, WORTHWHILE_TOKENS) and self._waits < MAX_WAITS and self._gets_ahead(plain):
-            self._waits += 1
+        if self._fitted < tokens < min(room, WORTHWHILE_TOKENS) and self._waits < MAX_WAITS and self._gets_ahead(plain):
+            self._waits, self._fitted = self._waits + 1, tokens
             return 0
-        self._waits = 0
-        return min(room, _whole_tiles(tokens))
+        self._waits, self._fitted = 0, -1
+        return room if tokens >= room else min(room, _whole_tiles(tokens))
 
     def _gets_ahead(self, plain_s: float) -> bool:
         """Whether answers get clearly ahead of their readers in steps without prompts, and that lets a later one last

@@ -122,3 +122,35 @@ def test_whatever_was_measured_prompts_get_something_and_no_more_than_there_is(
     answers = [tuner.prompt_tokens(decoding, room) for _ in range(MAX_WAITS + 1)]
     assert all(0 <= tokens <= room for tokens in answers)
     assert any(tokens >= min(room, MIN_PROMPT_TOKENS) for tokens in answers)
+
+
+def learned(cost: Callable[[int], float]) -> StepCosts:
+    """Costs of every width."""
+    costs = StepCosts()
+    for tokens in range(1, 600):
+        costs.record(tokens, threads=0, seconds=cost(tokens))
+    return costs
+
+
+@pytest.mark.parametrize("wanted", [20, 65, 100, 127, 300])
+def test_a_prompt_that_fits_is_read_at_once(wanted: int) -> None:
+    assert BudgetTuner(learned(dear), ahead_s=lambda: 1.2).prompt_tokens(3, wanted) == wanted
+
+
+def test_who_does_not_get_ahead_is_not_waited_for() -> None:
+    tuner = BudgetTuner(learned(dear), ahead_s=lambda: -5.0)
+    read = [tuner.prompt_tokens(3, 500) for _ in range(6)]
+    assert [tokens > 0 for tokens in read] == [False, True] * 3
+
+
+def test_answers_of_a_lower_class_and_those_that_gave_way_do_not_hold_a_prompt_up() -> None:
+    backend = CostedBackend(dear)
+    engine = Engine(backend, CollectingSink(), max_queue=10, clock=lambda: backend.now)
+    engine.submit(Request(RequestId(1), (5, 6, 7), 400, GREEDY, ignore_eos=True, priority=3))
+    for _ in range(10):
+        engine.advance()
+    backend.now += 60  # nobody reads it as fast as it could be written
+    engine.submit(Request(RequestId(2), tuple([7] * 2000), 1, GREEDY))
+    while engine.stats().queues.num_running != 1 or len(backend.steps) < 13:
+        engine.advance()
+    assert max(prompt for _, prompt, _ in backend.steps) == 509 + 2
