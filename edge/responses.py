@@ -134,17 +134,21 @@ class ResponseStore:
         return self._thread.submit(self._with_db, lambda db: _chain(db, key, response_id, max_responses, max_bytes))
 
     def delete(self, key: str, response_id: str) -> Future[bool]:
-        """Forget a response of a key; whether there was one. What goes on from it can be read, and not gone on from."""
+        """Forget a response of a key; whether there was one. What goes on from it can be read, and not gone on from.
+        Done when it is overwritten."""
 
         def act(db: sqlite3.Connection) -> bool:
             with transaction(db):
                 found = db.execute("DELETE FROM responses WHERE id = ? AND key = ?", (response_id, key)).rowcount
+            if found:
+                self._overwrite(db)
             return found > 0
 
         return self._thread.submit(self._with_db, act)
 
     def tidy(self) -> None:
-        """Forget what is too old, where the last time was an hour ago. Does nothing where there is no file."""
+        """Forget what is too old, and overwrite what gave up its room, where the last time was an hour ago. Does
+        nothing where there is no file."""
         if self._clock() >= self._tidy_at_s:
             self._tidy_at_s = self._clock() + TIDY_S
             self._thread.submit(self._tidy)
@@ -184,7 +188,17 @@ class ResponseStore:
     def _tidy(self) -> None:
         if self.path.exists():
             with contextlib.suppress(StoreError):  # it is noted, and the next time comes
-                self._with_db(lambda db: self._insert(db, []))
+                self._with_db(self._forget_old)
+
+    def _forget_old(self, db: sqlite3.Connection) -> None:
+        self._insert(db, [])
+        self._overwrite(db)
+
+    def _overwrite(self, db: sqlite3.Connection) -> None:
+        """Leave nothing in the journal: what was deleted stays in its pages, and in the file, until they are copied."""
+        is_busy, _, _ = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if is_busy:
+            log.warning("%s is read by another process; what was deleted is overwritten later", self.path)
 
     def _insert(self, db: sqlite3.Connection, responses: Sequence[KeptResponse]) -> None:
         now_s = self._now_s()

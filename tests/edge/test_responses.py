@@ -92,12 +92,32 @@ def test_only_its_owner_reads_the_file(path: Path) -> None:
     assert set(modes.values()) == {0o600}, modes
 
 
-def test_what_was_deleted_is_not_in_the_file(path: Path) -> None:
-    with opened(path) as store:
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_what_was_deleted_is_overwritten_before_it_is_told(path: Path, is_checkpointed: bool) -> None:
+    for size in (100, 10_000):
+        with opened(path) as store:
+            done(store.keep(row("a", body=b"SECRET" * size)))
+            assert b"SECRET" in on_the_disk(path)
+            if is_checkpointed:
+                with closing(sqlite3.connect(path)) as db:
+                    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            assert done(store.delete("", "a"))
+            assert b"SECRET" not in on_the_disk(path)
+
+
+def test_what_gave_up_its_room_is_overwritten_when_it_is_tidied(path: Path) -> None:
+    clock = Clock()
+    with opened(path, max_responses=1, clock=clock) as store:
         done(store.keep(row("a", body=b"SECRET" * 100)))
-        done(store.delete("", "a"))
-    assert not path.with_name(path.name + "-wal").exists()
-    assert b"SECRET" not in path.read_bytes()
+        done(store.keep(row("b")))
+        clock.now_s += TIDY_S
+        store.tidy()
+        assert chain(store, "b") == ["b"]
+        assert b"SECRET" not in on_the_disk(path)
+
+
+def on_the_disk(path: Path) -> bytes:
+    return b"".join(p.read_bytes() for p in path.parent.iterdir())
 
 
 @pytest.mark.parametrize("max_responses", [8, 100])
