@@ -54,8 +54,9 @@ class Dialogues:
         options: dict[str, object] = json.loads(message.template_options or "{}")
         known = {k: v for k, v in options.items() if k in self.variables}
         tools = () if message.tool_choice == "none" else message.tools
-        or_schema = message.constraint is not None and message.tool_choice == "auto"
-        return self._prompts.dialogue(message.messages or [], tools, options=known, or_schema=or_schema)
+        return self._prompts.dialogue(
+            message.messages or [], tools, options=known, or_schema=_has_alternative(message)
+        )  # fmt: skip
 
     def spelled(self, dialogue: Dialogue) -> Mapping[TokenId, bytes]:
         """The control tokens that are part of an answer's text."""
@@ -70,7 +71,10 @@ class Dialogues:
 
     def reader(self, dialogue: Dialogue, message: wire.Generate) -> AnswerReader | None:
         """Who reads the answer; None where it is text alone."""
-        syntax, thinking = dialogue.syntax, dialogue.thinking
+        syntax = dialogue.syntax
+        thinking = dialogue.thinking if dialogue.is_thinking or dialogue.may_think else None
+        if syntax is not None and _has_alternative(message):
+            syntax = replace(syntax, at_start=True)  # calls or the schema: a trigger in the schema's texts is none
         if syntax is None and thinking is None:
             return None
         keys = {t.name: text_keys(t) for t in message.tools} if syntax and syntax.tagged else {}
@@ -123,6 +127,11 @@ class Dialogues:
             return [*parts, text[at:]]
 
         return spell
+
+
+def _has_alternative(message: wire.Generate) -> bool:
+    """Whether the answer may obey a schema instead of calling tools."""
+    return message.constraint is not None and message.tool_choice == "auto"
 
 
 def parts_of(constraint: Constraint, message: wire.Generate) -> Iterator[Constraint]:

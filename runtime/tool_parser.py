@@ -17,6 +17,8 @@ from runtime.wire import CallDelta
 _NAME = re.compile(r"[A-Za-z0-9_.-]*")
 _WILD = re.compile(r"[A-Za-z0-9_-]*")
 _SCALAR = re.compile(r"[A-Za-z0-9+.-]*")
+_WHITE = " \t\n\r\x0b\f"
+"""What guides pass over, which look at bytes; to `str`, more is white."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +137,7 @@ class AnswerReader:
 
     def _on_opening(self) -> bool:
         """Nothing was said yet: it may be the beginning of a thinking block."""
-        said = self._held.lstrip()
+        said = self._held.lstrip(_WHITE)
         if self._thinking is not None:
             if said.startswith(self._thinking.start):
                 self._held = said[len(self._thinking.start) :]
@@ -147,7 +149,7 @@ class AnswerReader:
 
     def _on_thinking(self) -> bool:
         assert self._thinking is not None, "who thinks has markers"
-        said = self._held.lstrip() if self._at_start else self._held
+        said = self._held.lstrip(_WHITE) if self._at_start else self._held
         thought, end, rest = said.partition(self._thinking.end)
         keep = 0 if end else held_back(said, self._thinking.end)
         certain = thought[: len(thought) - keep].rstrip()
@@ -161,7 +163,7 @@ class AnswerReader:
 
     def _on_text(self) -> bool:
         """What it says, as long as no call begins. After thinking, white space before it is left out."""
-        said = self._held.lstrip() if self._at_start else self._held
+        said = self._held.lstrip(_WHITE) if self._at_start else self._held
         syntax = self._syntax
         if syntax is None or syntax.at_start:
             return self._on_beginning(said, syntax)
@@ -174,7 +176,7 @@ class AnswerReader:
     def _on_beginning(self, said: str, syntax: ToolSyntax | None) -> bool:
         """Where only the beginning can be a call, the rest is passed on as it comes."""
         if syntax is not None:
-            start = said.lstrip()
+            start = said.lstrip(_WHITE)
             if start.startswith(syntax.trigger):
                 self._held = start[len(syntax.trigger) :]
                 return self._begin_calls(syntax)

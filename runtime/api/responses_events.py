@@ -45,6 +45,7 @@ class Composer:
         self._call = 0
         self._texts: list[str] = []
         self._logprobs: list[ContentLogprob] = []
+        self._early: list[TokenLogprob] = []
 
     def take(self) -> bytes:
         """The events since the last call, as they are sent."""
@@ -60,11 +61,17 @@ class Composer:
         self, text: str, logprobs: Sequence[TokenLogprob] | None = None, *, reasoning: str = "",
         calls: Sequence[wire.CallDelta] = (),
     ) -> None:  # fmt: skip
-        """Add what a step gave."""
+        """Add what a step gave. Tokens without text are the message's only where one is open or comes first: else they
+        are markers, or part of a call."""
+        if reasoning or calls:
+            self._early = []
         if reasoning:
             self.add_reasoning(reasoning)
-        if text or logprobs:
+        is_message = self._item is not None and self._item.type == "message"
+        if text or (logprobs and is_message and not calls):
             self.add_text(text, logprobs)
+        elif logprobs and not (reasoning or calls or self._item or self.response.output):
+            self._early += logprobs
         for c in calls:
             self.add_call(c.index, c.arguments, call_id=c.id, name=c.name)
 
@@ -77,7 +84,8 @@ class Composer:
     def add_text(self, delta: str, logprobs: Sequence[TokenLogprob] | None = None) -> None:
         """Add to the text."""
         item = self._opened("message")
-        told = chat_logprobs(logprobs or ()).content
+        told = chat_logprobs([*self._early, *(logprobs or ())]).content
+        self._early = []
         self._texts.append(delta)
         self._logprobs += told
         self._emit("response.output_text.delta", **self._place(item), delta=delta, logprobs=told)
@@ -109,6 +117,8 @@ class Composer:
         is_whole = reason != "length"
         if self._item is None and not self.response.output:
             self._opened("message")  # an empty answer is one
+            if self._early:
+                self.add_text("")
         self._close("completed" if is_whole else "incomplete")
         response = self.response
         response.status = "completed" if is_whole else "incomplete"

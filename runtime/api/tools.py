@@ -224,7 +224,9 @@ class Promise:
         if is_calling and not calls:
             raise ConstraintFailed("The answer ends in the middle of a call.", hint="Leave 'stop' out.")
         for call in calls:
-            check_answer(call.arguments, self.tools.get(call.name, "") or '{"type":"object"}')
+            if call.name not in self.tools:
+                raise ConstraintFailed(f"The answer calls a tool that does not exist: '{call.name}'.")
+            check_answer(call.arguments, self.tools[call.name] or '{"type":"object"}')
         if self.structure is not None and not calls:
             self.structure.check(text)
 

@@ -18,6 +18,8 @@ from runtime.api.responses_chat import chat_request, named_as_sent
 from runtime.api.responses_events import Composer
 from runtime.api.responses_items import Messages, item_id, named, response_of
 from runtime.api.responses_schema import Item, ReasoningField, ResponseObject, ResponsesRequest, TextField
+from runtime.request import TokenLogprob
+from runtime.wire import CallDelta
 
 ID = f"resp_{'0' * 32}"
 USAGE = Usage(
@@ -180,6 +182,38 @@ def test_function_calls_are_items_one_after_the_other() -> None:
     }  # fmt: skip
     assert (second["call_id"], second["arguments"]) == ("call_b", "{}")
     assert [e["arguments"] for e in events if e["type"].endswith("arguments.done")] == ['{"town":"Nice"}', "{}"]
+
+
+def output_of(composer: Composer, reason: str) -> list[dict[str, Any]]:
+    composer.end(reason, USAGE, completed_at=2)
+    composer.tell_end()
+    return events_of(composer)[-1]["response"]["output"]
+
+
+def test_logprobs_neither_cut_what_is_open_nor_open_a_message() -> None:
+    composer, token = Composer(response()), [TokenLogprob(b"a", -0.5, (), 0)]
+    composer.add("", token, reasoning="Hm")
+    composer.add("", token)
+    composer.add("", token, reasoning="m.")
+    composer.add("", token)
+    composer.add("", token, calls=[CallDelta(0, "call_a", "weather")])
+    composer.add("", token)
+    composer.add("", token, calls=[CallDelta(0, arguments="{}")])
+    output = output_of(composer, "tool_calls")
+    assert [(i["type"], i.get("arguments")) for i in output] == [("reasoning", None), ("function_call", "{}")]
+    whole = Composer(response())
+    whole.add("", token, calls=[CallDelta(0, "call_a", "weather", "{}")])
+    assert [i["type"] for i in output_of(whole, "tool_calls")] == ["function_call"]
+
+
+def test_tokens_before_the_first_text_are_the_messages() -> None:
+    token = [TokenLogprob(b"a", -0.5, (), 0)]
+    for texts in (("", "a", ""), ("", "", "")):
+        composer = Composer(response())
+        for text in texts:
+            composer.add(text, token)
+        (message,) = output_of(composer, "stop")
+        assert len(message["content"][0]["logprobs"]) == 3
 
 
 def test_what_was_thought_said_and_called_is_one_message() -> None:

@@ -140,6 +140,13 @@ def test_any_way_to_split_an_answer_gives_the_same(data: st.DataObject) -> None:
     assert _joined(whole) == _joined(split)
 
 
+def test_only_what_guides_pass_over_is_passed_over() -> None:
+    reader = AnswerReader(
+        Thinking("<think>", "</think>"), is_thinking=False, syntax=None, text_keys={}, new_id=lambda: ""
+    )  # fmt: skip
+    assert read(reader, ["\u2003<think>a</think>b"]).text == "\u2003<think>a</think>b"
+
+
 @given(st.data())
 @settings(max_examples=100, deadline=None)
 def test_arguments_that_stand_one_by_one_too(data: st.DataObject) -> None:

@@ -1,0 +1,58 @@
+"""What is made of a request for a chat: who reads its answer, and what is checked of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from edge.errors import ConstraintFailed
+from runtime import wire
+from runtime.api.tools import Promise
+from runtime.backends.base import Capabilities
+from runtime.chat import CHATML
+from runtime.dialogues import Dialogues
+from runtime.request import Constraint, SamplingParams
+from tests.support import ScriptedBackend
+
+BACKEND = ScriptedBackend(Capabilities(num_slots=1, num_cells=64, context_tokens=64, max_step_tokens=8))
+THINKS = CHATML + "{% if think %}<think>\n\n</think>{% endif %}"
+
+
+def asked(*, has_form: bool = False, options: str = "") -> wire.Generate:
+    form = Constraint("json_schema", '{"type":"object"}', "response_format") if has_form else None
+    return wire.Generate(
+        1, [wire.ChatMessage("user", "x")], None, SamplingParams(), 8, [], constraint=form,
+        tools=(wire.Tool("ping", "", ""),) if has_form else (), template_options=options,
+    )  # fmt: skip
+
+
+def read(dialogues: Dialogues, message: wire.Generate, answer: str) -> wire.ChatMessage:
+    reader = dialogues.reader(dialogues.of(message), message)
+    if reader is None:
+        return wire.ChatMessage("assistant", answer)
+    parts = [reader.push(answer), reader.finish()]
+    calls = tuple(wire.ToolCall("", c.name, "") for p in parts for c in p.calls if c.name)
+    return wire.ChatMessage("assistant", "".join(p.text for p in parts), calls)
+
+
+def test_calls_or_a_form_means_calls_first() -> None:
+    dialogues, message = Dialogues(BACKEND, CHATML), asked(has_form=True)
+    call = '<tool_call>\n{"name": "ping", "arguments": {}}\n</tool_call>'
+    inside = json.dumps({"note": "<tool_call>\n{"}) + call
+    assert read(dialogues, message, inside) == wire.ChatMessage("assistant", inside)
+    assert read(dialogues, message, call).tool_calls == (wire.ToolCall("", "ping", ""),)
+
+
+def test_thinking_that_the_prompt_ended_is_not_read() -> None:
+    dialogues = Dialogues(BACKEND, THINKS)
+    answer = "<think>a</think>b"
+    assert read(dialogues, asked(), answer).content == "b"
+    assert read(dialogues, asked(options='{"think": true}'), answer).content == answer
+
+
+def test_only_tools_that_exist_are_called() -> None:
+    promise = Promise(tools={"ping": ""})
+    promise.check("", [wire.ToolCall("", "ping", "{}")], is_calling=True)
+    with pytest.raises(ConstraintFailed, match="pong"):
+        promise.check("", [wire.ToolCall("", "pong", "{}")], is_calling=True)
