@@ -22,10 +22,10 @@ from runtime.api.call import Call, HttpRequest, Steps, merged, usage_of
 from runtime.api.describe import EVENTS, Errors, exchanges
 from runtime.api.errors import fault_of
 from runtime.api.guard import meter_of
-from runtime.api.openai import start_chat, template_warnings, warning_headers, whole_answers
+from runtime.api.openai import start_chat, warning_headers, whole_answers
 from runtime.api.parsing import MAX_WARNINGS, check_items, parse_body
 from runtime.api.responses import EventStream
-from runtime.api.responses_chat import begun, chat_request, named_as_sent
+from runtime.api.responses_chat import begun, chat_request, fill_in, named_as_sent
 from runtime.api.responses_events import Composer
 from runtime.api.responses_items import Messages, named
 from runtime.api.responses_kept import Kept
@@ -37,6 +37,7 @@ from runtime.api.responses_schema import (
     ResponseObject,
     ResponsesRequest,
 )
+from runtime.api.tools import unused_options
 
 _KEPT: Errors = (ResponseNotFound, StoreError)
 
@@ -47,7 +48,7 @@ class _Asked:
 
     Attributes:
         items: What it brought, references resolved.
-        warnings: What was left out of account.
+        warnings: What was left out of account, whatever the model.
     """
 
     kept: Kept
@@ -66,15 +67,23 @@ class _Asked:
         found.add(self.items, "input")
         return found
 
-    async def end(self, composer: Composer, reason: str, calls: Sequence[Call]) -> None:
-        """End the answer, and keep it before anybody is told."""
+    def warnings_of(self, call: Call) -> list[str]:
+        """Those, and what its model leaves out of account, once that is loaded."""
+        effort = self.body.reasoning.effort if self.body.reasoning is not None else None
+        unused = unused_options(None, effort, call.host.ready if call.host is not None else None)
+        return [*self.warnings, *(w.replace("reasoning_effort", "reasoning.effort") for w in unused)]
+
+    async def end(self, composer: Composer, reason: str, calls: Sequence[Call]) -> list[str]:
+        """End the answer, and keep it before anybody is told; all that is to be warned of."""
         composer.end(reason, usage_of(calls), completed_at=int(time.time()))
-        response = composer.response
+        response, warnings = composer.response, self.warnings_of(calls[0])
+        fill_in(response, calls[0], warnings)
         if response.store and (problem := await self.kept.keep(response, named(self.items, response.id))) is not None:
             response.store = False
-            self.warnings.append(f"the response was not stored: {problem}")
-            response.warnings = self.warnings
+            warnings.append(f"the response was not stored: {problem}")
+            response.warnings = warnings
         composer.tell_end()
+        return warnings
 
 
 @post("/v1/responses", opt=needs("chat") | exchanges(ResponsesRequest, streams=EVENTS, errors=_KEPT), status_code=200)
@@ -85,18 +94,18 @@ async def create_response(request: HttpRequest, state: State) -> Response[Respon
     with named_as_sent(messages.sources):
         chat = chat_request(asked.body, messages.messages)
         calls, streams = await start_chat(request, state, chat)
-    asked.warnings.extend(w.replace("reasoning_effort", "reasoning.effort") for w in template_warnings(chat, calls[0]))
     calls[0].id = f"resp_{secrets.token_hex(16)}"
-    composer = Composer(begun(asked.body, calls[0], asked.warnings))
+    warnings = asked.warnings_of(calls[0])
+    composer = Composer(begun(asked.body, calls[0], warnings))
     if asked.body.stream:
         events = _events(asked, composer, calls, streams)
-        headers = warning_headers(asked.warnings)
+        headers = warning_headers(warnings)
         return EventStream(events, on_close=lambda: calls[0].finish(None), headers=headers)
     (answer,) = await whole_answers(request, calls, streams)
     calls_made = [wire.CallDelta(i, c.id, c.name, c.arguments) for i, c in enumerate(answer.calls)]
     composer.add(answer.text, answer.logprobs, reasoning=answer.reasoning, calls=calls_made)
-    await asked.end(composer, answer.reason, calls)
-    return Response(composer.response, headers=warning_headers(asked.warnings))
+    warnings = await asked.end(composer, answer.reason, calls)
+    return Response(composer.response, headers=warning_headers(warnings))
 
 
 async def _read(request: HttpRequest, state: State) -> _Asked:
@@ -134,6 +143,7 @@ async def _events(
                 yield out
     except EdgeError as e:
         error = e
+        fill_in(composer.response, calls[0], asked.warnings_of(calls[0]))
         composer.fail(fault_of(e))
         yield composer.take()
     except BaseException as e:

@@ -111,9 +111,8 @@ def _format(asked: TextFormat) -> ResponseFormat:
 
 
 def begun(body: ResponsesRequest, call: Call, warnings: list[str]) -> ResponseObject:
-    """The response as it is when the engine has accepted the request."""
-    params = call.params
-    return ResponseObject(
+    """The response as it is when the engine has accepted the request, or a stream begins that waits for that."""
+    response = ResponseObject(
         id=call.id,
         created_at=call.created,
         instructions=body.instructions,
@@ -127,16 +126,25 @@ def begun(body: ResponsesRequest, call: Call, warnings: list[str]) -> ResponseOb
         reasoning=body.reasoning or ReasoningField(),
         safety_identifier=body.safety_identifier,
         store=body.store is not False,
-        temperature=params.temperature,
+        temperature=body.temperature,
         text=body.text or TextField(),
         tool_choice=body.tool_choice or "auto",
         tools=body.tools or [],
         top_logprobs=body.top_logprobs or 0,
-        top_p=params.top_p,
+        top_p=body.top_p,
         truncation=body.truncation or "disabled",
         user=body.user,
-        warnings=warnings or msgspec.UNSET,
     )
+    fill_in(response, call, warnings)
+    return response
+
+
+def fill_in(response: ResponseObject, call: Call, warnings: list[str]) -> None:
+    """Tell what the model's package says where the request does not, as far as the model is loaded yet."""
+    response.model = call.model
+    if call.host is not None:
+        response.temperature, response.top_p = call.params.temperature, call.params.top_p
+    response.warnings = warnings or msgspec.UNSET
 
 
 @contextmanager

@@ -181,8 +181,10 @@ def template_options(kwargs: Mapping[str, object] | None, effort: ReasoningEffor
 def unused_options(
     kwargs: Mapping[str, object] | None, effort: ReasoningEffort | None, ready: wire.Ready | None
 ) -> list[str]:  # fmt: skip
-    """What the model's template does not look for."""
-    known = frozenset(ready.template_variables) if ready is not None else frozenset[str]()
+    """What the model's template does not look for, once it is loaded."""
+    if ready is None:
+        return []
+    known = frozenset(ready.template_variables)
     missing = [f"chat_template_kwargs.{name[:64]}" for name in kwargs or () if name not in known]
     if effort is not None and not known & {*_THINKING_SWITCHES, "reasoning_effort"}:
         missing.append("reasoning_effort")
