@@ -83,7 +83,8 @@ class HttpConnection(HttpToolsProtocol):
         self._is_first_read = False
         """Of the present part: how much of what was read belongs to it is not known."""
         self._head_since: float | None = self.loop.time()
-        self._idle_since: float | None = None
+        self._idle_since = self.loop.time()
+        """The end of the last answer, or of the last request if that came later."""
         self._closing_since: float | None = None
         self._body_since = 0.0
         self._is_deaf = False
@@ -115,7 +116,7 @@ class HttpConnection(HttpToolsProtocol):
             return (_BODY, self._body_since) if is_sending else None
         if self._head_since is not None:
             return _HEAD, self._head_since
-        return None if self._idle_since is None else (_IDLE, self._idle_since)
+        return _IDLE, self._idle_since
 
     def check(self, now: float) -> None:
         """End it where it keeps somebody waiting for too long."""
@@ -132,6 +133,8 @@ class HttpConnection(HttpToolsProtocol):
                 self._give_up_head()
         elif self._part == "body":
             self._check_body(now)
+        elif not (unsent or self._is_answering) and now - self._idle_since > self.timeout_keep_alive:
+            self.transport.close()
 
     def _check_body(self, now: float) -> None:
         if self.flow.read_paused or self.cycle.waiting_for_100_continue:  # it is we who keep it waiting
@@ -159,7 +162,8 @@ class HttpConnection(HttpToolsProtocol):
 
     def dismiss(self) -> None:
         """End it if it waits between two requests."""
-        if self._idle_since is not None and self._part == "none":
+        is_asked = self._head_since is not None or self._part != "none" or self._is_answering
+        if not is_asked and self._closing_since is None:
             self.transport.close()
 
     # ------------------------------------------------------------------ what comes in
@@ -173,7 +177,6 @@ class HttpConnection(HttpToolsProtocol):
     @override
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._unset_keepalive_if_required()
         self.pipeline.clear()
         self._disconnect()
         self._door.leave(self)
@@ -188,8 +191,6 @@ class HttpConnection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._is_deaf or self.parser is None:
             return
-        self._unset_keepalive_if_required()
-        self._idle_since = None
         if self._head_since is None and self._part == "none" and not self._is_answering:
             self._head_since = self.loop.time()
         try:
@@ -273,6 +274,7 @@ class HttpConnection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._part = "none"
+        self._idle_since = self.loop.time()  # the answer may have come before the end of the request
 
     # ------------------------------------------------------------------ what goes out
 
@@ -320,8 +322,8 @@ class HttpConnection(HttpToolsProtocol):
     @override
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if not self._is_answering and not self.transport.is_closing():
-            self._idle_since = self.loop.time()
+        self._unset_keepalive_if_required()  # `check` looks: what comes later does not stop that
+        self._idle_since = self.loop.time()
 
     def _refuse(self, fault: Fault) -> None:
         """Take nothing more. The fault is told where that cannot be taken for a part of another answer."""
@@ -359,7 +361,6 @@ class HttpConnection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         self._is_deaf, self._closing_since = True, self.loop.time()
-        self._unset_keepalive_if_required()
         if self.transport.can_write_eof():
             self.flow.resume_reading()
             self.transport.write_eof()

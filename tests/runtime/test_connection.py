@@ -160,7 +160,9 @@ class Client:
 async def serving(manners: Manners = MANNERS, *, tls: ssl.SSLContext | None = None) -> AsyncGenerator[Served]:
     """The protocol on a free port. Nothing of it is left afterwards."""
     app = Echo()
-    config = uvicorn.Config(app, log_config=None, access_log=False, ws="none", lifespan="off")
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, ws="none", lifespan="off", timeout_keep_alive=75
+    )  # fmt: skip
     config.load()
     state, door = ServerState(), Door(manners)
     with socket.create_server(("127.0.0.1", 0)) as sock:
@@ -444,6 +446,23 @@ def test_an_idle_connection_cannot_stay_by_sending_empty_lines() -> None:
         (guest,) = served.door.guests()
         await until(lambda: (guest.leisure or (0, 0))[0] == 1)
         served.later(11)
+        assert await client.rest() == b""
+
+    with_server(test)
+
+
+def test_a_body_that_comes_after_its_answer_does_not_keep_the_connection() -> None:
+    async def test(served: Served) -> None:
+        client = await served.connect()
+        early = b"POST /early HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n"
+        assert (await client.answer(early))[0] == 401
+        (guest,) = served.door.guests()
+        client.writer.write(b"abc")
+        assert (await (await served.connect()).answer(GET))[0] == 200  # what was sent before it is read by now
+        assert guest.leisure is not None
+        served.later(74)
+        assert len(served.door) == 2
+        served.later(76)
         assert await client.rest() == b""
 
     with_server(test)
