@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from edge.errors import InvalidRequest, UnsupportedFormat
@@ -105,7 +106,8 @@ class ChatTemplate:
         Raises:
             InvalidRequest: The template refuses these messages.
         """
-        given: dict[str, object] = {**(options or {}), "add_generation_prompt": add_generation_prompt}
+        given = {k: self._defused(v) for k, v in (options or {}).items()}
+        given["add_generation_prompt"] = add_generation_prompt
         if tools:
             given["tools"] = [self._tool(tool) for tool in tools]
         return self._render([self._turn(m, style, as_parts=self._wants_parts) for m in messages], given)
@@ -124,14 +126,11 @@ class ChatTemplate:
             return False
 
     def _render(self, turns: Sequence[Mapping[str, object]], given: Mapping[str, object]) -> str:
-        from jinja2.exceptions import TemplateError
-
         try:
             text = self._template.render({**given, **self._tokens, "messages": turns})
-        except (
-            TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError,
-            MemoryError,
-        ) as e:  # fmt: skip
+        except InvalidRequest:  # its own, by `raise_exception`
+            raise
+        except Exception as e:  # a template is a program of others: it may raise anything, as its helpers do
             raise InvalidRequest(
                 f"The model's chat template refuses these messages: {str(e) or type(e).__name__}.",
                 field="messages",
@@ -176,7 +175,11 @@ class ChatTemplate:
     def _content(self, content: str | list[str | int]) -> str:
         if isinstance(content, str):
             return self._defuse(content)
-        return "".join(self._defuse(c) if isinstance(c, str) else f"{_IMAGE}{c}{_IMAGE}" for c in content)
+        runs = groupby(content, key=lambda part: isinstance(part, str))  # no marker is spelled across parts
+        return "".join(
+            self._defuse("".join(map(str, run))) if is_text else "".join(f"{_IMAGE}{c}{_IMAGE}" for c in run)
+            for is_text, run in runs
+        )
 
     def _defused(self, value: object) -> object:
         """A value of JSON with all texts in it."""

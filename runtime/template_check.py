@@ -13,7 +13,7 @@ import sys
 
 from edge.errors import EdgeError, InvalidRequest
 from runtime.chat import ChatTemplate
-from runtime.wire import ChatMessage
+from runtime.wire import ChatMessage, Tool, ToolCall
 
 TIMEOUT_S = 10.0
 MAX_CPU_S = 2
@@ -51,13 +51,34 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_S, MAX_CPU_S))
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     try:
-        text = ChatTemplate(sys.stdin.read(), markers=()).render([ChatMessage("user", _SAID)])
+        template = ChatTemplate(sys.stdin.read(), markers=())
+        text = template.render([ChatMessage("user", _SAID)])
+        _try_tools(template)
     except EdgeError as e:
         sys.stdout.write(e.message)
         sys.exit(1)
     if _SAID not in text:
         sys.stdout.write("The chat template leaves out what the user says.")
         sys.exit(1)
+
+
+def _try_tools(template: ChatTemplate) -> None:
+    """Have it render tools, a call and its result, and thinking: it may refuse them, but has to come to an end.
+
+    Raises:
+        InvalidRequest: It takes too much memory.
+    """
+    call = ToolCall("call_0a1b2c3d", "find", '{"what":"light"}')
+    messages = [
+        ChatMessage("user", _SAID), ChatMessage("assistant", "Yes.", tool_calls=(call,), reasoning="Well."),
+        ChatMessage("tool", "Here.", tool_call_id=call.id, name=call.name),
+    ]  # fmt: skip
+    for num in (1, 2, 3):
+        try:
+            template.render(messages[:num], tools=[Tool("find", "Finds.", '{"type":"object","properties":{}}')])
+        except InvalidRequest as e:
+            if isinstance(e.__cause__, MemoryError):
+                raise
 
 
 if __name__ == "__main__":

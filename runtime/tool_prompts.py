@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import msgspec
 
@@ -26,6 +27,7 @@ _THINKING = (
 """Markers that are no pair of tags, as the templates of llama.cpp have them."""
 _THINKING_TAG = re.compile(r"</((?:[a-z]+:)?think(?:ing)?(?::[\w-]+)?)>")
 _MARKER = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
+_RESPONSE_TAG = re.compile(r"<(/?tool_response>)")
 _ASKED, _SAID, _RESULT, _THOUGHT = "lighthouse", "harbour", "seagull", "driftwood"
 _SAMPLE = Tool(
     "otter_swim", "Swims.", '{"type":"object","properties":{"pace":{"type":"string","description":"Pace."}}}'
@@ -166,7 +168,8 @@ class ToolPrompts:
             for style in styles:
                 found = self._find(style)
                 if found is not None and bool(found.tagged) == takes_tagged:
-                    self.template.guard(m for t in found.texts() for m in _MARKER.findall(t))
+                    shown = [*found.texts(), self._with_result(style), self._try_sample()]
+                    self.template.guard(m for text in shown for m in _MARKER.findall(text))
                     return _Native(found, style)
         return None
 
@@ -192,7 +195,7 @@ class ToolPrompts:
                 render, header=self._behind_user([], style, prompts=True), plain=plain, ids=ids,
                 ends=[*self._ends, end] if end else self._ends, thinking_end=thinking_end,
             )  # fmt: skip
-            return syntax if syntax is not None and self._takes_results(style) else None
+            return syntax if syntax is not None and _RESULT in self._with_result(style) else None
         except InvalidRequest:
             return None
 
@@ -202,12 +205,11 @@ class ToolPrompts:
         )  # fmt: skip
         return text.rpartition(_ASKED)[2]
 
-    def _takes_results(self, style: CallStyle) -> bool:
+    def _with_result(self, style: CallStyle) -> str:
+        """A call and its result, with what the template puts around them."""
         call = ToolCall(LONG_IDS[0], _SAMPLE.name, '{"pace": "slow"}')
         result = ChatMessage("tool", _RESULT, tool_call_id=call.id, name=call.name)
-        return _RESULT in self._behind_user(
-            [ChatMessage("assistant", "", tool_calls=(call,)), result], style, prompts=True
-        )
+        return self._behind_user([ChatMessage("assistant", "", tool_calls=(call,)), result], style, prompts=True)
 
     @cached_property
     def _takes_system(self) -> bool:
@@ -265,7 +267,7 @@ def _suits(syntax: ToolSyntax, tools: Sequence[Tool], *, or_schema: bool) -> boo
 
 def _in_words(message: ChatMessage) -> ChatMessage:
     if message.role == "tool":
-        return ChatMessage("user", _joined("<tool_response>", message.content, "</tool_response>"))
+        return ChatMessage("user", _joined("<tool_response>", _within(message.content), "</tool_response>"))
     if not message.tool_calls:
         return message
     calls = [
@@ -274,6 +276,15 @@ def _in_words(message: ChatMessage) -> ChatMessage:
     ]
     content = [message.content] if message.content else []
     return ChatMessage("assistant", _joined(*content, *calls), reasoning=message.reasoning)
+
+
+def _within(content: str | list[str | int]) -> str | list[str | int]:
+    """What a tool gave, in which nothing ends or begins a result. Between its parts there is no marker either."""
+    if isinstance(content, str):
+        return _RESPONSE_TAG.sub(r"< \1", content)
+    runs = groupby(content, key=lambda part: isinstance(part, str))
+    parts = ([_RESPONSE_TAG.sub(r"< \1", "".join(map(str, run)))] if is_text else list(run) for is_text, run in runs)
+    return [part for run in parts for part in run]
 
 
 def _joined(*contents: str | list[str | int]) -> str | list[str | int]:

@@ -11,7 +11,7 @@ from edge.errors import InvalidImage, InvalidRequest
 from edge.formats.images import MAX_IMAGE_BYTES
 from runtime import wire
 from runtime.api.openai_schema import ChatMessage, ImagePart
-from runtime.api.tools import wire_calls
+from runtime.api.tools import CallHistory
 
 MAX_IMAGES = 16
 """Of one request."""
@@ -34,9 +34,9 @@ def conversation_of(messages: Sequence[ChatMessage]) -> Conversation:
 
     Raises:
         InvalidImage: An image is not one in a data URL, or too large.
-        InvalidRequest: There are too many, or arguments of a call are no JSON object.
+        InvalidRequest: There are too many, or arguments of a call are no JSON object or too large.
     """
-    found = Conversation()
+    found, history = Conversation(), CallHistory()
     for i, message in enumerate(messages):
         path = f"messages[{i}]"
         if message.tool_calls and message.role != "assistant":
@@ -45,7 +45,7 @@ def conversation_of(messages: Sequence[ChatMessage]) -> Conversation:
         found.messages.append(
             wire.ChatMessage(
                 _ROLES.get(message.role, message.role), _content(found, message, path),
-                wire_calls(message.tool_calls or (), f"{path}.tool_calls"), message.tool_call_id or "",
+                history.read(message.tool_calls or (), f"{path}.tool_calls"), message.tool_call_id or "",
                 (message.name or "") if message.role in ("tool", "function") else "",
                 message.reasoning_content or message.reasoning or "",
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -15,11 +16,13 @@ from edge.errors import ConstraintFailed, InvalidRequest
 from runtime import wire
 from runtime.api.json_schema import check_answer, parse_schema
 from runtime.api.structured import Structure
-from runtime.json_values import is_list, is_object
 
 MAX_TOOLS = 128
 MAX_ARGUMENTS_CHARS = 256 << 10
 MAX_ARGUMENTS_DEPTH = 64
+MAX_ARGUMENTS_PARTS = 20_000
+"""Values in the arguments of all calls of a conversation, which are read while nobody else is answered: some 20 ms."""
+_TEXT_OR_MARK = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{},]', re.DOTALL)
 MAX_OPTIONS_CHARS = 4096
 _RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"})
 _THINKING_SWITCHES = ("enable_thinking", "thinking")
@@ -126,31 +129,43 @@ def wire_choice(choice: ToolChoice | None, tools: Sequence[wire.Tool]) -> str:
     return choice or "auto"
 
 
-def wire_calls(calls: Sequence[ToolCallField], path: str) -> tuple[wire.ToolCall, ...]:
-    """The calls of a message as the engine takes them.
+class CallHistory:
+    """Takes the calls of one conversation, message by message."""
 
-    Raises:
-        InvalidRequest: Arguments are no JSON object.
-    """
-    for i, call in enumerate(calls):
-        _check_arguments(call.function.arguments, f"{path}[{i}].function.arguments")
-    return tuple(wire.ToolCall(c.id, c.function.name, c.function.arguments) for c in calls)
+    def __init__(self) -> None:
+        self._num_parts = 0
 
+    def read(self, calls: Sequence[ToolCallField], path: str) -> tuple[wire.ToolCall, ...]:
+        """The calls of a message as the engine takes them.
 
-def _check_arguments(arguments: str, path: str) -> None:
-    if not arguments:
-        return
-    try:
-        found = msgspec.json.decode(arguments, type=dict[str, object])
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as e:
-        raise InvalidRequest(f"'{path}' is no JSON object: {e}.", field=path) from e
-    if _is_deeper(found, MAX_ARGUMENTS_DEPTH):
-        raise InvalidRequest(f"'{path}' is nested deeper than {MAX_ARGUMENTS_DEPTH}.", field=path)
+        Raises:
+            InvalidRequest: Arguments are no JSON object, or of too many parts with those before.
+        """
+        for i, call in enumerate(calls):
+            self._check(call.function.arguments, f"{path}[{i}].function.arguments")
+        return tuple(wire.ToolCall(c.id, c.function.name, c.function.arguments) for c in calls)
 
+    def _check(self, arguments: str, path: str) -> None:
+        self._measure(arguments, path)
+        try:
+            if arguments:
+                msgspec.json.decode(arguments, type=dict[str, object])
+        except (msgspec.MsgspecError, UnicodeError, RecursionError) as e:
+            raise InvalidRequest(f"'{path}' is no JSON object: {e}.", field=path) from e
 
-def _is_deeper(value: object, depth: int) -> bool:
-    inner = list(value.values()) if is_object(value) else value if is_list(value) else []
-    return not depth or any(_is_deeper(v, depth - 1) for v in inner)
+    def _measure(self, arguments: str, path: str) -> None:
+        """Count parts and depth before anything is made of them."""
+        self._num_parts += 1
+        depth = 0
+        for found in _TEXT_OR_MARK.finditer(arguments):
+            mark = arguments[found.start()]
+            self._num_parts += mark in ",[{"
+            depth += (mark in "[{") - (mark in "]}")
+            if self._num_parts > MAX_ARGUMENTS_PARTS:
+                most = f"{MAX_ARGUMENTS_PARTS:,}"
+                raise InvalidRequest(f"'{path}': the calls have more than {most} values.", field=path)
+            if depth > MAX_ARGUMENTS_DEPTH:
+                raise InvalidRequest(f"'{path}' is nested deeper than {MAX_ARGUMENTS_DEPTH}.", field=path)
 
 
 # ---------------------------------------------------------------- templates and thinking

@@ -6,8 +6,9 @@ import pytest
 
 from edge.errors import InvalidRequest, UnsupportedFormat
 from runtime.chat import CHATML, ChatTemplate, encode_prompt
+from runtime.template_check import check_template
 from runtime.tokenizer import Tokenizer
-from runtime.wire import ChatMessage
+from runtime.wire import ChatMessage, Tool
 
 MARKERS = ("<|im_start|>", "<|im_end|>")
 
@@ -57,6 +58,37 @@ def test_the_break_character_itself_cannot_be_smuggled_in() -> None:
 def test_a_template_cannot_reach_python(evil: str) -> None:
     with pytest.raises(InvalidRequest):
         ChatTemplate(evil, markers=()).render([ChatMessage("user", "x")])
+
+
+def test_options_and_neighbouring_parts_spell_no_markers() -> None:
+    template = ChatTemplate(CHATML + "{{ persona }}", markers=MARKERS)
+    options = {"persona": "a<|im_end|>"}
+    text = template.render([ChatMessage("user", ["<|im_", "end|>", 0, "<|im_", 1, "end|>"])], options=options)
+    assert text.count("<|im_end|>") == 1
+    assert text.count("\ufdd1") == 4
+
+
+def test_whatever_a_template_raises_refuses_the_messages() -> None:
+    template = ChatTemplate(CHATML + "{% if tools %}{{ cycler() }}{% endif %}", markers=())
+    template.render([ChatMessage("user", "x")])
+    with pytest.raises(InvalidRequest, match="at least one item"):
+        template.render([ChatMessage("user", "x")], tools=[Tool("ping", "", "")])
+
+
+@pytest.mark.parametrize(
+    "greedy",
+    [
+        "{% if tools %}{{ 'x' * 4000000000 }}{% endif %}",
+        "{% if messages|length > 2 %}{{ 'x' * 4000000000 }}{% endif %}",
+    ],
+)
+async def test_a_template_that_tools_make_greedy_is_refused(greedy: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"too much|MemoryError"):
+        await check_template(CHATML + greedy)
+
+
+async def test_a_template_may_refuse_tools() -> None:
+    await check_template(CHATML + "{% if tools %}{{ raise_exception('no tools') }}{% endif %}")
 
 
 def test_a_broken_template_is_refused_when_the_model_is_opened() -> None:

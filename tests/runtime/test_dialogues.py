@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from edge.errors import ConstraintFailed
+from edge.errors import ConstraintFailed, InvalidRequest
 from runtime import wire
-from runtime.api.tools import Promise
+from runtime.api import tools
+from runtime.api.tools import CalledFunction, CallHistory, Promise, ToolCallField
 from runtime.backends.base import Capabilities
 from runtime.chat import CHATML
 from runtime.dialogues import Dialogues
@@ -56,3 +57,24 @@ def test_only_tools_that_exist_are_called() -> None:
     promise.check("", [wire.ToolCall("", "ping", "{}")], is_calling=True)
     with pytest.raises(ConstraintFailed, match="pong"):
         promise.check("", [wire.ToolCall("", "pong", "{}")], is_calling=True)
+
+
+def called(arguments: str) -> ToolCallField:
+    return ToolCallField(function=CalledFunction(name="ping", arguments=arguments))
+
+
+@pytest.mark.parametrize(
+    "arguments", ["[1]", '{"a":' + "[" * 70 + "]" * 70 + "}", '{"a":[' + "1," * 30_000 + "1]}", '{"a', '"\\"' * 99_999]
+)
+def test_arguments_in_a_conversation_are_bounded(arguments: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        CallHistory().read([called("{}"), called(arguments)], "messages[1].tool_calls")
+    assert caught.value.field == "messages[1].tool_calls[1].function.arguments"
+
+
+def test_they_are_bounded_all_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tools, "MAX_ARGUMENTS_PARTS", 10)
+    history, text = CallHistory(), json.dumps({"a": "[,{" * 99 + '"', "b": [1]})
+    assert [c.arguments for c in history.read([called(text), called("")], "x")] == [text, ""]
+    with pytest.raises(InvalidRequest, match="more than 10 values"):
+        history.read([called(text), called(text)], "y")
