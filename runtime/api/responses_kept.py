@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import msgspec
@@ -74,14 +75,23 @@ class Kept:
         """Keep a response and what was asked; why it could not be kept."""
         body, asked = msgspec.json.encode(response), msgspec.json.encode(items)
         kept = KeptResponse(response.id, self.key, response.previous_response_id, asked, body)
+        written = self.store.keep(kept)
         try:
             async with asyncio.timeout(KEEP_S):
-                await asyncio.wrap_future(self.store.keep(kept))
+                await asyncio.wrap_future(written)
         except StoreError as e:
             return str(e)
         except TimeoutError:
-            return f"The disk did not take it in {KEEP_S:.0f} s."
+            return self._given_up(written, response.id)
         return None
+
+    def _given_up(self, written: Future[None], response_id: str) -> str:
+        """See that a response that comes to the disk too late does not stay there, since its client is told so."""
+        problem = f"The disk did not take it in {KEEP_S:.0f} s."
+        if written.cancel():
+            return problem
+        self.store.delete(self.key, response_id)  # after what is being written; where it fails, the store tells
+        return f"{problem} It is still at it; what comes there is deleted again, unless the device stops before."
 
     async def conversation(self, response_id: str, *, field: str | None = None, with_answer: bool) -> list[Item]:
         """All that was said up to a response, the oldest first.

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
+from threading import Event
 
 import pytest
 
 from edge.access.quota import TokenDay
-from edge.errors import InvalidRequest, RateLimited
+from edge.errors import InvalidRequest, RateLimited, ResponseNotFound
 from edge.responses import ResponseStore
+from runtime.api import responses_kept
 from runtime.api.access import Caller, Meter
 from runtime.api.responses_items import item_id, named
 from runtime.api.responses_kept import Kept
@@ -70,3 +72,34 @@ async def test_what_is_gone_on_from_is_held_of_the_day_as_if_it_were_sent(store:
         await ask(asking(day))
         with pytest.raises(RateLimited):
             await ask(asking(day))
+
+
+class HeldClock:
+    """One that a store waits for: its disk is slow."""
+
+    def __init__(self) -> None:
+        self.is_going = Event()
+        self.is_going.set()
+
+    def __call__(self) -> float:
+        self.is_going.wait(20)
+        return 0.0
+
+
+async def test_what_comes_to_the_disk_too_late_does_not_stay_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = HeldClock()
+    with closing(ResponseStore(tmp_path / "responses.db", limit_bytes=1 << 20, clock=clock)) as store:
+        kept = Kept(store, Meter(NOBODY), MAX_BYTES)
+        before = await said(kept, 1, "x")
+        clock.is_going.clear()
+        monkeypatch.setattr(responses_kept, "KEEP_S", 0.2)
+        made = response()
+        problem = await kept.keep(made, [])
+        clock.is_going.set()
+        assert problem is not None
+        assert "did not take it" in problem
+        with pytest.raises(ResponseNotFound):
+            await kept.get(made.id)
+        assert (await kept.get(before)).id == before
