@@ -15,6 +15,7 @@ import pytest
 from openai.types import Batch
 
 from edge.access.keys import Key, Keys, Limits
+from runtime.api.batches.database import SCHEMA_VERSION
 from runtime.api.batches.gate import lines_at_once
 from tests.support import (
     DEFAULT_MODEL,
@@ -304,7 +305,7 @@ def test_a_batch_is_its_keys_and_runs_as_it(tmp_path: Path) -> None:
 def _status(home: Path, batch_id: str) -> str:
     from edge.database import connect_read_only
 
-    db = connect_read_only(home / "batches.db", version=1)
+    db = connect_read_only(home / "batches.db", version=SCHEMA_VERSION)
     try:
         (record,) = db.execute("SELECT record FROM batches WHERE id = ?", (batch_id,)).fetchone()
     finally:

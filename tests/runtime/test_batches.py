@@ -6,6 +6,7 @@ import asyncio
 import io
 import stat
 from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from typing_extensions import override
 from edge.access.keys import Keys, Limits
 from edge.access.state import open_state
 from edge.config import Settings
+from edge.database import connect, connect_read_only
 from edge.errors import (
     BatchNotFound,
     DiskFull,
@@ -33,7 +35,7 @@ from edge.errors import (
 )
 from edge.store.files import FileOps
 from runtime.api.access import LAST, Access
-from runtime.api.batches import ledger
+from runtime.api.batches import database, ledger
 from runtime.api.batches.answers import MAX_TRIES, Answer, answer_of, wait_before_retry_s
 from runtime.api.batches.files import plain_name
 from runtime.api.batches.forms import Form, read_form
@@ -216,8 +218,14 @@ def settings(tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-def store(settings: Settings) -> Generator[BatchStore]:
-    opened = BatchStore(settings)
+def clock() -> list[float]:
+    """What the store's clock shows."""
+    return [0.0]
+
+
+@pytest.fixture
+def store(settings: Settings, clock: list[float]) -> Generator[BatchStore]:
+    opened = BatchStore(settings, monotonic=lambda: clock[0])
     yield opened
     opened.close()
 
@@ -231,15 +239,15 @@ def sent(store: BatchStore, data: bytes, *, key: str = "k", now_s: float = NOW, 
 
 def test_a_file_is_its_keys_alone(store: BatchStore) -> None:
     file_id = sent(store, b"hello")
-    assert store.files.get("k", file_id, now_s=NOW).bytes == 5
+    assert store.files.get("k", file_id).bytes == 5
     mode = store.files.path(file_id).stat().st_mode
     assert stat.S_IMODE(mode) == 0o600
     for key, name in (("other", file_id), ("", file_id), ("k", "../batches.db"), ("k", "file-x")):
         with pytest.raises(StoredFileNotFound):
-            store.files.get(key, name, now_s=NOW)
+            store.files.get(key, name)
         with pytest.raises(StoredFileNotFound):
-            store.files.remove(key, name, now_s=NOW)
-    store.files.remove("k", file_id, now_s=NOW)
+            store.files.remove(key, name)
+    store.files.remove("k", file_id)
     assert not store.files.path(file_id).exists()
 
 
@@ -247,7 +255,7 @@ def test_lists_go_on_after_one_of_them(store: BatchStore) -> None:
     ids = [sent(store, b"%d" % i) for i in range(5)]
 
     def listed(**more: Any) -> tuple[list[str], bool]:
-        asked: dict[str, Any] = {"after": None, "limit": 2, "newest_first": True, "purpose": None, "now_s": NOW, **more}
+        asked: dict[str, Any] = {"after": None, "limit": 2, "newest_first": True, "purpose": None, **more}
         found = store.files.list("k", **asked)
         return [f.id for f in found.data], found.has_more
 
@@ -264,18 +272,19 @@ def test_a_key_has_room_for_so_much(store: BatchStore) -> None:
     with pytest.raises(StorageFull):
         sent(store, b"x")
     with pytest.raises(StorageFull):  # what comes of a batch needs room too
-        store.create_batch("k", a_batch(file_ids[0]), now_s=NOW)
+        store.create_batch("k", a_batch(file_ids[0]))
     sent(store, b"x", key="other")
 
 
-def test_expired_files_go_unless_a_batch_reads_them(store: BatchStore) -> None:
+def test_expired_files_go_unless_a_batch_reads_them(store: BatchStore, clock: list[float]) -> None:
     old, read = sent(store, b"1", expires_s=3600), sent(store, b"2", expires_s=3600)
-    store.create_batch("k", a_batch(read), now_s=NOW)
-    store.files.remove_expired(NOW + 4000)
+    store.create_batch("k", a_batch(read))
+    clock[0] = 4000.0
+    store.tidy()
     assert not store.files.path(old).exists()
     assert store.files.path(read).exists()
     with pytest.raises(StoredFileNotFound):
-        store.files.get("k", read, now_s=NOW + 4000)
+        store.files.get("k", read)
 
 
 def test_what_was_cut_off_is_swept_at_the_start(settings: Settings, store: BatchStore) -> None:
@@ -287,7 +296,7 @@ def test_what_was_cut_off_is_swept_at_the_start(settings: Settings, store: Batch
     store.close()
     again = BatchStore(settings)
     assert [path.name for path in settings.files_dir.iterdir()] == [kept]
-    assert again.files.get("k", kept, now_s=NOW).bytes == 4
+    assert again.files.get("k", kept).bytes == 4
     again.close()
 
 
@@ -415,7 +424,7 @@ def a_batch(file_id: str, batch_id: str = "batch_1") -> Batch:
 
 
 def test_an_answer_counts_once(store: BatchStore) -> None:
-    store.create_batch("k", a_batch(sent(store, request())), now_s=NOW)
+    store.create_batch("k", a_batch(sent(store, request())))
     store.batches.move("batch_1", "in_progress", since=("validating",), now_s=NOW, total=2)
     for data in (b"first", b"second"):
         store.batches.record("batch_1", Answer(1, data, is_error=False, tokens=(5, 1, 2, 0)))
@@ -431,7 +440,7 @@ def test_an_answer_counts_once(store: BatchStore) -> None:
 
 def test_a_batch_that_is_over_takes_no_answers(store: BatchStore, settings: Settings) -> None:
     file_id = sent(store, b"\n".join(request(str(i)) for i in range(1, 4)))
-    store.create_batch("k", a_batch(file_id), now_s=NOW)
+    store.create_batch("k", a_batch(file_id))
     store.batches.move("batch_1", "in_progress", since=("validating",), now_s=NOW, total=3)
     store.batches.record("batch_1", Answer(2, b"good", is_error=False))
     assert store.batches.cancel("k", "batch_1", now_s=NOW).status == "cancelling"
@@ -454,7 +463,7 @@ def test_a_batch_that_is_over_takes_no_answers(store: BatchStore, settings: Sett
 
 
 def test_statuses_do_not_go_back(store: BatchStore) -> None:
-    store.create_batch("k", a_batch(sent(store, request())), now_s=NOW)
+    store.create_batch("k", a_batch(sent(store, request())))
     store.batches.cancel("k", "batch_1", now_s=NOW)
     assert store.batches.move("batch_1", "in_progress", since=("validating",), now_s=NOW).status == "cancelling"
     store.batches.fail("batch_1", [], now_s=NOW)
@@ -466,28 +475,96 @@ def test_statuses_do_not_go_back(store: BatchStore) -> None:
 def test_a_batch_is_its_keys_alone_and_holds_its_file(store: BatchStore) -> None:
     file_id = sent(store, request())
     with pytest.raises(StoredFileNotFound):
-        store.create_batch("other", a_batch(file_id), now_s=NOW)
-    store.create_batch("k", a_batch(file_id), now_s=NOW)
+        store.create_batch("other", a_batch(file_id))
+    store.create_batch("k", a_batch(file_id))
     with pytest.raises(BatchNotFound):
         store.batches.get("other", "batch_1")
     with pytest.raises(BatchNotFound):
         store.batches.cancel("other", "batch_1", now_s=NOW)
     assert store.batches.list("other", after=None, limit=10).data == []
     with pytest.raises(FileInUse):
-        store.files.remove("k", file_id, now_s=NOW)
+        store.files.remove("k", file_id)
 
 
 def test_a_key_has_so_many_batches(store: BatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger, "MAX_KEPT", 3)
     file_id = sent(store, request())
     for i in range(ledger.MAX_UNFINISHED):
-        store.create_batch("k", a_batch(file_id, f"b{i}"), now_s=NOW)
+        store.create_batch("k", a_batch(file_id, f"b{i}"))
     with pytest.raises(QueueFull):
-        store.create_batch("k", a_batch(file_id, "too-many"), now_s=NOW)
+        store.create_batch("k", a_batch(file_id, "too-many"))
     for i in range(ledger.MAX_UNFINISHED):
         store.batches.fail(f"b{i}", [], now_s=NOW)
-    store.create_batch("k", a_batch(file_id, "last"), now_s=NOW)
+    store.create_batch("k", a_batch(file_id, "last"))
     assert [b.id for b in store.batches.list("k", after=None, limit=100).data] == ["last", "b19", "b18"]
+
+
+def running(store: BatchStore, data: bytes, *, total: int, key: str = "k") -> None:
+    store.create_batch(key, a_batch(sent(store, data, key=key)))
+    store.batches.move("batch_1", "in_progress", since=("validating",), now_s=NOW, total=total)
+
+
+def test_answers_count_towards_the_room_of_their_key(store: BatchStore) -> None:
+    running(store, request(), total=9)
+    store.batches.record("batch_1", Answer(1, b"x" * (FILES_OF_KEY * 4096 - 200), is_error=False))
+    with pytest.raises(StorageFull):
+        store.batches.record("batch_1", Answer(2, b"x" * 200, is_error=False))
+    with pytest.raises(StorageFull):
+        store.files.check_room("k", 200)
+    store.files.check_room("other", 200)
+    assert store.batches.answered("batch_1") == {1}
+    store.batches.fail("batch_1", [], now_s=NOW)
+    store.files.check_room("k", 200)
+
+
+def test_what_is_dropped_is_given_back_to_the_disk(store: BatchStore) -> None:
+    running(store, request(), total=9)
+    for number in range(1, 9):
+        store.batches.record("batch_1", Answer(number, b"x" * 4000, is_error=False))
+    store.batches.fail("batch_1", [], now_s=NOW)
+    while store.tidy():
+        pass
+    with closing(connect_read_only(store.path, version=database.SCHEMA_VERSION)) as db:
+        assert db.execute("PRAGMA freelist_count").fetchone() == (0,)
+        assert db.execute("PRAGMA auto_vacuum").fetchone() == (2,)
+
+
+def test_the_wall_clock_ends_nothing(store: BatchStore, clock: list[float]) -> None:
+    """A board boots in 1970, and is told the time later."""
+    file_id = sent(store, request(), now_s=0.0, expires_s=3600)
+    store.create_batch("k", msgspec.structs.replace(a_batch(file_id), created_at=0, expires_at=86_400))
+    assert store.batches.left_s("batch_1") == 86_400
+    assert store.files.get("k", file_id).expires_at == 3600
+    clock[0] = 3500.0
+    store.tidy()
+    assert [f.id for f in store.files.list("k", after=None, limit=9, newest_first=True, purpose=None).data] == [file_id]
+    assert store.batches.left_s("batch_1") == 86_400 - 3500
+
+
+def test_time_goes_on_after_a_restart(settings: Settings, store: BatchStore, clock: list[float]) -> None:
+    file_id = sent(store, b"x", expires_s=10_000)
+    clock[0] = 6000.0
+    store.close()
+    clock[0] = 17.0  # since this boot
+    again = BatchStore(settings, monotonic=lambda: clock[0])
+    again.files.get("k", file_id)
+    clock[0] += 4000
+    with pytest.raises(StoredFileNotFound):
+        again.files.get("k", file_id)
+    again.close()
+
+
+def test_a_database_of_the_first_version_is_taken_over(settings: Settings) -> None:
+    with closing(connect(settings.batches_db, database.MIGRATIONS[:1])) as db:
+        db.execute("INSERT INTO files VALUES (1, 'file-1', 'k', 'batch', 'f', 5, '', 100, 3700)")
+        db.execute("INSERT INTO batches (id, key, input_file, is_over, record) VALUES ('b', 'k', 'file-1', 0, '{}')")
+        db.execute("INSERT INTO results VALUES ('b', 1, 0, x'1234')")
+    store = BatchStore(settings, monotonic=lambda: 0.0)
+    assert store.files.get("k", "file-1").expires_at == 3700
+    assert store.batches.left_s("b") == 86_400
+    with pytest.raises(StorageFull, match="7 bytes"):
+        store.files.check_room("k", FILES_OF_KEY * 4096)
+    store.close()
 
 
 def test_what_is_left_to_be_done_is_done_as_the_key_that_left_it(tmp_path: Path) -> None:

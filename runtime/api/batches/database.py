@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sqlite3
+import time
+from collections.abc import Callable
 from pathlib import Path
 
-from edge.database import CorruptDatabase, connect
+from edge.database import CorruptDatabase, connect, errors_of, transaction
 from edge.errors import StoreError
 
-SCHEMA_VERSION = 1
-_MIGRATIONS = (
+SCHEMA_VERSION = 2
+MIGRATIONS = (
     """
     CREATE TABLE files (
         seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -46,7 +48,45 @@ _MIGRATIONS = (
         PRIMARY KEY (batch, line)
     );
     """,
+    """
+    ALTER TABLE files ADD COLUMN expires_clock_s REAL NOT NULL DEFAULT 0;
+    UPDATE files SET expires_clock_s = expires_s - created_s;
+    ALTER TABLE batches ADD COLUMN expires_clock_s REAL NOT NULL DEFAULT 86400;
+    ALTER TABLE batches ADD COLUMN result_bytes INTEGER NOT NULL DEFAULT 0;
+    UPDATE batches SET result_bytes = (SELECT coalesce(sum(length(answer)), 0) FROM results WHERE batch = batches.id);
+    CREATE TABLE clock (clock_s REAL NOT NULL);
+    INSERT INTO clock VALUES (0);
+    """,
 )
+_INCREMENTAL = 2
+_SLICE_PAGES = 2048
+CLOCK_SAVE_S = 600.0
+
+
+class RunningClock:
+    """Seconds that a database was open, in all. Boards boot in 1970, and a wall clock that jumps must end nothing."""
+
+    def __init__(self, db: sqlite3.Connection, *, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._db, self._monotonic = db, monotonic
+        self._saved_s = float(db.execute("SELECT clock_s FROM clock").fetchone()[0])
+        self._base_s = self._saved_s - monotonic()
+
+    def now_s(self) -> float:
+        """What it shows."""
+        return self._base_s + self._monotonic()
+
+    def save(self, *, min_s: float = CLOCK_SAVE_S) -> None:
+        """Keep it on the disk, where so much of it is not there yet."""
+        if (now_s := self.now_s()) - self._saved_s >= min_s:
+            with transaction(self._db) as db:
+                db.execute("UPDATE clock SET clock_s = ?", (now_s,))
+            self._saved_s = now_s
+
+
+def shrink(db: sqlite3.Connection) -> bool:
+    """Give some of the free pages back to the disk; whether there are more."""
+    db.execute(f"PRAGMA incremental_vacuum({_SLICE_PAGES})").fetchall()
+    return int(db.execute("PRAGMA freelist_count").fetchone()[0]) > 0
 
 
 def open_batches(path: Path) -> sqlite3.Connection:
@@ -57,9 +97,23 @@ def open_batches(path: Path) -> sqlite3.Connection:
         StoreError: It cannot be opened. A damaged one stays where it is: files would go with it.
     """
     try:
-        return connect(path, _MIGRATIONS)
+        db = connect(path, MIGRATIONS)
     except CorruptDatabase as e:
         raise StoreError(
             f"{path} is damaged: {e.reason}.",
             hint="Restore it from a backup, or move it away: files and batches in it are then gone.",
         ) from e
+    try:
+        with errors_of(path):
+            _make_shrinkable(db)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _make_shrinkable(db: sqlite3.Connection) -> None:
+    mode = db.execute("PRAGMA auto_vacuum").fetchone()[0]
+    if mode != _INCREMENTAL and db.execute("SELECT 1 FROM results LIMIT 1").fetchone() is None:  # it is small then
+        db.execute(f"PRAGMA auto_vacuum={_INCREMENTAL}")
+        db.execute("VACUUM")

@@ -12,6 +12,7 @@ from edge.database import transaction
 from edge.errors import FileInUse, InvalidRequest, StorageFull, StoredFileNotFound
 from edge.store.files import FileOps, translated
 
+from .database import RunningClock
 from .schema import FileList, FileObject
 from .uploads import Upload
 
@@ -34,11 +35,16 @@ class Files:
     """The files of all keys. One thread uses it, with the connection that it is given.
 
     Args:
-        max_bytes: Of the files of one key together.
+        clock: When files go; the times that are told are the wall clock's.
+        max_bytes: Of the files of one key together, and of the answers that become files.
     """
 
-    def __init__(self, db: sqlite3.Connection, directory: Path, *, max_bytes: int, ops: FileOps | None = None) -> None:
-        self._db, self.directory, self._max_bytes, self._ops = db, directory, max_bytes, ops or FileOps()
+    def __init__(
+        self, db: sqlite3.Connection, directory: Path, clock: RunningClock, *, max_bytes: int,
+        ops: FileOps | None = None,
+    ) -> None:  # fmt: skip
+        self._db, self.directory, self._clock = db, directory, clock
+        self._max_bytes, self._ops = max_bytes, ops or FileOps()
 
     def path(self, file_id: str) -> Path:
         """Where a file lies that is known to be there."""
@@ -54,11 +60,11 @@ class Files:
             if name.startswith("file-") and name not in known:
                 self._ops.remove(self.directory / name)
 
-    def remove_expired(self, now_s: float) -> None:
+    def remove_expired(self) -> None:
         """Remove files whose time is over, but for those that a batch still reads."""
         old = self._db.execute(
-            "SELECT id FROM files WHERE expires_s <= ? AND id NOT IN"
-            " (SELECT input_file FROM batches WHERE NOT is_over)", (now_s,)
+            "SELECT id FROM files WHERE expires_clock_s <= ? AND id NOT IN"
+            " (SELECT input_file FROM batches WHERE NOT is_over)", (self._clock.now_s(),)
         ).fetchall()  # fmt: skip
         for (file_id,) in old:
             self._remove(str(file_id))
@@ -69,9 +75,7 @@ class Files:
         Raises:
             StorageFull: It may not.
         """
-        num, size = self._db.execute(
-            "SELECT count(*), coalesce(sum(size_bytes), 0) FROM files WHERE key = ?", (key,)
-        ).fetchone()
+        num, size = held_by(self._db, key)
         if num >= MAX_FILES or size + more_bytes > self._max_bytes:
             raise StorageFull(num_files=num, max_files=MAX_FILES, size_bytes=size, max_bytes=self._max_bytes)
 
@@ -95,19 +99,30 @@ class Files:
             expires_at=int(now_s + (expires_s or KEPT_S)),
         )  # fmt: skip
         self._db.execute(
-            f"INSERT INTO files ({_COLUMNS}, key, digest) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608  # our own names
-            (made.id, purpose, made.filename, made.bytes, made.created_at, made.expires_at, key, upload.digest),
+            f"INSERT INTO files ({_COLUMNS}, key, digest, expires_clock_s) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608  # our own names
+            (
+                made.id,
+                purpose,
+                made.filename,
+                made.bytes,
+                made.created_at,
+                made.expires_at,
+                key,
+                upload.digest,
+                self._clock.now_s() + (expires_s or KEPT_S),
+            ),
         )
         return made
 
-    def get(self, key: str, file_id: str, *, now_s: float) -> FileObject:
+    def get(self, key: str, file_id: str) -> FileObject:
         """One file.
 
         Raises:
             StoredFileNotFound: There is none of that id, or it is another key's.
         """
         row = self._db.execute(
-            f"SELECT {_COLUMNS} FROM files WHERE id = ? AND key = ? AND expires_s > ?", (file_id, key, now_s)  # noqa: S608
+            f"SELECT {_COLUMNS} FROM files WHERE id = ? AND key = ? AND expires_clock_s > ?",  # noqa: S608
+            (file_id, key, self._clock.now_s()),
         ).fetchone()  # fmt: skip
         if row is None:
             raise StoredFileNotFound(file_id)
@@ -118,9 +133,7 @@ class Files:
         row = self._db.execute("SELECT digest FROM files WHERE id = ?", (file_id,)).fetchone()
         return str(row[0]) if row else ""
 
-    def list(
-        self, key: str, *, after: str | None, limit: int, newest_first: bool, purpose: str | None, now_s: float
-    ) -> FileList:
+    def list(self, key: str, *, after: str | None, limit: int, newest_first: bool, purpose: str | None) -> FileList:
         """A key's files, beginning after one of them.
 
         Raises:
@@ -128,22 +141,22 @@ class Files:
         """
         order, than = ("DESC", "<") if newest_first else ("ASC", ">")
         rows = self._db.execute(
-            f"SELECT {_COLUMNS} FROM files WHERE key = ? AND expires_s > ? AND (? IS NULL OR purpose = ?)"  # noqa: S608
+            f"SELECT {_COLUMNS} FROM files WHERE key = ? AND expires_clock_s > ? AND (? IS NULL OR purpose = ?)"  # noqa: S608
             f" AND (? IS NULL OR seq {than} ?) ORDER BY seq {order} LIMIT ?",
-            (key, now_s, purpose, purpose, after, place_of(self._db, "files", key, after), limit + 1),
+            (key, self._clock.now_s(), purpose, purpose, after, place_of(self._db, "files", key, after), limit + 1),
         ).fetchall()
         found = [_object(row) for row in rows[:limit]]
         ends = (found[0].id, found[-1].id) if found else (None, None)
         return FileList(data=found, first_id=ends[0], last_id=ends[1], has_more=len(rows) > limit)
 
-    def remove(self, key: str, file_id: str, *, now_s: float) -> None:
+    def remove(self, key: str, file_id: str) -> None:
         """Remove a file.
 
         Raises:
             StoredFileNotFound: There is none of that id, or it is another key's.
             FileInUse: A batch reads it.
         """
-        self.get(key, file_id, now_s=now_s)
+        self.get(key, file_id)
         row = self._db.execute("SELECT id FROM batches WHERE input_file = ? AND NOT is_over", (file_id,)).fetchone()
         if row is not None:
             raise FileInUse(file_id, batch=str(row[0]))
@@ -153,6 +166,15 @@ class Files:
         with transaction(self._db):  # first the row: a file without one goes at the next start
             self._db.execute("DELETE FROM files WHERE id = ?", (file_id,))
         self._ops.remove(self.path(file_id))
+
+
+def held_by(db: sqlite3.Connection, key: str) -> tuple[int, int]:
+    """How many files a key has, and the bytes of them and of the answers that will become files."""
+    num, size, answers = db.execute(
+        "SELECT count(*), coalesce(sum(size_bytes), 0),"
+        " (SELECT coalesce(sum(result_bytes), 0) FROM batches WHERE key = ?1) FROM files WHERE key = ?1", (key,)
+    ).fetchone()  # fmt: skip
+    return num, size + answers
 
 
 def place_of(db: sqlite3.Connection, table: Literal["files", "batches"], key: str, after: str | None) -> int | None:

@@ -10,11 +10,11 @@ from pathlib import Path
 import msgspec
 
 from edge.database import connect_read_only, errors_of, transaction
-from edge.errors import BatchNotFound, InvalidRequest, QueueFull
+from edge.errors import BatchNotFound, InvalidRequest, QueueFull, StorageFull
 
 from .answers import Answer
-from .database import SCHEMA_VERSION
-from .files import place_of
+from .database import SCHEMA_VERSION, RunningClock
+from .files import MAX_FILES, held_by, place_of
 from .schema import Batch, BatchError, BatchErrors, BatchList, BatchStatus, BatchUsage, InputDetails, OutputDetails
 
 MAX_UNFINISHED = 20
@@ -27,10 +27,15 @@ _COUNTS = "completed, failed, input_tokens, cached_tokens, output_tokens, reason
 
 
 class Ledger:
-    """The batches of all keys. One thread uses it, with the connection that it is given."""
+    """The batches of all keys. One thread uses it, with the connection that it is given.
 
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
+    Args:
+        clock: When batches end; the times that are told are the wall clock's.
+        max_bytes: Of a key's answers and files together.
+    """
+
+    def __init__(self, db: sqlite3.Connection, clock: RunningClock, *, max_bytes: int) -> None:
+        self._db, self._clock, self._max_bytes = db, clock, max_bytes
 
     def create(self, key: str, batch: Batch) -> None:
         """Keep a new batch.
@@ -44,8 +49,14 @@ class Ledger:
             if own >= MAX_UNFINISHED or together >= MAX_UNFINISHED_TOGETHER:
                 raise QueueFull(retry_after_s=BUSY_RETRY_S)
             db.execute(
-                "INSERT INTO batches (id, key, input_file, is_over, record) VALUES (?, ?, ?, 0, ?)",
-                (batch.id, key, batch.input_file_id, msgspec.json.encode(batch)),
+                "INSERT INTO batches (id, key, input_file, is_over, record, expires_clock_s) VALUES (?, ?, ?, 0, ?, ?)",
+                (
+                    batch.id,
+                    key,
+                    batch.input_file_id,
+                    msgspec.json.encode(batch),
+                    self._clock.now_s() + batch.expires_at - batch.created_at,
+                ),
             )
             db.execute(
                 "DELETE FROM batches WHERE key = ? AND is_over AND seq <="
@@ -118,23 +129,41 @@ class Ledger:
         """
         if (batch := self.get(key, batch_id)).is_over:
             raise InvalidRequest(f"The batch {batch.id} is {batch.status}: it cannot be cancelled any more.")
-        return self.move(batch_id, "cancelling", since=("validating", "in_progress"), now_s=now_s)
+        return self.move(batch_id, "cancelling", since=("validating", "in_progress", "finalizing"), now_s=now_s)
+
+    def give_up(self, batch_id: str, error: BatchError, *, now_s: float) -> Batch:
+        """Have a batch that cannot go on end as failed, with the answers that it has."""
+        with transaction(self._db):
+            batch = self.find(batch_id)
+            if batch.status == "in_progress":
+                batch = msgspec.structs.replace(batch, errors=BatchErrors(data=[error]), status="cancelling")
+                self._save(batch)
+        return batch
+
+    def left_s(self, batch_id: str) -> float:
+        """How much time a batch has; less than none after its end."""
+        (end_s,) = self._db.execute("SELECT expires_clock_s FROM batches WHERE id = ?", (batch_id,)).fetchone()
+        return end_s - self._clock.now_s()
 
     def fail(self, batch_id: str, errors: Sequence[BatchError], *, now_s: float) -> None:
         """End a batch that cannot be done; answers that it has are dropped."""
-        with transaction(self._db) as db:
+        with transaction(self._db):
             if not (batch := self.find(batch_id)).is_over:
                 self._save(
                     _stamped(msgspec.structs.replace(batch, errors=BatchErrors(data=[*errors])), "failed", now_s)
                 )
-                db.execute("DELETE FROM results WHERE batch = ?", (batch_id,))
+                self._drop_answers(batch_id)
 
     def answered(self, batch_id: str) -> set[int]:
         """The numbers of the lines that have an answer."""
         return {int(row[0]) for row in self._db.execute("SELECT line FROM results WHERE batch = ?", (batch_id,))}
 
     def record(self, batch_id: str, answer: Answer) -> None:
-        """Keep the answer of a line, unless it has one already or the batch is over."""
+        """Keep the answer of a line, unless it has one already or the batch is over.
+
+        Raises:
+            StorageFull: The key has no room for it.
+        """
         with transaction(self._db) as db:
             kept = db.execute(
                 "INSERT OR IGNORE INTO results SELECT ?1, ?2, ?3, ?4"
@@ -145,9 +174,17 @@ class Ledger:
                 db.execute(
                     "UPDATE batches SET completed = completed + ?, failed = failed + ?,"
                     " input_tokens = input_tokens + ?, cached_tokens = cached_tokens + ?,"
-                    " output_tokens = output_tokens + ?, reasoning_tokens = reasoning_tokens + ? WHERE id = ?",
-                    (not answer.is_error, answer.is_error, *answer.tokens, batch_id),
+                    " output_tokens = output_tokens + ?, reasoning_tokens = reasoning_tokens + ?,"
+                    " result_bytes = result_bytes + ? WHERE id = ?",
+                    (not answer.is_error, answer.is_error, *answer.tokens, len(answer.data) + 1, batch_id),
                 )
+                self._check_room(batch_id)
+
+    def _check_room(self, batch_id: str) -> None:
+        (key,) = self._db.execute("SELECT key FROM batches WHERE id = ?", (batch_id,)).fetchone()
+        num, size = held_by(self._db, key)
+        if size > self._max_bytes:
+            raise StorageFull(num_files=num, max_files=MAX_FILES, size_bytes=size, max_bytes=self._max_bytes)
 
     def finish(
         self, batch_id: str, to: BatchStatus, *, output: str | None, errors: str | None, num_unanswered: int,
@@ -157,7 +194,11 @@ class Ledger:
         batch = msgspec.structs.replace(self.find(batch_id), output_file_id=output, error_file_id=errors)
         self._save(_stamped(batch, to, now_s))
         self._db.execute("UPDATE batches SET failed = failed + ? WHERE id = ?", (num_unanswered, batch_id))
+        self._drop_answers(batch_id)
+
+    def _drop_answers(self, batch_id: str) -> None:
         self._db.execute("DELETE FROM results WHERE batch = ?", (batch_id,))
+        self._db.execute("UPDATE batches SET result_bytes = 0 WHERE id = ?", (batch_id,))
 
     def _row(self, where: str, *values: str) -> Sequence[object] | None:
         row: Sequence[object] | None = self._db.execute(

@@ -16,14 +16,15 @@ from .schema import Batch
 from .store import BatchStore
 from .uploads import Upload
 
-Ending = Literal["completed", "expired", "cancelled"]
+Ending = Literal["completed", "expired", "cancelled", "failed"]
 _WHY = {
     "expired": ("batch_expired", "This request could not be executed before the completion window expired."),
     "cancelled": ("batch_cancelled", "The batch was cancelled before this request was executed."),
+    "failed": ("storage_full", "The key had no room for more answers before this request was executed."),
 }
 _BUFFER_BYTES = 1 << 20
 _NO_LIMIT = 1 << 60
-"""What a batch was answered is kept whatever its size; only the disk's reserve holds."""
+"""What a batch was answered counted before; only the disk's reserve holds."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import time
 from collections.abc import AsyncGenerator
 from typing import Annotated, BinaryIO, Literal
 
@@ -79,9 +78,7 @@ async def list_files(
     """The key's files."""
     key = _owner(request).id
     return await batches_of(state).store.run(
-        lambda s: s.files.list(
-            key, after=after, limit=limit, newest_first=order == "desc", purpose=purpose, now_s=time.time()
-        )
+        lambda s: s.files.list(key, after=after, limit=limit, newest_first=order == "desc", purpose=purpose)
     )
 
 
@@ -89,14 +86,14 @@ async def list_files(
 async def get_file(request: HttpRequest, state: State, file_id: str) -> FileObject:
     """One file."""
     key = _owner(request).id
-    return await batches_of(state).store.run(lambda s: s.files.get(key, file_id, now_s=time.time()))
+    return await batches_of(state).store.run(lambda s: s.files.get(key, file_id))
 
 
 @get("/v1/files/{file_id:str}/content", opt=needs("key") | exchanges(streams=_BYTES, errors=_OF_FILE))
 async def file_content(request: HttpRequest, state: State, file_id: str) -> Response[bytes]:
     """What is in a file."""
     key, store = _owner(request).id, batches_of(state).store
-    found = await store.run(lambda s: s.files.get(key, file_id, now_s=time.time()))
+    found = await store.run(lambda s: s.files.get(key, file_id))
     path = await store.run(lambda s: s.files.path(found.id))
     with translated(path, "Opening"):
         file = await asyncio.to_thread(path.open, "rb")
@@ -117,7 +114,7 @@ async def _read(file: BinaryIO) -> AsyncGenerator[bytes]:
 async def delete_file(request: HttpRequest, state: State, file_id: str) -> FileDeleted:
     """Remove a file."""
     key = _owner(request).id
-    await batches_of(state).store.run(lambda s: s.files.remove(key, file_id, now_s=time.time()))
+    await batches_of(state).store.run(lambda s: s.files.remove(key, file_id))
     return FileDeleted(id=file_id)
 
 

@@ -4,6 +4,7 @@ line is answered once whatever ends in between."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
@@ -12,7 +13,7 @@ from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass, field
 
 from edge.config import Settings
-from edge.errors import KeyNotFound, StoreError
+from edge.errors import KeyNotFound, StorageFull, StoreError
 from edge.store.digest import digest_file
 
 from .answers import Answer, answer_of, wait_before_retry_s
@@ -25,8 +26,12 @@ from .store import StoreThread
 
 log = logging.getLogger("edge.batches")
 
-RETRY_S = 10.0
-"""Until a batch goes on whose disk or database failed."""
+RETRY_S, MAX_RETRY_S = 10.0, 600.0
+"""Until a batch goes on whose disk or database failed; twice as long each time."""
+GRACE_S = 3600.0
+"""How long after its end a batch is tried to be written out, before it fails without its answers."""
+CANCELLED_TRIES = 3
+"""The same for one that was cancelled."""
 Ask = Callable[[str, str, bytes], Awaitable[Reply]]
 """Sends a body to a path as the key of this id."""
 _ENDINGS: dict[BatchStatus, Ending] = {"finalizing": "completed", "cancelling": "cancelled", "in_progress": "expired"}
@@ -37,6 +42,7 @@ class _Job:
     id: str
     key: str
     stop: asyncio.Event = field(default_factory=asyncio.Event)
+    num_failures: int = 0
 
 
 class Runner:
@@ -78,8 +84,13 @@ class Runner:
 
     async def _supervise(self, job: _Job) -> None:
         try:
-            while not await self._worked_through(job):  # noqa: ASYNC110  # a disk tells nobody that it works again
-                await asyncio.sleep(RETRY_S)
+            for wait_s in _waits_s():
+                if await self._worked_through(job):
+                    return
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait_s):
+                        await job.stop.wait()
+                job.stop.clear()  # its status says so too
         finally:
             self._jobs.pop(job.id, None)
 
@@ -91,7 +102,7 @@ class Runner:
             return await self._failed(job, BatchError(code="file_damaged", message="The file of this batch is gone."))
         except (StoreError, OSError) as e:
             log.error("batch %s waits: %s", job.id, e)
-            return False
+            return await self._gave_up(job, e)
         except KeyNotFound:
             return await self._failed(job, BatchError(code="key_revoked", message="The key of this batch was revoked."))
         except Exception:  # the supervisor of a task: the batch fails, the appliance goes on
@@ -100,6 +111,19 @@ class Runner:
                 job, BatchError(code="internal_error", message="The appliance failed; see its log.")
             )
         return True
+
+    async def _gave_up(self, job: _Job, why: StoreError | OSError) -> bool:
+        """Whether a batch ends without its answers: it was cancelled, or its time was over long ago."""
+        job.num_failures += 1
+        try:
+            batch = await self._store.run(lambda s: s.batches.find(job.id))
+            left_s = await self._store.run(lambda s: s.batches.left_s(job.id))
+        except StoreError:
+            return False
+        if left_s > -GRACE_S and (batch.status != "cancelling" or job.num_failures < CANCELLED_TRIES):
+            return False
+        code = why.code if isinstance(why, StoreError) else "storage_failed"
+        return await self._failed(job, BatchError(code=code, message=f"The answers could not be written out: {why}"))
 
     async def _failed(self, job: _Job, *errors: BatchError) -> bool:
         try:
@@ -141,13 +165,16 @@ class Runner:
 
     async def _answered(self, job: _Job, batch: Batch) -> Batch:
         """The batch when all its lines are answered, it is cancelled, or its time is over."""
+        left_s = max(0.0, await self._store.run(lambda s: s.batches.left_s(job.id)))
         work, stopped = asyncio.create_task(self._answer_all(job, batch)), asyncio.create_task(job.stop.wait())
-        left_s = max(0.0, batch.expires_at - time.time())
         try:
             await asyncio.wait({work, stopped}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 return await self._store.run(lambda s: s.batches.find(job.id))
             work.result()
+        except StorageFull as e:
+            error = BatchError(code=e.code, message=f"The answers have no room: {e}")
+            return await self._store.run(lambda s: s.batches.give_up(job.id, error, now_s=time.time()))
         finally:
             work.cancel()
             stopped.cancel()
@@ -171,7 +198,22 @@ class Runner:
     async def _answer_some(self, job: _Job, batch: Batch, lines: _Lines) -> None:
         while (line := await lines.next()) is not None:
             answer = await self._answer(job, batch, line)
-            await self._store.run(lambda s, a=answer: s.batches.record(job.id, a))
+            await self._record(job, answer)
+
+    async def _record(self, job: _Job, answer: Answer) -> None:
+        """Keep an answer, whenever the disk takes it: it was computed and counted, and need not be again.
+
+        Raises:
+            StorageFull: The key has no room for it.
+        """
+        for wait_s in _waits_s():
+            try:
+                await self._store.run(lambda s: s.batches.record(job.id, answer))
+            except StoreError as e:
+                log.error("batch %s waits: %s", job.id, e)
+                await asyncio.sleep(wait_s)
+            else:
+                break
 
     async def _answer(self, job: _Job, batch: Batch, line: Line) -> Answer:
         for num_tries in itertools.count(1):
@@ -184,7 +226,7 @@ class Runner:
         raise AssertionError("counting has no end")
 
     async def _write_out(self, job: _Job, batch: Batch) -> None:
-        ending = _ENDINGS[batch.status]
+        ending = "failed" if batch.errors is not None else _ENDINGS[batch.status]
         # After this no answer is on its way to the disk any more: they went the same way, before it.
         answered = await self._store.run(lambda s: s.batches.answered(job.id))
         outputs = await asyncio.to_thread(
@@ -195,6 +237,13 @@ class Runner:
         except StoreError:
             await asyncio.to_thread(outputs.discard)
             raise
+
+
+def _waits_s() -> Generator[float]:
+    wait_s = RETRY_S
+    while True:
+        yield wait_s
+        wait_s = min(MAX_RETRY_S, 2 * wait_s)
 
 
 class _Lines:

@@ -79,7 +79,8 @@ class BatchService:
                     if not is_resumed:
                         for batch_id, key in await self.store.run(lambda s: s.batches.unfinished()):
                             self._runner.add(batch_id, key)
-                    await self.store.run(lambda s: s.files.remove_expired(time.time()))
+                    while await self.store.run(lambda s: s.tidy()):
+                        pass
                 is_resumed = True
             except EdgeError as e:
                 log.error("batches wait: %s", e)
@@ -177,7 +178,7 @@ class BatchService:
             output_expires_after=body.output_expires_after,
         )  # fmt: skip
 
-        await self.store.run(lambda s: s.create_batch(caller.id, batch, now_s=now_s))
+        await self.store.run(lambda s: s.create_batch(caller.id, batch))
         self._runner.add(batch.id, caller.id)
         return batch
 

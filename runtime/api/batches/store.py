@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sqlite3
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -13,7 +16,7 @@ from edge.config import Settings
 from edge.database import errors_of, transaction
 from edge.errors import InvalidRequest
 
-from .database import open_batches
+from .database import RunningClock, open_batches, shrink
 from .files import Files
 from .ledger import Ledger
 from .schema import Batch
@@ -26,7 +29,7 @@ FILES_OF_KEY = 8
 class BatchStore:
     """What is on the disk. All of it blocks, and belongs to the thread that made it."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, monotonic: Callable[[], float] = time.monotonic) -> None:
         """Open it, or make it, and remove what was left half done. Nothing may be on its way to the disk.
 
         Raises:
@@ -34,16 +37,24 @@ class BatchStore:
         """
         self.path = settings.batches_db
         self._db = open_batches(self.path)
-        self.files = Files(self._db, settings.files_dir, max_bytes=FILES_OF_KEY * settings.max_file_bytes)
-        self.batches = Ledger(self._db)
+        max_bytes = FILES_OF_KEY * settings.max_file_bytes
         with errors_of(self.path):
+            self._clock = RunningClock(self._db, monotonic=monotonic)
+            self.files = Files(self._db, settings.files_dir, self._clock, max_bytes=max_bytes)
+            self.batches = Ledger(self._db, self._clock, max_bytes=max_bytes)
             self.files.sweep()
 
     def transaction(self) -> AbstractContextManager[object]:
         """Changes of files and batches, all or none."""
         return transaction(self._db)
 
-    def create_batch(self, key: str, batch: Batch, *, now_s: float) -> None:
+    def tidy(self) -> bool:
+        """Remove what is over, and give its room back; whether there is more of that."""
+        self.files.remove_expired()
+        self._clock.save()
+        return shrink(self._db)
+
+    def create_batch(self, key: str, batch: Batch) -> None:
         """Keep a new batch of a file of the key.
 
         Raises:
@@ -53,7 +64,7 @@ class BatchStore:
             QueueFull: Too many batches are not over yet.
         """
         self.files.check_room(key, 1)
-        file = self.files.get(key, batch.input_file_id, now_s=now_s)
+        file = self.files.get(key, batch.input_file_id)
         if file.purpose != "batch":
             raise InvalidRequest(
                 f"The file {file.id} is the result of a batch, and none for one.", field="input_file_id"
@@ -62,7 +73,8 @@ class BatchStore:
 
     def close(self) -> None:
         """Close the database."""
-        self._db.close()
+        with contextlib.closing(self._db), contextlib.suppress(sqlite3.Error):  # a disk that fails takes no clock
+            self._clock.save(min_s=0)
 
 
 class StoreThread:
