@@ -107,6 +107,10 @@ class HttpConnection(HttpToolsProtocol):
         return self._active is not None and not self._active.response_complete
 
     @property
+    def _num_unsent(self) -> int:
+        return self.transport.get_write_buffer_size() if self.is_connected else 0
+
+    @property
     def leisure(self) -> tuple[int, float] | None:
         """How well it could go; see `runtime.door.Guest`."""
         if self._closing_since is not None:
@@ -114,13 +118,13 @@ class HttpConnection(HttpToolsProtocol):
         if self._is_answering:
             is_sending = self._part == "body" and self._active is self.cycle and not self.cycle.response_started
             return (_BODY, self._body_since) if is_sending else None
-        if self._head_since is not None:
-            return _HEAD, self._head_since
-        return _IDLE, self._idle_since
+        if self._num_unsent:  # the rest of an answer
+            return None
+        return (_IDLE, self._idle_since) if self._head_since is None else (_HEAD, self._head_since)
 
     def check(self, now: float) -> None:
         """End it where it keeps somebody waiting for too long."""
-        unsent = self.transport.get_write_buffer_size() if self.is_connected else 0
+        unsent = self._num_unsent
         if not unsent:
             self._going.restart(now, self._num_sent)
         if self._going.is_too_slow(now, self._num_sent - unsent):

@@ -46,7 +46,8 @@ class Guest(Protocol):
 
     @property
     def leisure(self) -> tuple[int, float] | None:
-        """How well it could go, the least first: a rank, and since when. None while a request is answered."""
+        """How well it could go, the least first: a rank, and since when. None while a request is answered, to the last
+        byte."""
         ...
 
     def check(self, now: float) -> None:

@@ -26,6 +26,8 @@ from runtime.listener import Listener
 TLS = Path(__file__).parents[1] / "goldens" / "tls"
 MANNERS = Manners(64, 64)
 WAIT_S = 10.0
+LARGE = 16 << 20
+"""More than the kernel takes for a client that does not read."""
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -49,6 +51,8 @@ class Echo:
         path = scope["path"]
         if path == "/early":
             await self._answer(send, 401, b"no")
+        elif path == "/large":
+            await self._answer(send, 200, b"x" * LARGE)
         elif path == "/stream":
             await self._stream(path, receive, send)
         elif path == "/hold":
@@ -545,6 +549,21 @@ def test_where_all_are_busy_one_more_is_told_to_come_again() -> None:
             client.close()
 
     with_server(test, Manners(16, 16))
+
+
+def test_an_answer_that_is_still_being_sent_makes_no_room() -> None:
+    async def test(served: Served) -> None:
+        client = await served.connect()
+        client.writer.write(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+        await client.reader.readuntil(b"\r\n\r\n")
+        (guest,) = served.door.guests()
+        served.door.make_room(1)
+        assert len(await client.reader.readexactly(LARGE)) == LARGE
+        await until(lambda: guest.leisure is not None)
+        served.door.make_room(1)
+        assert await client.rest() == b""
+
+    with_server(test)
 
 
 def test_half_closed_connections_are_freed() -> None:
