@@ -7,7 +7,9 @@ from collections.abc import Generator
 from ipaddress import ip_address
 from pathlib import Path
 
+import psutil
 import pytest
+from psutil._ntuples import snicaddr
 
 from edge.errors import Forbidden
 from edge.store.fetch import pull
@@ -25,7 +27,12 @@ def server() -> Generator[FileServer]:
         yield served
 
 
-@pytest.mark.parametrize("address", ["93.184.216.34", "2606:4700::1111", "::ffff:93.184.216.34"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "93.184.216.34", "2606:4700::1111", "::ffff:93.184.216.34", "2002:5db8:d822::1", "64:ff9b::5db8:d822",
+    ],
+)  # fmt: skip
 def test_addresses_of_the_internet(address: str) -> None:
     assert is_public(ip_address(address))
 
@@ -35,7 +42,9 @@ def test_addresses_of_the_internet(address: str) -> None:
     [
         "127.0.0.1", "127.9.9.9", "0.0.0.0", "10.0.0.7", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1",
         "224.0.0.1", "255.255.255.255", "::", "::1", "fe80::1", "fd00::1", "ff02::1", "::ffff:127.0.0.1",
-        "::ffff:10.0.0.7", "2002:7f00:1::", "2002:a00:7::1",
+        "::ffff:10.0.0.7", "2002:7f00:1::", "2002:a00:7::1", "64:ff9b::7f00:1", "64:ff9b:1::a00:1", "fec0::1",
+        "::ffff:0:127.0.0.1", "::7f00:1", "5f00::1", "2606:4700::5efe:10.0.0.7", "2606:4700::200:5efe:10.0.0.7",
+        "2001:0:4136:e378:8000:63bf:f5ff:fff8", "2001:db8::1",
     ],
 )  # fmt: skip
 def test_addresses_that_are_not(address: str) -> None:
@@ -65,5 +74,23 @@ def test_a_name_with_one_private_address_is_refused(monkeypatch: pytest.MonkeyPa
         return [(2, 1, 6, "", (address, 0)) for address in ("93.184.216.34", "10.0.0.7")]
 
     monkeypatch.setattr(socket, "getaddrinfo", answers)
-    with pytest.raises(Forbidden, match=r"rebound.example is at 10\.0\.0\.7"):
+    with pytest.raises(Forbidden, match=r"rebound\.example is at no address of the internet") as refused:
         public_addresses("rebound.example")
+    assert "10.0.0.7" not in str(refused.value), "names of this network are not looked up for strangers"
+
+
+@pytest.mark.parametrize(
+    "address", ["93.184.216.34", "93.184.216.99", "::ffff:93.184.216.99", "2606:4700::1111", "2606:4700::2222"]
+)
+def test_this_machine_and_its_neighbours_are_refused_where_their_addresses_are_of_the_internet(
+    monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    own = [
+        snicaddr(socket.AF_INET, "93.184.216.34", "255.255.255.0", None, None),
+        snicaddr(socket.AF_INET6, "2606:4700::1111%eth0", "ffff:ffff:ffff:ffff::", None, None),
+        snicaddr(socket.AF_INET6, "2606:4700:1::1", None, None, None),
+    ]
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"eth0": own})
+    with pytest.raises(Forbidden):
+        public_addresses(address)
+    assert public_addresses("93.184.217.1") == ["93.184.217.1"]
