@@ -15,10 +15,14 @@ class RequestWindow:
         self.limit = limit
         self._times: deque[float] = deque()
 
-    def take(self, now_s: float) -> float | None:
-        """Count a request; the seconds to wait where there is no room for one, which is then not counted."""
-        if self.left(now_s) == 0:
-            return min(max(0.0, self._times[0] + WINDOW_S - now_s), WINDOW_S)
+    def take(self, now_s: float, *, spared: int = 0) -> float | None:
+        """Count a request; the seconds to wait where there is no room for one, which is then not counted.
+
+        Args:
+            spared: Room that is left for others.
+        """
+        if (lacking := 1 + min(spared, self.limit - 1) - self.left(now_s)) > 0:
+            return min(max(0.0, self._times[lacking - 1] + WINDOW_S - now_s), WINDOW_S)
         self._times.append(now_s)
         return None
 

@@ -33,6 +33,8 @@ UNSTATED_TOKENS = 512
 """What an answer is taken to be that may be as long as it likes."""
 LAST = 3
 """The priority of what nobody waits for."""
+SPARED_SHARE = 4
+"""Batches leave one part in so many of their key's requests a minute alone."""
 LOG_INTERVAL_S = 10.0
 """Refused callers are logged together: nobody shall fill the log by being refused."""
 
@@ -319,7 +321,7 @@ class Access:
                 raise RateLimited(f"{day.limit:,} tokens a day", retry_after_s=day.reset_s(now_s))
             meter.day = day
             meter.announce(num_bytes)
-        if window is not None and (wait_s := window.take(now_s)) is not None:
+        if window is not None and (wait_s := window.take(now_s, spared=_spared(caller, window))) is not None:
             raise RateLimited(f"{window.limit:,} requests a minute", retry_after_s=wait_s)
 
     def limit_headers(self, caller: Caller) -> dict[str, str]:
@@ -396,6 +398,11 @@ class Access:
             log.warning("requests without a valid API key: %d, the last from %s", num, address)
             self._logged_at_s, self._num_logged = time.monotonic(), self._num_refused
         return error
+
+
+def _spared(caller: Caller, window: RequestWindow) -> int:
+    """Of a key's requests a minute, those that its batches leave to whoever waits for an answer: a quarter."""
+    return -(-window.limit // SPARED_SHARE) if caller.is_background else 0
 
 
 def _no_key() -> Unauthorized:

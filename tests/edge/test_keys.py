@@ -227,6 +227,19 @@ def test_no_minute_has_more_requests_than_the_limit(limit: int, waits: list[floa
         assert sum(start <= t < start + WINDOW_S for t in taken) <= limit
 
 
+@given(st.integers(1, 8), st.integers(0, 9), st.lists(st.tuples(st.floats(0, 20), st.booleans()), max_size=60))
+def test_who_is_not_waited_for_leaves_room_to_others(limit: int, spared: int, steps: list[tuple[float, bool]]) -> None:
+    window, now_s = RequestWindow(limit), 0.0
+    for wait_s, is_waited_for in steps:
+        now_s += wait_s
+        left = window.left(now_s)
+        refused = window.take(now_s, spared=0 if is_waited_for else spared)
+        needed = 0 if is_waited_for else min(spared, limit - 1)
+        assert (refused is None) == (left > needed)
+        if refused is not None:
+            assert copy.deepcopy(window).take(now_s + refused + 1e-6, spared=needed) is None
+
+
 @given(st.integers(1, 100), st.lists(st.tuples(st.floats(0, DAY_S), st.integers(0, 60)), max_size=30))
 def test_a_day_takes_its_tokens_and_no_request_more(limit: int, steps: list[tuple[float, int]]) -> None:
     """Who is let in only while tokens are left takes at most the limit and one request more, in each day."""

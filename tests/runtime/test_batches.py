@@ -30,11 +30,12 @@ from edge.errors import (
     InvalidRequest,
     KeyNotFound,
     QueueFull,
+    RateLimited,
     StorageFull,
     StoredFileNotFound,
 )
 from edge.store.files import FileOps
-from runtime.api.access import LAST, Access
+from runtime.api.access import LAST, Access, Caller, Meter
 from runtime.api.batches import database, ledger
 from runtime.api.batches.answers import MAX_TRIES, Answer, answer_of, wait_before_retry_s
 from runtime.api.batches.files import plain_name
@@ -120,6 +121,13 @@ def test_nobody_looks_at_a_million_lines() -> None:
     assert [e.code for e in errors] == ["too_many_requests"]
     num, errors = check_lines(lines(b"{}"), CHAT)
     assert (num, len(errors), looked[0]) == (MAX_ERRORS + 1, MAX_ERRORS, MAX_ERRORS + 1)
+
+
+def test_blank_lines_are_counted() -> None:
+    file = io.BytesIO(b"\n" * (4 * MAX_LINES) + request())
+    num, errors = check_lines(raw_lines(file, max_bytes=1000), CHAT)
+    assert (num, [e.code for e in errors]) == (1, ["too_many_requests"])
+    assert file.tell() == MAX_LINES + 1
 
 
 def test_an_empty_file_is_none() -> None:
@@ -565,6 +573,22 @@ def test_a_database_of_the_first_version_is_taken_over(settings: Settings) -> No
     with pytest.raises(StorageFull, match="7 bytes"):
         store.files.check_room("k", FILES_OF_KEY * 4096)
     store.close()
+
+
+def test_a_quarter_of_a_keys_minute_is_not_for_its_batches(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    open_state(settings.state_db).close()
+    made, _ = Keys(settings.state_db, actor="test").create(Limits(rpm=8))
+    access = Access(settings)
+    caller = access.background_caller(made.id)
+    for _ in range(6):
+        access.admit(Meter(caller), num_bytes=1)
+    with pytest.raises(RateLimited):
+        access.admit(Meter(caller), num_bytes=1)
+    waited_for = Caller(made, "127.0.0.1")
+    access.admit(Meter(waited_for), num_bytes=1)
+    access.admit(Meter(waited_for), num_bytes=1)
+    asyncio.run(access.close())
 
 
 def test_what_is_left_to_be_done_is_done_as_the_key_that_left_it(tmp_path: Path) -> None:

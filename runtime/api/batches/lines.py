@@ -13,7 +13,7 @@ import msgspec
 from .schema import BatchError
 
 MAX_LINES = 50_000
-"""As at OpenAI."""
+"""As at OpenAI; here blank ones count too."""
 MAX_ERRORS = 100
 """Of a file that are told; then nobody looks further."""
 LINE_EXTRA_BYTES = 4096
@@ -54,7 +54,8 @@ class LineError(Exception):
 
 
 def raw_lines(file: BinaryIO, *, max_bytes: int) -> Generator[tuple[int, bytes | None]]:
-    """Each line that is not blank, with its number; None for one that is too long, of which no more is held."""
+    """Each line that is not blank, with its number; None for one that is too long, of which no more is held. After
+    `MAX_LINES` also blank ones, so that who counts may stop."""
     number = 0
     while data := file.readline(max_bytes + 2):
         number += 1
@@ -62,7 +63,7 @@ def raw_lines(file: BinaryIO, *, max_bytes: int) -> Generator[tuple[int, bytes |
             while data and not data.endswith(b"\n"):
                 data = file.readline(_SKIP_BYTES)
             yield number, None
-        elif data := data.strip():
+        elif (data := data.strip()) or number > MAX_LINES:
             yield number, data
 
 
@@ -107,15 +108,16 @@ def check_lines(lines: Iterable[tuple[int, bytes | None]], endpoint: str) -> tup
     """How many requests there are, and what is wrong; of so many errors or lines too many, nobody looks further."""
     seen: set[bytes] = set()
     errors: list[BatchError] = []
-    num = 0
+    num, is_too_long = 0, False
     for number, data in lines:
-        if (num := num + 1) > MAX_LINES or len(errors) >= MAX_ERRORS:
+        num += 1
+        if (is_too_long := number > MAX_LINES) or len(errors) >= MAX_ERRORS:
             break
         try:
             _check_new(parse_line(number, data, endpoint).custom_id, seen)
         except LineError as e:
             errors.append(e.at(number))
-    if num > MAX_LINES:
+    if is_too_long:
         errors.append(BatchError(code="too_many_requests", message=f"A batch has {MAX_LINES:,} lines at most."))
     if not num:
         errors.append(BatchError(code="empty_file", message="The file has no lines."))
