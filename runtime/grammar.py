@@ -344,6 +344,14 @@ class Grammars:
         self._compiled.move_to_end(key)
         return found
 
+    def check(self, constraint: Constraint) -> None:
+        """See that a constraint compiles, of which nothing is kept.
+
+        Raises:
+            InvalidRequest, UnsupportedFormat: As `compile`.
+        """
+        self._compile(constraint)
+
     def _compile(self, constraint: Constraint) -> Grammar:
         from llguidance import LLMatcher
 

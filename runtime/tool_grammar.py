@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 
-from runtime.grammar import JSON_STYLE
+from edge.errors import InvalidRequest
+from runtime.grammar import JSON_STYLE, MAX_CONSTRAINT_CHARS
 from runtime.json_values import is_list, is_object
 from runtime.request import TokenId
 from runtime.tool_syntax import MAX_CALLS, Gap, Tagged, ToolSyntax, Wild
@@ -15,6 +16,11 @@ _TAGGABLE = frozenset({
     "type", "properties", "required", "additionalProperties", "$defs", "definitions", "title", "description",
 })  # fmt: skip
 _PLAIN_TEXT = frozenset({"type", "enum", "title", "description", "default", "examples"})
+_ANNOTATIONS = frozenset({
+    "title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment",
+})  # fmt: skip
+_SCHEMA_MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+_VERBATIM = frozenset({"enum", "const"})
 
 Spell = Callable[[str], Sequence[str | TokenId]]
 """A text as what the model writes: texts, and the control tokens among them."""
@@ -65,6 +71,9 @@ def calls_grammar(
     Args:
         after_trigger: It begins behind the trigger.
         or_schema: What the answer may be as well, a JSON schema.
+
+    Raises:
+        InvalidRequest: It would be too long.
     """
     lark = _Lark(spell)
     opening = lark.gap(syntax.after_trigger if after_trigger else syntax.opening)
@@ -73,7 +82,7 @@ def calls_grammar(
     start = "calls | answer" if or_schema else "calls"
     rules = [f"start: {start}", f"calls: {opening} call{more} {lark.gap(syntax.closing)}", f"call: {calls}"]
     rules += [f"answer: {_json(json.loads(or_schema))}"] if or_schema else []
-    return "\n".join([*rules, *lark.rules]) + "\n"
+    return "\n".join([*map(lark.counted, rules), *lark.rules]) + "\n"
 
 
 class _Lark:
@@ -82,6 +91,20 @@ class _Lark:
     def __init__(self, spell: Spell) -> None:
         self._spell = spell
         self.rules: list[str] = []
+        self._num_chars = 0
+
+    def counted(self, rule: str) -> str:
+        """The rule. Tools repeat their definitions for each argument: what is too much is refused while it grows."""
+        self._num_chars += len(rule) + 1
+        if self._num_chars > MAX_CONSTRAINT_CHARS:
+            raise InvalidRequest(
+                f"'tools' cannot be followed: their grammar is longer than {MAX_CONSTRAINT_CHARS:,} characters.",
+                field="tools", hint="Send fewer tools, or simpler schemas.",
+            )  # fmt: skip
+        return rule
+
+    def _add(self, rule: str) -> None:
+        self.rules.append(self.counted(rule))
 
     def text(self, text: str) -> str:
         return " ".join(f"<[{p}]>" if isinstance(p, int) else _quoted(p) for p in self._spell(text) if p != "")
@@ -98,7 +121,7 @@ class _Lark:
         )
         schema = schema_of(tool)
         arguments = _json(schema) if syntax.tagged is None else self._arguments(index, schema, syntax.tagged)
-        self.rules.append(f"call{index}: {head} {self.gap(tuple(rest))} {arguments}")
+        self._add(f"call{index}: {head} {self.gap(tuple(rest))} {arguments}")
         return f"call{index}"
 
     def _arguments(self, index: int, schema: Mapping[str, object], tagged: Tagged) -> str:
@@ -110,13 +133,14 @@ class _Lark:
         names = [f"args{index}_{i}" for i in range(len(properties) + 1)]
         for i, (key, inner) in enumerate(properties):
             argument = f"arg{index}_{i}"
-            self.rules.append(f"{argument}: {self._argument(key, inner, definitions, tagged)}")
+            self._add(f"{argument}: {self._argument(key, inner, definitions, tagged)}")
             between = self.text(tagged.between)
             for tail, ahead in (("", ""), ("m", between)):
                 taken = f"{ahead} {argument} {names[i + 1]}m"
                 skipped = "" if key in required else f" | {names[i + 1]}{tail}"
-                self.rules.append(f"{names[i]}{tail}: {taken}{skipped}")
-        self.rules += [f'{names[-1]}: ""', f'{names[-1]}m: ""']
+                self._add(f"{names[i]}{tail}: {taken}{skipped}")
+        self._add(f'{names[-1]}: ""')
+        self._add(f'{names[-1]}m: ""')
         return names[0]
 
     def _argument(self, key: str, inner: object, definitions: Mapping[str, object], tagged: Tagged) -> str:
@@ -127,7 +151,8 @@ class _Lark:
                 return f"{head} ({' | '.join(self.text(f'{c}{behind}') for c in choices)})"
             return f"{head} {self._until(behind)}"
         ahead, behind = tagged.value
-        value = _json({**inner, **definitions} if is_object(inner) else inner)
+        refers = '"$ref"' in json.dumps(inner)
+        value = _json({**inner, **definitions} if refers and is_object(inner) else inner)
         return f"{self.text(f'{tagged.before_key}{key}{ahead}')} {value} {self.text(behind)}"
 
     def _until(self, end: str) -> str:
@@ -137,7 +162,7 @@ class _Lark:
         if isinstance(first, int):
             return f"/(?s:.*)/ <[{first}]> {tail}"
         name = f"text{len(self.rules)}"
-        self.rules.append(f"{name}[suffix={_quoted(first)}]: /(?s:.*)/")
+        self._add(f"{name}[suffix={_quoted(first)}]: /(?s:.*)/")
         return f"{name} {tail}"
 
 
@@ -146,5 +171,20 @@ def _quoted(text: str) -> str:
 
 
 def _json(schema: object) -> str:
-    body = {**schema, "x-guidance": {**JSON_STYLE, "lenient": False}} if is_object(schema) else schema
+    body = {**_bare(schema), "x-guidance": {**JSON_STYLE, "lenient": False}} if is_object(schema) else schema
     return f"%json {json.dumps(body, ensure_ascii=False)}"
+
+
+def _bare(schema: Mapping[str, object]) -> dict[str, object]:
+    """A schema without what only people and models read of it."""
+    return {k: _bare_value(k, v) for k, v in schema.items() if k not in _ANNOTATIONS}
+
+
+def _bare_value(keyword: str, value: object) -> object:
+    if keyword in _VERBATIM:
+        return value
+    if is_list(value):
+        return [_bare(v) if is_object(v) else v for v in value]
+    if not is_object(value):
+        return value
+    return {n: _bare_value("", v) for n, v in value.items()} if keyword in _SCHEMA_MAPS else _bare(value)

@@ -276,7 +276,7 @@ class PromptMaker:
             return self._grammars.compile(constraint, message.tenant)
         except InvalidRequest:
             for part in parts_of(constraint, message):  # of several, the one that is at fault says so
-                self._grammars.compile(part, message.tenant)
+                self._grammars.check(part)
             raise
 
     def render(self, message: wire.Render) -> wire.Piece:

@@ -363,6 +363,14 @@ def test_compiled_grammars_are_kept_within_bounds() -> None:
     assert len(grammars) == MAX_GRAMMARS
 
 
+def test_what_is_only_checked_is_not_kept() -> None:
+    grammars = Grammars(TOKENIZER, VOCAB)
+    grammars.check(Constraint("regex", "a"))
+    with pytest.raises(InvalidRequest):
+        grammars.check(Constraint("regex", "("))
+    assert len(grammars) == 0
+
+
 def test_a_model_without_an_end_token_refuses_forms() -> None:
     class Endless(WordTokenizer):
         @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from edge.errors import InvalidRequest
 from runtime.chat import CHATML, ChatTemplate
-from runtime.tool_grammar import text_keys
+from runtime.tool_grammar import calls_grammar, text_keys
 from runtime.tool_parser import AnswerReader, Reading, Thinking
 from runtime.tool_prompts import ToolPrompts
 from runtime.tool_syntax import OURS
@@ -166,6 +167,45 @@ def _joined(reading: Reading) -> list[tuple[str, str]]:
         name, arguments = texts.get(d.index, ("", ""))
         texts[d.index] = name + d.name, arguments + d.arguments
     return list(texts.values())
+
+
+# ---------------------------------------------------------------- grammars of calls
+
+
+def grammar_of(schema: dict[str, object]) -> str:
+    tool = Tool("f", "", json.dumps(schema))
+    syntax = prompts_of("Qwen3-Coder").syntax
+    return calls_grammar(syntax, [tool], parallel=True, after_trigger=True, spell=lambda text: [text])
+
+
+def defining(arguments: dict[str, object], *, num: int) -> dict[str, object]:
+    return {"type": "object", "properties": arguments, "$defs": {"d": {"enum": ["x" * num]}}}
+
+
+def test_definitions_stand_only_with_what_refers_to_them() -> None:
+    arguments: dict[str, object] = {"a": {"type": "integer"}, "b": {"$ref": "#/$defs/d"}}
+    assert grammar_of(defining(arguments, num=3)).count('"$defs"') == 1
+
+
+def test_what_only_people_read_is_no_part_of_a_grammar() -> None:
+    inner = {
+        "type": "object", "description": "Harbours.", "enum": [{"title": "Kept."}],
+        "properties": {"title": {"type": "integer", "title": "Gull."}, "description": {"anyOf": [{"title": "Tides."}]}},
+    }  # fmt: skip
+    text = grammar_of({"type": "object", "properties": {"a": inner}})
+    assert not any(said in text for said in ("Harbours", "Gull.", "Tides"))
+    assert all(part in text for part in ("Kept.", '"title": {"type": "integer"}', '"description": {"anyOf": [{}]}'))
+
+
+def test_a_grammar_that_grows_too_large_is_refused_while_it_grows() -> None:
+    schema = defining({f"p{i}": {"$ref": "#/$defs/d"} for i in range(500)}, num=100_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequest, match="longer than 131,072"):
+            grammar_of(schema)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
 
 
 # ---------------------------------------------------------------- templates that know no tools
