@@ -8,9 +8,11 @@ oldest.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -128,8 +130,7 @@ class Door:
         Args:
             now: By the event loop's clock.
         """
-        for guest in self.guests():
-            guest.check(now)
+        self._ask_each(lambda guest: guest.check(now))
         if self._ended and now - self._logged_at > LOG_INTERVAL_S:
             reasons = ", ".join(f"{num} {reason}" for reason, num in sorted(self._ended.items()))
             log.warning("connections ended or refused: %s; %d are open", reasons, len(self))
@@ -139,8 +140,18 @@ class Door:
     def drain(self) -> None:
         """The appliance stops: who waits between two requests goes now, the others after their answer."""
         self.is_draining = True
+        self._ask_each(lambda guest: guest.dismiss())
+
+    def _ask_each(self, ask: Callable[[Guest], None]) -> None:
+        """One that fails goes, and harms no other."""
         for guest in self.guests():
-            guest.dismiss()
+            try:
+                ask(guest)
+            except Exception:
+                log.exception("a connection could not be looked after, and is ended")
+                self.leave(guest)
+                with contextlib.suppress(Exception):  # the cause is logged
+                    guest.drop()
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ import contextlib
 import gc
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import FrameType
 
 import uvicorn
@@ -86,6 +86,15 @@ class _Server(uvicorn.Server):
         self._on_signal()
 
 
+async def _each(*steps: Callable[[], Awaitable[None]]) -> None:
+    """Take each step, also after one that fails."""
+    for step in steps:
+        try:
+            await step()
+        except Exception:
+            log.exception("stopping: a step failed")
+
+
 async def answer(
     settings: Settings,
     store: ModelStore,
@@ -123,15 +132,19 @@ async def answer(
 
     async def drain() -> None:
         await draining.wait()
-        door.drain()
-        await batches_of(app.state).pause()
+        try:
+            door.drain()
+            # The last one tells who still waits why.
+            await _each(batches_of(app.state).pause, finish_requests, appliance.pool.close)
+            appliance.end_events()
+        finally:
+            server.should_exit = True
+            server.woken.set()
+
+    async def finish_requests() -> None:
         if (num := sum(h.num_active for h in appliance.pool.hosts())) > 0:
             log.warning("stopping: waiting for %d requests, %.0f s at most", num, settings.drain_timeout_s)
         await appliance.pool.drain(settings.drain_timeout_s)
-        await appliance.pool.close()  # who still waits is told why
-        appliance.end_events()
-        server.should_exit = True
-        server.woken.set()
 
     async def announce() -> None:
         while not server.started:  # noqa: ASYNC110  # uvicorn has no event for it

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typing_extensions import override
 
 from runtime.door import Door, Manners, Pace
 from runtime.listener import peer_of, room_for
@@ -20,9 +21,10 @@ class Visitor:
     leisure: tuple[int, float] | None
     is_dropped: bool = False
     is_dismissed: bool = False
+    checked_at: float | None = None
 
     def check(self, now: float) -> None:
-        pass
+        self.checked_at = now
 
     def drop(self) -> None:
         self.is_dropped = True
@@ -83,6 +85,28 @@ def test_leaving_twice_is_leaving_once() -> None:
         door.leave(visitor)
     assert len(door) == 0
     assert door.has_room("10.0.0.1")
+
+
+def test_a_guest_that_cannot_be_looked_after_goes_and_the_others_are(caplog: pytest.LogCaptureFixture) -> None:
+    @dataclass(eq=False)
+    class Broken(Visitor):
+        @override
+        def check(self, now: float) -> None:
+            raise RuntimeError("out of luck")
+
+        @override
+        def drop(self) -> None:
+            super().drop()
+            raise RuntimeError("twice")
+
+    door = Door(Manners(9, 9))
+    broken, well = Broken("", None), Visitor("", None)
+    for visitor in (broken, well):
+        door.enter(visitor)
+    door.sweep(5.0)
+    assert (broken.is_dropped, well.checked_at) == (True, 5.0)
+    assert door.guests() == [well]
+    assert "out of luck" in caplog.text
 
 
 def test_all_are_told_that_it_stops() -> None:
