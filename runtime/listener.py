@@ -26,6 +26,9 @@ SEND_BUFFER_BYTES = 128 << 10
 """Of the kernel's for each connection, which would grow to megabytes of an answer that nobody reads."""
 MAX_ACCEPTED = 64
 """Connections taken before others are served again."""
+MAX_LEAVING, LEAVING_S = 32, 1.0
+"""Of those turned away: sockets that stay open, and for how long, so that the answer is read before what is still sent
+meets a closed one (RST)."""
 REST_S = 1.0
 """How long nobody is let in after the system had nothing left for one more."""
 _SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -70,6 +73,8 @@ class Listener:
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._rest: asyncio.TimerHandle | None = None
+        self._leaving: dict[socket.socket, asyncio.TimerHandle] = {}
+        """Turned away, the oldest first."""
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # of those that it accepts
         self._open()
@@ -82,6 +87,8 @@ class Listener:
         self._loop.remove_reader(self._sock)
         if self._rest is not None:
             self._rest.cancel()
+        for sock in list(self._leaving):
+            self._let_go(sock)
 
     def _accept(self) -> None:
         for _ in range(MAX_ACCEPTED):
@@ -112,9 +119,19 @@ class Listener:
 
     def _turn_away(self, sock: socket.socket) -> None:
         self._door.note("turned away")
-        with sock, contextlib.suppress(OSError):
-            if self._tls is None:
-                sock.send(_FULL)
+        if self._tls is not None:  # a handshake is what it would cost to say why
+            sock.close()
+            return
+        with contextlib.suppress(OSError):
+            sock.send(_FULL)
+            sock.shutdown(socket.SHUT_WR)
+        self._leaving[sock] = self._loop.call_later(LEAVING_S, self._let_go, sock)
+        if len(self._leaving) > MAX_LEAVING:
+            self._let_go(next(iter(self._leaving)))
+
+    def _let_go(self, sock: socket.socket) -> None:
+        self._leaving.pop(sock).cancel()
+        sock.close()
 
     async def _connect(self, sock: socket.socket, guest: HttpConnection) -> None:
         handshake_s = self._door.manners.head_s if self._tls is not None else None

@@ -21,7 +21,7 @@ from uvicorn.server import ServerState
 
 from runtime.connection import MAX_HEADERS, MAX_PIPELINED, HttpConnection
 from runtime.door import Door, Manners
-from runtime.listener import Listener
+from runtime.listener import MAX_LEAVING, Listener
 
 TLS = Path(__file__).parents[1] / "goldens" / "tls"
 MANNERS = Manners(64, 64)
@@ -183,6 +183,16 @@ async def serving(manners: Manners = MANNERS, *, tls: ssl.SSLContext | None = No
             for guest in door.guests():
                 guest.drop()
             await until(lambda: not len(door) and not state.connections and not state.tasks)
+
+
+async def recv_all(sock: socket.socket) -> bytes:
+    """What comes until the end; the socket stays open."""
+    sock.setblocking(False)
+    received, loop = b"", asyncio.get_running_loop()
+    async with asyncio.timeout(WAIT_S):
+        while part := await loop.sock_recv(sock, 1 << 16):
+            received += part
+    return received
 
 
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -542,6 +552,11 @@ def test_where_all_are_busy_one_more_is_told_to_come_again() -> None:
         refused = await (await served.connect()).rest()
         assert refused.startswith(b"HTTP/1.1 503 ")
         assert b"retry-after: 5" in refused
+        for num in range(MAX_LEAVING + 2):
+            with socket.create_connection(("127.0.0.1", served.port)) as eager:
+                assert (await recv_all(eager)).startswith(b"HTTP/1.1 503 "), num
+                for _ in range(2):
+                    eager.sendall(GET)  # to a socket that is closed the second would fail
         busy[0].close()
         await until(lambda: len(served.door) == 15)
         assert (await (await served.connect()).answer(GET))[0] == 200
