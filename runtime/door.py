@@ -20,6 +20,7 @@ log = logging.getLogger("edge.server")
 
 BATCH = 16
 """Where all places are taken, this part of them is looked for at once: a look takes as long for one."""
+LOOK_INTERVAL_S = 0.1
 LOG_INTERVAL_S = 10.0
 """Connections that were ended are logged together: nobody shall fill the log by being ended."""
 
@@ -30,7 +31,7 @@ class Manners:
 
     Attributes:
         max_connections: Open at once.
-        max_of_peer: Of these, of one address of another machine.
+        max_of_peer: Of these, of one address of another machine; of IPv6, of one network of 64 bits.
         head_s: From the first byte of a request to the end of its head; from its start for a connection, with TLS too.
         stall_s: Without that anything of a body comes, or of an answer is taken.
     """
@@ -79,6 +80,8 @@ class Door:
         self._of_peer: Counter[str] = Counter()
         self._ended: Counter[str] = Counter()
         self._logged_at = float("-inf")
+        self._look_again_at: dict[str | None, float] = {}
+        """After a look that found nobody; of a peer, or of all."""
 
     def __len__(self) -> int:
         return len(self._guests)
@@ -87,27 +90,35 @@ class Door:
         """The connections, the oldest first."""
         return list(self._guests)
 
-    def has_room(self, peer: str) -> bool:
+    def has_room(self, peer: str, *, now: float) -> bool:
         """Whether one more of this peer may come in; others may have to go for it.
 
         Args:
             peer: Its address; empty for programs of this machine, which share one.
+            now: By the event loop's clock.
         """
         most, most_of_peer = self.manners.max_connections, self.manners.max_of_peer
         if peer and self._of_peer[peer] >= most_of_peer:
-            self.make_room(1, peer=peer)
+            self._look(1, peer, now)
         if len(self) >= most:
-            self.make_room(max(1, most // BATCH))
+            self._look(max(1, most // BATCH), None, now)
         return len(self) < most and not (peer and self._of_peer[peer] >= most_of_peer)
 
-    def make_room(self, num: int, *, peer: str | None = None) -> None:
-        """End at most `num` connections that ask for nothing; of one peer, where it is given."""
+    def _look(self, num: int, peer: str | None, now: float) -> None:
+        """Make room, unless just now there was none to be made: a look at all takes long."""
+        if now >= self._look_again_at.get(peer, now) and not self.make_room(num, peer=peer):
+            self._look_again_at[peer] = now + LOOK_INTERVAL_S
+
+    def make_room(self, num: int, *, peer: str | None = None) -> int:
+        """End at most `num` connections that ask for nothing; of one peer, where it is given. How many that were."""
         asked = [g for g in self._guests if peer is None or g.peer == peer]
         idle = [(leisure, i) for i, g in enumerate(asked) if (leisure := g.leisure) is not None]
-        for _, i in heapq.nsmallest(num, idle):
-            self.leave(asked[i])
-            asked[i].drop()
+        going = [asked[i] for _, i in heapq.nsmallest(num, idle)]
+        for guest in going:
+            self.leave(guest)
+            guest.drop()
             self.note("made room")
+        return len(going)
 
     def enter(self, guest: Guest) -> None:
         """A connection begins."""
@@ -130,6 +141,7 @@ class Door:
         Args:
             now: By the event loop's clock.
         """
+        self._look_again_at.clear()
         self._ask_each(lambda guest: guest.check(now))
         if self._ended and now - self._logged_at > LOG_INTERVAL_S:
             reasons = ", ".join(f"{num} {reason}" for reason, num in sorted(self._ended.items()))

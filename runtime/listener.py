@@ -21,7 +21,7 @@ MAX_FDS = 1 << 16
 RESERVED_FDS = 256
 """Of the file descriptors: engines, databases, files, programs that are started."""
 PEER_SHARE = 4
-"""One address of another machine may have this part of the connections."""
+"""One address of another machine, or one /64 of IPv6, may have this part of the connections."""
 SEND_BUFFER_BYTES = 128 << 10
 """Of the kernel's for each connection, which would grow to megabytes of an answer that nobody reads."""
 MAX_ACCEPTED = 64
@@ -108,7 +108,7 @@ class Listener:
 
     def _let_in(self, sock: socket.socket, peer: str) -> None:
         sock.setblocking(False)
-        if not self._door.has_room(peer):
+        if not self._door.has_room(peer, now=self._loop.time()):
             self._turn_away(sock)
             return
         guest = self._make(sock, peer)
@@ -150,10 +150,13 @@ class Listener:
 
 
 def peer_of(address: object) -> str:
-    """Who connects, for counting: empty for programs of this machine."""
+    """Who connects, for counting: empty for programs of this machine. Of IPv6 the network: a machine has all of the
+    addresses in one."""
     if not isinstance(address, tuple):
         return ""  # a Unix socket
     host = str(address[0]).partition("%")[0]  # pyright: ignore[reportUnknownArgumentType]  # a socket address
     ip = ipaddress.ip_address(host)
-    mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
-    return "" if (mapped or ip).is_loopback else host
+    ip = (ip.ipv4_mapped or ip) if isinstance(ip, ipaddress.IPv6Address) else ip
+    if ip.is_loopback:
+        return ""
+    return str(ip) if ip.version == 4 else str(ipaddress.IPv6Network((ip.packed, 64), strict=False))

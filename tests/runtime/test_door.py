@@ -43,7 +43,7 @@ def test_the_bounds_hold_and_nobody_goes_who_is_served(
 ) -> None:
     door, inside = Door(Manners(most, most_of_peer)), list[Visitor]()
     for peer, leisure in comings:
-        if door.has_room(peer):
+        if door.has_room(peer, now=0.0):
             visitor = Visitor(peer, leisure)
             inside.append(visitor)
             door.enter(visitor)
@@ -69,13 +69,26 @@ def test_one_address_makes_room_for_itself_only() -> None:
     mine, other = [Visitor("10.0.0.1", (1, float(i))) for i in range(2)], Visitor("10.0.0.2", (0, 0.0))
     for visitor in (*mine, other):
         door.enter(visitor)
-    assert door.has_room("10.0.0.1")
+    assert door.has_room("10.0.0.1", now=0.0)
     assert [v.is_dropped for v in (*mine, other)] == [True, False, False]
     busy = Visitor("10.0.0.1", None)
     door.enter(busy)
     mine[1].leisure = None
-    assert not door.has_room("10.0.0.1")
-    assert door.has_room("")
+    assert not door.has_room("10.0.0.1", now=0.0)
+    assert door.has_room("", now=0.0)
+
+
+@pytest.mark.parametrize("manners", [Manners(2, 9), Manners(9, 2)])
+def test_where_nobody_could_go_is_not_looked_again_at_once(manners: Manners) -> None:
+    door, inside = Door(manners), [Visitor("10.0.0.1", None) for _ in range(2)]
+    for visitor in inside:
+        door.enter(visitor)
+    assert not door.has_room("10.0.0.1", now=5.0)
+    inside[0].leisure = (2, 0.0)
+    assert not door.has_room("10.0.0.1", now=5.09)
+    assert door.has_room("10.0.0.2", now=5.09) == (manners.max_connections > 2), "of others is"
+    assert door.has_room("10.0.0.1", now=5.11)
+    assert inside[0].is_dropped
 
 
 def test_leaving_twice_is_leaving_once() -> None:
@@ -84,7 +97,7 @@ def test_leaving_twice_is_leaving_once() -> None:
     for _ in range(2):
         door.leave(visitor)
     assert len(door) == 0
-    assert door.has_room("10.0.0.1")
+    assert door.has_room("10.0.0.1", now=0.0)
 
 
 def test_a_guest_that_cannot_be_looked_after_goes_and_the_others_are(caplog: pytest.LogCaptureFixture) -> None:
@@ -138,7 +151,9 @@ def test_a_pace_is_kept_by_who_does_enough_in_each_window(parts: list[tuple[floa
         (("::1", 5, 0, 0), ""),
         (("::ffff:127.0.0.1", 5, 0, 0), ""),
         (("10.0.0.7", 5), "10.0.0.7"),
-        (("fe80::1%eth0", 5, 0, 2), "fe80::1"),
+        (("::ffff:10.0.0.7", 5, 0, 0), "10.0.0.7"),
+        (("2001:db8:1:2:3:4:5:6", 5, 0, 0), "2001:db8:1:2::/64"),
+        (("fe80::1%eth0", 5, 0, 2), "fe80::/64"),
     ],
 )
 def test_programs_of_this_machine_share_no_bound(address: object, peer: str) -> None:
