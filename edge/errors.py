@@ -271,6 +271,19 @@ class ModerationUnavailable(EdgeError):
     code = "moderation_unavailable"
 
 
+class ClassifierBusy(EdgeError):
+    """What judges texts has too much to do, or does not answer."""
+
+    code = "classifier_busy"
+
+    def __init__(self, *, retry_after_s: float) -> None:
+        super().__init__(
+            "The classifier has not answered in time, or has too much to do.",
+            hint=f"Try again in {retry_after_s:.0f} s.",
+        )
+        self.retry_after_s = retry_after_s
+
+
 class JobNotFound(EdgeError):
     """No job of that id is known."""
 

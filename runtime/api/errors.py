@@ -65,6 +65,7 @@ STATUS: dict[type[EdgeError], int] = {
     errors.GatewayUnavailable: 502,
     errors.ModelLoading: 503,
     errors.ServerStopping: 503,
+    errors.ClassifierBusy: 503,
     errors.ServerUnavailable: 503,
     errors.StoreError: 500,
     errors.DiskFull: 507,

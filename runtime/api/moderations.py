@@ -4,26 +4,34 @@ text is harmless."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
+from collections.abc import AsyncGenerator
 from typing import Annotated
 
 import msgspec
 from litestar import Response, post
 from litestar.datastructures import State
 
-from edge.errors import BackendError, EdgeError, InvalidRequest, ModerationUnavailable
+from edge.errors import BackendError, ClassifierBusy, EdgeError, InvalidRequest, ModerationUnavailable
 from runtime.api.access import needs
 from runtime.api.call import HttpRequest
 from runtime.api.describe import exchanges
 from runtime.api.openai import warning_headers
 from runtime.api.openai_schema import ImagePart, TextPart
 from runtime.api.parsing import parse_body
+from runtime.api.threads import BackgroundThreads
 from runtime.moderation import CATEGORIES, Category, Classifier, Judgement, load_classifier
 
 log = logging.getLogger("edge.moderation")
 
 MAX_TEXTS = 2048
+MAX_AT_ONCE = 2
+MAX_HELD = 16
+"""Requests that are being judged, or wait."""
+JUDGE_S = 60.0
+BUSY_RETRY_S = 10.0
 
 
 class ModerationRequest(msgspec.Struct, kw_only=True):
@@ -71,32 +79,60 @@ class Moderator:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._classifier: Classifier | None = None
-        self._loading = asyncio.Lock()
+        self._threads = BackgroundThreads(MAX_AT_ONCE, name="moderation")
+        self._loading: asyncio.Task[Classifier] | None = None
 
     async def classifier(self) -> Classifier:
         """The classifier.
 
         Raises:
             ModerationUnavailable: There is none.
+            ClassifierBusy: It is not loaded yet.
         """
-        async with self._loading:
-            if self._classifier is None:
-                self._classifier = await asyncio.to_thread(load_classifier, self._name)
-        return self._classifier
+        if self._loading is None:
+            self._loading = asyncio.create_task(self._threads.run(lambda: load_classifier(self._name)))
+        try:
+            async with _in_time():
+                return await asyncio.shield(self._loading)
+        except ModerationUnavailable:
+            self._loading = None  # another time it may be there
+            raise
+
+    async def judge(self, texts: list[str]) -> list[Judgement]:
+        """A judgement for each text.
+
+        Raises:
+            ModerationUnavailable: There is no classifier.
+            ClassifierBusy: It does not answer in time, or has too much to do.
+            BackendError: It failed.
+        """
+        classifier = await self.classifier()
+        if self._threads.num_held >= MAX_HELD:
+            raise ClassifierBusy(retry_after_s=BUSY_RETRY_S)
+        async with _in_time():
+            judgements = await self._threads.run(lambda: _judged(classifier, texts))
+        if len(judgements) != len(texts):
+            raise BackendError(f"The classifier judged {len(judgements)} of {len(texts)} texts.")
+        return judgements
 
 
-async def _judged(classifier: Classifier, texts: list[str]) -> list[Judgement]:
+@contextlib.asynccontextmanager
+async def _in_time() -> AsyncGenerator[None]:
     try:
-        judgements = await asyncio.to_thread(classifier.judge, texts)
+        async with asyncio.timeout(JUDGE_S):
+            yield
+    except TimeoutError as e:
+        raise ClassifierBusy(retry_after_s=BUSY_RETRY_S) from e
+
+
+def _judged(classifier: Classifier, texts: list[str]) -> list[Judgement]:
+    try:
+        return [*classifier.judge(texts)]
     except EdgeError:
         raise
     except Exception as e:  # whatever somebody else's code raises
         log.exception("the classifier %s failed", classifier.name)
         raise BackendError(f"The classifier failed: {type(e).__name__}.", hint="The log says how.") from e
-    if len(judgements) != len(texts):
-        raise BackendError(f"The classifier judged {len(judgements)} of {len(texts)} texts.")
-    return [*judgements]
 
 
 def _text(part: str | TextPart | ImagePart, index: int) -> str:
@@ -116,7 +152,7 @@ def _moderation(judgement: Judgement) -> Moderation:
 
 @post(
     "/v1/moderations",
-    opt=needs("chat") | exchanges(ModerationRequest, errors=(ModerationUnavailable,)),
+    opt=needs("chat") | exchanges(ModerationRequest, errors=(ModerationUnavailable, ClassifierBusy)),
     status_code=200,
 )
 async def moderations(request: HttpRequest, state: State) -> Response[ModerationList]:
@@ -127,7 +163,7 @@ async def moderations(request: HttpRequest, state: State) -> Response[Moderation
     classifier = await moderator.classifier()
     if body.model not in (None, classifier.name):
         warnings.append(f"'model' was ignored: texts are judged by {classifier.name}")
-    results = [_moderation(j) for j in await _judged(classifier, texts)]
+    results = [_moderation(j) for j in await moderator.judge(texts)]
     answer = ModerationList(
         id=f"modr-{secrets.token_hex(12)}", model=classifier.name, results=results, warnings=warnings or msgspec.UNSET
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -19,6 +21,7 @@ from runtime.api.batches.ledger import Ledger
 from runtime.api.batches.schema import Batch
 from runtime.api.batches.store import StoreThread
 from runtime.api.batches.uploads import Upload
+from runtime.api.threads import Stopped
 
 CHAT = "/v1/chat/completions"
 
@@ -133,3 +136,25 @@ async def test_a_batch_that_cannot_be_written_out_ends_some_time(work: Work, mon
     batch = await work.until(lambda b: b.is_over)
     assert batch.errors is not None
     assert (batch.status, [e.code for e in batch.errors.data]) == ("failed", ["storage_failed"])
+
+
+async def test_files_are_read_and_written_on_a_thread_of_their_own(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long that takes, asyncio's threads are others', and nobody waits for it at the end."""
+    is_writing, go_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def slow(*_: object, **__: object) -> None:
+        loop.call_soon_threadsafe(is_writing.set)
+        go_on.wait(20)
+        raise Stopped
+
+    monkeypatch.setattr(runner, "write_outputs", slow)
+    loop.set_default_executor(ThreadPoolExecutor(1))
+    await work.begin(2)
+    try:
+        async with asyncio.timeout(10):
+            await is_writing.wait()
+            await asyncio.to_thread(bool)
+            await work.runner.close()
+    finally:
+        go_on.set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import stat
+import threading
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from pathlib import Path
@@ -47,6 +48,7 @@ from runtime.api.batches.outputs import finish, write_outputs
 from runtime.api.batches.schema import Batch
 from runtime.api.batches.store import FILES_OF_KEY, BatchStore
 from runtime.api.batches.uploads import RESERVE_BYTES, Upload
+from runtime.api.threads import Stopped
 
 CHAT = "/v1/chat/completions"
 NOW = 1_800_000_000.0
@@ -452,7 +454,9 @@ def test_a_batch_that_is_over_takes_no_answers(store: BatchStore, settings: Sett
     store.batches.move("batch_1", "in_progress", since=("validating",), now_s=NOW, total=3)
     store.batches.record("batch_1", Answer(2, b"good", is_error=False))
     assert store.batches.cancel("k", "batch_1", now_s=NOW).status == "cancelling"
-    outputs = write_outputs(settings, store.batches.find("batch_1"), "cancelled", {2}, max_line_bytes=1000)
+    outputs = write_outputs(
+        settings, store.batches.find("batch_1"), "cancelled", {2}, max_line_bytes=1000, stop=threading.Event()
+    )
     finish(store, store.batches.find("batch_1"), "k", outputs, "cancelled", now_s=NOW)
     store.batches.record("batch_1", Answer(1, b"late", is_error=False))
 
@@ -468,6 +472,16 @@ def test_a_batch_that_is_over_takes_no_answers(store: BatchStore, settings: Sett
     with pytest.raises(InvalidRequest, match="cancelled"):
         store.batches.cancel("k", "batch_1", now_s=NOW)
     assert store.batches.unfinished() == []
+
+
+def test_files_that_are_being_written_can_be_stopped(store: BatchStore, settings: Settings) -> None:
+    running(store, request(), total=9)
+    store.batches.record("batch_1", Answer(1, b"good", is_error=False))
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Stopped):
+        write_outputs(settings, store.batches.find("batch_1"), "completed", {1}, max_line_bytes=1000, stop=stop)
+    assert len([*settings.files_dir.iterdir()]) == 1, "what was sent"
 
 
 def test_statuses_do_not_go_back(store: BatchStore) -> None:

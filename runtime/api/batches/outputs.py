@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from edge.config import Settings
+from runtime.api.threads import until_stopped
 
 from .answers import no_answer
 from .ledger import read_answers
@@ -43,12 +45,19 @@ class Outputs:
 
 
 def write_outputs(
-    settings: Settings, batch: Batch, ending: Ending, answered: set[int], *, max_line_bytes: int
+    settings: Settings,
+    batch: Batch,
+    ending: Ending,
+    answered: set[int],
+    *,
+    max_line_bytes: int,
+    stop: threading.Event,
 ) -> Outputs:
     """Write the files of a batch whose lines get no more answers; on any thread, it takes as long as it takes.
 
     Raises:
         StoreError: The disk fails or has no room; then nothing is left behind.
+        Stopped: `stop` was set meanwhile; likewise.
     """
     num_unanswered = 0
 
@@ -61,9 +70,10 @@ def write_outputs(
             code, message = _WHY[ending]
             yield no_answer(line, code=code, message=message).data
 
-    answers = _written(settings.files_dir, read_answers(settings.batches_db, batch.id, is_error=False))
+    good = read_answers(settings.batches_db, batch.id, is_error=False)
+    answers = _written(settings.files_dir, until_stopped(good, stop))
     try:
-        errors = _written(settings.files_dir, not_done())
+        errors = _written(settings.files_dir, until_stopped(not_done(), stop))
     except BaseException:
         if answers is not None:
             answers.discard()

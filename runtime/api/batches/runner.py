@@ -7,14 +7,17 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass, field
+from functools import partial
 
 from edge.config import Settings
 from edge.errors import KeyNotFound, StorageFull, StoreError
 from edge.store.digest import digest_file
+from runtime.api.threads import BackgroundThreads, until_stopped
 
 from .answers import Answer, answer_of, wait_before_retry_s
 from .gate import Gate, lines_at_once
@@ -56,6 +59,8 @@ class Runner:
         self._settings, self._store, self._gate, self._ask = settings, store, gate, ask
         self._max_line_bytes = settings.max_body_bytes + LINE_EXTRA_BYTES
         self._is_closed = False
+        self._thread = BackgroundThreads(1, name="batch-files")
+        self._stop = threading.Event()
         self._jobs: dict[str, _Job] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -78,9 +83,11 @@ class Runner:
     async def close(self) -> None:
         """Let go of everything; it goes on at the next start."""
         self._is_closed = True
+        self._stop.set()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._thread.close()
 
     async def _supervise(self, job: _Job) -> None:
         try:
@@ -145,7 +152,7 @@ class Runner:
     async def _validated(self, job: _Job, batch: Batch) -> Batch:
         digest = await self._store.run(lambda s: s.files.digest(batch.input_file_id))
         async with self._checking:
-            total, errors = await asyncio.to_thread(self._check, batch, digest)
+            total, errors = await self._thread.run(lambda: self._check(batch, digest))
         if errors:
             await self._store.run(lambda s: s.batches.fail(job.id, errors, now_s=time.time()))
             return await self._store.run(lambda s: s.batches.find(job.id))
@@ -156,7 +163,8 @@ class Runner:
         if digest_file(path) != digest:
             return 0, [BatchError(code="file_damaged", message="The file is not as it was sent. Send it again.")]
         with path.open("rb") as file:
-            return check_lines(raw_lines(file, max_bytes=self._max_line_bytes), batch.endpoint)
+            lines = raw_lines(file, max_bytes=self._max_line_bytes)
+            return check_lines(until_stopped(lines, self._stop), batch.endpoint)
 
     async def _moved(self, job: _Job, to: BatchStatus, *, since: BatchStatus, total: int | None = None) -> Batch:
         return await self._store.run(
@@ -185,7 +193,8 @@ class Runner:
         async with self._turns[job.key]:
             answered = await self._store.run(lambda s: s.batches.answered(job.id))
             path = self._settings.files_dir / batch.input_file_id
-            lines = _Lines(unanswered(path, batch.endpoint, answered, max_bytes=self._max_line_bytes))
+            asked = unanswered(path, batch.endpoint, answered, max_bytes=self._max_line_bytes)
+            lines = _Lines(asked, self._thread)
             num = lines_at_once(self._settings.max_sequences)
             tasks = [asyncio.create_task(self._answer_some(job, batch, lines)) for _ in range(num)]
             try:
@@ -229,13 +238,12 @@ class Runner:
         ending = "failed" if batch.errors is not None else _ENDINGS[batch.status]
         # After this no answer is on its way to the disk any more: they went the same way, before it.
         answered = await self._store.run(lambda s: s.batches.answered(job.id))
-        outputs = await asyncio.to_thread(
-            write_outputs, self._settings, batch, ending, answered, max_line_bytes=self._max_line_bytes
-        )
+        write = partial(write_outputs, max_line_bytes=self._max_line_bytes, stop=self._stop)
+        outputs = await self._thread.run(lambda: write(self._settings, batch, ending, answered))
         try:
             await self._store.run(lambda s: finish(s, batch, job.key, outputs, ending, now_s=time.time()))
         except StoreError:
-            await asyncio.to_thread(outputs.discard)
+            await self._thread.run(outputs.discard)
             raise
 
 
@@ -249,11 +257,11 @@ def _waits_s() -> Generator[float]:
 class _Lines:
     """Lines that several take from, read on a thread."""
 
-    def __init__(self, lines: Generator[Line]) -> None:
-        self._lines = lines
+    def __init__(self, lines: Generator[Line], thread: BackgroundThreads) -> None:
+        self._lines, self._thread = lines, thread
         self._reading = asyncio.Lock()
 
     async def next(self) -> Line | None:
         """The next; None after the last."""
         async with self._reading:
-            return await asyncio.to_thread(next, self._lines, None)
+            return await self._thread.run(lambda: next(self._lines, None))

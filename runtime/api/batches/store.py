@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import sqlite3
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
@@ -15,6 +15,7 @@ from typing import TypeVar
 from edge.config import Settings
 from edge.database import errors_of, transaction
 from edge.errors import InvalidRequest
+from runtime.api.threads import BackgroundThreads
 
 from .database import RunningClock, open_batches, shrink
 from .files import Files
@@ -22,6 +23,8 @@ from .ledger import Ledger
 from .schema import Batch
 
 T = TypeVar("T")
+CLOSE_S = 10.0
+log = logging.getLogger("edge.batches")
 FILES_OF_KEY = 8
 """A key's files may together be as large as so many of the largest."""
 
@@ -82,7 +85,7 @@ class StoreThread:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._thread = BackgroundThreads(1, name="batches")
         self._store: BatchStore | None = None
 
     @property
@@ -101,7 +104,7 @@ class StoreThread:
         Raises:
             StoreError: The disk or the database failed.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._with_store, work)
+        return await self._thread.run(lambda: self._with_store(work))
 
     def _with_store(self, work: Callable[[BatchStore], T]) -> T:
         if self._store is None:
@@ -110,9 +113,13 @@ class StoreThread:
             return work(self._store)
 
     async def close(self) -> None:
-        """Do what waits, and close the database."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
-        self._thread.shutdown(wait=False)
+        """Do what waits, and close the database. A disk that does not answer is not waited for."""
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                await self._thread.run(self._close)
+        except TimeoutError:
+            log.error("%s does not answer", self.path)
+        self._thread.close()
 
     def _close(self) -> None:
         if self._store is not None:
