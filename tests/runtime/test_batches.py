@@ -579,13 +579,21 @@ def test_time_goes_on_after_a_restart(settings: Settings, store: BatchStore, clo
 def test_a_database_of_the_first_version_is_taken_over(settings: Settings) -> None:
     with closing(connect(settings.batches_db, database.MIGRATIONS[:1])) as db:
         db.execute("INSERT INTO files VALUES (1, 'file-1', 'k', 'batch', 'f', 5, '', 100, 3700)")
-        db.execute("INSERT INTO batches (id, key, input_file, is_over, record) VALUES ('b', 'k', 'file-1', 0, '{}')")
-        db.execute("INSERT INTO results VALUES ('b', 1, 0, x'1234')")
+        record = msgspec.json.encode(a_batch("file-1", "b"))
+        db.execute("INSERT INTO batches (id, key, input_file, is_over, record) VALUES ('b', 'k', '', 0, ?)", (record,))
+        db.execute("INSERT INTO results VALUES ('b', 1, 0, ?)", (b"x" * 20_000,))
     store = BatchStore(settings, monotonic=lambda: 0.0)
     assert store.files.get("k", "file-1").expires_at == 3700
     assert store.batches.left_s("b") == 86_400
-    with pytest.raises(StorageFull, match="7 bytes"):
+    with pytest.raises(StorageFull, match="20,005 bytes"):
         store.files.check_room("k", FILES_OF_KEY * 4096)
+    store.batches.fail("b", [], now_s=NOW)
+    assert not store.tidy(), "its free pages stay, for now"
+    store.close()
+    store = BatchStore(settings)
+    assert not store.tidy()
+    with closing(connect_read_only(store.path, version=database.SCHEMA_VERSION)) as db:
+        assert db.execute("PRAGMA freelist_count").fetchone() == (0,)
     store.close()
 
 

@@ -84,9 +84,15 @@ class RunningClock:
 
 
 def shrink(db: sqlite3.Connection) -> bool:
-    """Give some of the free pages back to the disk; whether there are more."""
+    """Give some of the free pages back to the disk; whether there are more. One that cannot keeps them until it is
+    opened without answers."""
+    before = _num_free(db)
     db.execute(f"PRAGMA incremental_vacuum({_SLICE_PAGES})").fetchall()
-    return int(db.execute("PRAGMA freelist_count").fetchone()[0]) > 0
+    return 0 < _num_free(db) < before
+
+
+def _num_free(db: sqlite3.Connection) -> int:
+    return int(db.execute("PRAGMA freelist_count").fetchone()[0])
 
 
 def open_batches(path: Path) -> sqlite3.Connection:
