@@ -87,6 +87,8 @@ class HttpConnection(HttpToolsProtocol):
         """The end of the last answer, or of the last request if that came later."""
         self._closing_since: float | None = None
         self._body_since = 0.0
+        self._is_passing_over = False
+        """From the head of a request that offers another protocol before its body, until that is read."""
         self._is_deaf = False
         """What comes now is read, so that the end is noticed, and thrown away."""
         self._num_headers = self._num_head_bytes = self._num_raw = self._num_body = self._num_sent = 0
@@ -181,6 +183,7 @@ class HttpConnection(HttpToolsProtocol):
     @override
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._is_deaf = True  # there is no parser any more
         self.pipeline.clear()
         self._disconnect()
         self._door.leave(self)
@@ -193,20 +196,40 @@ class HttpConnection(HttpToolsProtocol):
 
     @override
     def data_received(self, data: bytes) -> None:
-        if self._is_deaf or self.parser is None:
+        if self._is_deaf:
             return
         if self._head_since is None and self._part == "none" and not self._is_answering:
             self._head_since = self.loop.time()
         try:
-            self.parser.feed_data(data)
+            self._feed(data)
             self._count(len(data))
-        except httptools.HttpParserUpgrade:
-            self._is_deaf = True  # what follows is of another protocol
         except httptools.HttpParserError as e:
             cause = e.__context__
             self._refuse(cause.fault if isinstance(cause, _Refused) else _not_http(e))
         except _Refused as e:
             self._refuse(e.fault)
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+            return
+        except httptools.HttpParserUpgrade as e:
+            rest = data[e.args[0] :]
+        if self._is_passing_over:
+            self._pass_over(rest)
+        else:
+            self._is_deaf = True  # what follows is of another protocol
+
+    def _pass_over(self, rest: bytes) -> None:
+        """Read the body of a request that offers another protocol (RFC 9110, section 7.8). The parser leaves it out, so
+        one that was offered nothing goes on."""
+        lengths = [value for name, value in self.headers if name == b"content-length"]
+        framing = b"Content-Length: " + lengths[0] if lengths else b"Transfer-Encoding: chunked"
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+        self.parser.feed_data(b"POST / HTTP/1.1\r\n" + framing + b"\r\n\r\n")
+        self._is_passing_over = False
+        self._feed(rest)
 
     def _count(self, num_bytes: int) -> None:
         """Count what was read of the present part.
@@ -230,6 +253,8 @@ class HttpConnection(HttpToolsProtocol):
 
     @override
     def on_message_begin(self) -> None:
+        if self._is_passing_over:
+            return
         super().on_message_begin()
         self._begin("head")
         self._num_headers = self._num_head_bytes = 0
@@ -238,12 +263,16 @@ class HttpConnection(HttpToolsProtocol):
 
     @override
     def on_url(self, url: bytes) -> None:
+        if self._is_passing_over:
+            return
         super().on_url(url)
         if len(self.url) > MAX_TARGET_BYTES:
             raise _Refused(414, "target_too_long", f"The path is longer than {MAX_TARGET_BYTES:,} bytes.")
 
     @override
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_passing_over:
+            return
         self._num_headers += 1
         self._num_head_bytes += len(name) + len(value)
         if self._num_headers > MAX_HEADERS or self._num_head_bytes > MAX_HEAD_BYTES:
@@ -253,15 +282,19 @@ class HttpConnection(HttpToolsProtocol):
 
     @override
     def on_headers_complete(self) -> None:
-        assert self.parser is not None, "there is one until the connection is lost"
+        if self._is_passing_over:
+            return
         version, is_upgrade = self.parser.get_http_version(), self.parser.should_upgrade()
-        _check_head(self.headers, version, is_upgrade=is_upgrade)
+        _check_head(self.headers, version)
+        if self.parser.get_method() == b"CONNECT":
+            raise _Refused(400, "bad_http", "This appliance is no proxy: it makes no tunnel ('CONNECT').")
         if len(self.pipeline) >= MAX_PIPELINED:
             raise _Refused(400, "bad_http", f"More than {MAX_PIPELINED} requests were sent ahead.")
         if version == "1.0":
             self.expect_100_continue = False  # RFC 9110, section 10.1.1
         super().on_headers_complete()
-        if is_upgrade:
+        self._is_passing_over = is_upgrade and _has_body(self.headers)
+        if is_upgrade and not self._is_passing_over:
             self.cycle.keep_alive = False
         self._begin("body")
         self._head_since = None
@@ -276,6 +309,8 @@ class HttpConnection(HttpToolsProtocol):
 
     @override
     def on_message_complete(self) -> None:
+        if self._is_passing_over:
+            return
         super().on_message_complete()
         self._part = "none"
         self._idle_since = self.loop.time()  # the answer may have come before the end of the request
@@ -381,7 +416,7 @@ def _head_too_large() -> _Refused:
     return _Refused(431, "head_too_large", f"The head of the request has more than {most}.")
 
 
-def _check_head(headers: list[tuple[bytes, bytes]], version: str, *, is_upgrade: bool) -> None:
+def _check_head(headers: list[tuple[bytes, bytes]], version: str) -> None:
     """See that every program on the way reads this head in the same way.
 
     Raises:
@@ -398,5 +433,9 @@ def _check_head(headers: list[tuple[bytes, bytes]], version: str, *, is_upgrade:
         raise _Refused(400, "bad_http", "The length of the body is said more than once (RFC 9112, section 6.3).")
     if codings and (version == "1.0" or codings[0].lower() != b"chunked"):
         raise _Refused(400, "bad_http", "The only 'Transfer-Encoding' is chunked, of HTTP/1.1.")
-    if is_upgrade and (codings or any(length != b"0" for length in lengths)):
-        raise _Refused(400, "bad_http", "A request with a body cannot ask for another protocol ('Upgrade').")
+
+
+def _has_body(headers: list[tuple[bytes, bytes]]) -> bool:
+    return any(
+        name == b"transfer-encoding" or (name == b"content-length" and int(value) > 0) for name, value in headers
+    )

@@ -255,7 +255,9 @@ REFUSED: list[tuple[str, bytes, int]] = [
     ("a tunnel", b"CONNECT x:443 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
     ("TLS", bytes.fromhex("16030100a5010000a10303") + bytes(100), 400),
     ("not HTTP", b"hello\r\n\r\n", 400),
-    ("an upgrade with a body", POST + b"Connection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: 3\r\n\r\nabc", 400),
+    ("a tunnel with a body", b"CONNECT x:443 HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc", 400),
+    ("a tunnel to a path", b"CONNECT / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc", 400),
+    ("a tunnel to an address", b"CONNECT http://x/ HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc", 400),
     ("a chunk without size", POST + b"Transfer-Encoding: chunked\r\n\r\n\r\n\r\n", 400),
     ("a chunk size that is none", POST + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n\r\n", 400),
     ("a chunk size beyond any integer", POST + b"Transfer-Encoding: chunked\r\n\r\n" + b"f" * 20 + b"\r\n", 400),
@@ -431,6 +433,55 @@ def test_an_upgrade_is_passed_over_and_the_connection_closed() -> None:
         )
         assert answer.startswith(b"HTTP/1.1 200")
         assert answer.count(b"HTTP/1.1 ") == 1
+
+    with_server(test)
+
+
+OFFER = POST + b"Connection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAEA\r\nUpgrade: h2c\r\n"
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000], ids=["by byte", "in parts", "at once"])
+@pytest.mark.parametrize(
+    ("raw", "num"),
+    [
+        (OFFER + b"Content-Length: %d\r\n\r\n" % len(GET) + GET, len(GET)),
+        (OFFER + b"Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n1;x=y\r\nc\r\n0\r\nEvil: yes\r\n\r\n", 3),
+        (OFFER.replace(b" /", b" /early") + b"Content-Length: 3\r\n\r\nabc", None),
+    ],
+    ids=["length", "chunks", "answered early"],
+)
+def test_an_upgrade_before_a_body_is_passed_over_and_the_connection_goes_on(
+    raw: bytes, num: int | None, size: int
+) -> None:
+    async def test(served: Served) -> None:
+        client = await served.connect()
+        for _ in range(2):
+            for i in range(0, len(raw), size):
+                client.writer.write(raw[i : i + size])
+                await asyncio.sleep(0)
+            status, _, told = await client.answer()
+            assert status == (200 if num is not None else 401)
+            assert num is None or json.loads(told)["body"] == num
+            status, _, told = await client.answer(GET)
+            assert (status, json.loads(told)["method"], json.loads(told)["headers"]) == (200, "GET", ["host"])
+
+    with_server(test)
+
+
+def test_requests_sent_ahead_may_each_offer_an_upgrade() -> None:
+    async def test(served: Served) -> None:
+        client = await served.connect()
+        client.writer.write((OFFER + b"Content-Length: 3\r\n\r\nabc") * MAX_PIPELINED + GET)
+        bodies = [json.loads((await client.answer())[2])["body"] for _ in range(MAX_PIPELINED + 1)]
+        assert bodies == [3] * MAX_PIPELINED + [0]
+
+    with_server(test)
+
+
+def test_what_follows_an_upgrade_is_read_as_strictly() -> None:
+    async def test(served: Served) -> None:
+        for wrong in (b"Content-Length: 3\r\n\r\nabc\x00garbage", b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n\r\n"):
+            assert (await served.ask(OFFER + wrong)).count(b"\r\n\r\n") == 1, "one answer"
 
     with_server(test)
 
