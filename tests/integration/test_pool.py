@@ -13,7 +13,6 @@ from typing_extensions import override
 
 from edge.config import Settings
 from edge.errors import DoesNotFit
-from edge.hardware.memory import available_bytes
 from edge.store.details import ModelDetails
 from edge.store.models import ModelStore, PackageFile
 from runtime import wire
@@ -87,11 +86,9 @@ async def test_what_was_asked_more_often_is_worth_more(pool: Pool) -> None:
 class CrowdedPool(Pool):
     """Where others are about to take all memory that there could be, whenever the second model is loaded."""
 
-    reserved_bytes = 1 << 50
-
     @override
     def _reserved_bytes(self, *, but: str) -> int:
-        return self.reserved_bytes if but == SECOND else 0
+        return 1 << 50 if but == SECOND else 0
 
 
 async def test_idle_models_give_way_only_where_that_helps(home: Path) -> None:
@@ -112,24 +109,28 @@ async def test_idle_models_give_way_only_where_that_helps(home: Path) -> None:
         await pool.close()
 
 
-async def test_who_is_not_waited_for_never_makes_room_and_pauses_where_others_lack_it(home: Path) -> None:
-    pool = CrowdedPool(Settings(home=home, context_tokens=1024), two_models(home))
-    try:
-        first = await pool.ready(DEFAULT_MODEL)
-        pool.reserved_bytes = available_bytes()  # the second fits in the place of the first only
-        with pytest.raises(DoesNotFit):
-            await pool.ready(SECOND, may_make_room=False)
-        assert (first.state, pool.is_crowded) == ("ready", False)
-        generation = await first.start(greeting, timeout_s=30, allowed_s=30)
-        with pytest.raises(DoesNotFit):
-            await pool.ready(SECOND)
-        assert pool.is_crowded, "the first is busy"
-        assert [p async for p in generation.steps()]
-        pool.reserved_bytes = 0
+async def test_who_is_not_waited_for_never_makes_room_and_pauses_where_others_lack_it(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = await pool.ready(DEFAULT_MODEL), await pool.host(SECOND)
+    wait_ready = second.wait_ready
+
+    async def lacks_a_byte(timeout_s: float, *, tenant: str = "") -> None:
+        if first.state == "ready":
+            raise DoesNotFit("It", required_bytes=2, available_bytes=1)
+        await wait_ready(timeout_s, tenant=tenant)
+
+    monkeypatch.setattr(second, "wait_ready", lacks_a_byte)
+    with pytest.raises(DoesNotFit):
+        await pool.ready(SECOND, may_make_room=False)
+    assert (first.state, pool.is_crowded) == ("ready", False)
+    generation = await first.start(greeting, timeout_s=30, allowed_s=30)
+    with pytest.raises(DoesNotFit):
         await pool.ready(SECOND)
-        assert not pool.is_crowded
-    finally:
-        await pool.close()
+    assert pool.is_crowded, "the first is busy"
+    assert [p async for p in generation.steps()]
+    await pool.ready(SECOND)
+    assert (first.state, second.state, pool.is_crowded) == ("unloaded", "ready", False)
 
 
 async def test_unused_cells_are_reserved_as_soon_as_a_model_is_ready(pool: Pool) -> None:
