@@ -314,7 +314,7 @@ def test_what_a_model_thinks_stands_apart(crafted: RunningAppliance) -> None:
         message, usage = response["choices"][0]["message"], response["usage"]
         assert message["reasoning_content"]
         assert not message["content"]
-        assert usage["completion_tokens_details"] == {"reasoning_tokens": usage["completion_tokens"]}
+        assert usage["completion_tokens_details"]["reasoning_tokens"] == usage["completion_tokens"]
         with client.stream("POST", "/v1/chat/completions", json={**hello, "stream": True}) as stream:
             deltas = [e["choices"][0]["delta"] for e in sse_events(stream.iter_lines())]
         assert "".join(d.get("reasoning_content", "") for d in deltas) == message["reasoning_content"]
