@@ -30,6 +30,8 @@ pytestmark = [
 class Person(pydantic.BaseModel):
     """A person."""
 
+    model_config = pydantic.ConfigDict(extra="forbid")
+
     name: Annotated[str, pydantic.Field(max_length=12)]
     age: Annotated[int, pydantic.Field(ge=0, le=150)]
 
@@ -71,9 +73,9 @@ def client(v1: str) -> Iterator[openai.OpenAI]:
 
 
 def test_openai_streams_as_it_answers(client: openai.OpenAI) -> None:
-    whole = client.chat.completions.create(model=DEFAULT_MODEL, messages=HI, temperature=0, max_completion_tokens=8)
+    whole = client.chat.completions.create(model=DEFAULT_MODEL, messages=HI, temperature=0, max_completion_tokens=4)
     with client.chat.completions.stream(
-        model=DEFAULT_MODEL, messages=HI, temperature=0, max_completion_tokens=8, stream_options={"include_usage": True}
+        model=DEFAULT_MODEL, messages=HI, temperature=0, max_completion_tokens=4, stream_options={"include_usage": True}
     ) as stream:
         kinds = [event.type for event in stream]
         final = stream.current_completion_snapshot
@@ -81,7 +83,7 @@ def test_openai_streams_as_it_answers(client: openai.OpenAI) -> None:
     assert final.choices[0].finish_reason == whole.choices[0].finish_reason == "length"
     assert final.usage is not None
     assert whole.usage is not None
-    assert final.usage.completion_tokens == whole.usage.completion_tokens == 8
+    assert final.usage.completion_tokens == whole.usage.completion_tokens == 4
     assert {"chunk", "content.delta", "content.done"} <= set(kinds)
 
 
@@ -138,10 +140,10 @@ def test_openai_has_a_class_for_each_error(client: openai.OpenAI) -> None:
 async def test_openai_asks_without_waiting(v1: str) -> None:
     async with openai.AsyncOpenAI(base_url=v1, api_key="none", max_retries=0, timeout=60) as client:
         whole = await client.chat.completions.create(
-            model=DEFAULT_MODEL, messages=HI, temperature=0, max_completion_tokens=8
+            model=DEFAULT_MODEL, messages=HI, temperature=0, max_completion_tokens=4
         )
         async with client.chat.completions.stream(
-            model=DEFAULT_MODEL, messages=HI, temperature=0, max_completion_tokens=8
+            model=DEFAULT_MODEL, messages=HI, temperature=0, max_completion_tokens=4
         ) as stream:
             text = "".join([event.delta async for event in stream if event.type == "content.delta"])
         models = [model.id async for model in client.models.list()]
@@ -191,7 +193,7 @@ def test_openai_has_responses(client: openai.OpenAI) -> None:
 def test_anthropic_asks_streams_and_counts(appliance: RunningAppliance) -> None:
     hi: anthropic.types.MessageParam = {"role": "user", "content": "Name a colour."}
     greedy = {"extra_body": {"temperature": 0}}  # its client leaves it to who knows
-    ask: dict[str, Any] = {"model": DEFAULT_MODEL, "messages": [hi], "max_tokens": 8, **greedy}
+    ask: dict[str, Any] = {"model": DEFAULT_MODEL, "messages": [hi], "max_tokens": 4, **greedy}
     with anthropic.Anthropic(base_url=appliance.url, api_key="none", max_retries=0, timeout=60) as opened:
         client: Any = opened
         whole = client.messages.create(**ask)
@@ -204,7 +206,7 @@ def test_anthropic_asks_streams_and_counts(appliance: RunningAppliance) -> None:
             client.messages.create(**{**ask, "extra_body": {"temperature": 9}})
     assert whole.content[0].type == "text"
     assert text == whole.content[0].text
-    assert (whole.stop_reason, whole.usage.output_tokens) == ("max_tokens", 8)
+    assert (whole.stop_reason, whole.usage.output_tokens) == ("max_tokens", 4)
     assert counted.input_tokens == whole.usage.input_tokens + (whole.usage.cache_read_input_tokens or 0)
 
 
@@ -222,11 +224,11 @@ def litellm() -> Any:
 
 def test_litellm_asks_for_answers_streams_and_vectors(litellm: Any, v1: str) -> None:
     to: dict[str, Any] = {"api_base": v1, "api_key": "none", "num_retries": 0}
-    ask = {"model": f"openai/{DEFAULT_MODEL}", "messages": HI, "max_tokens": 8, "temperature": 0, **to}
+    ask = {"model": f"openai/{DEFAULT_MODEL}", "messages": HI, "max_tokens": 4, "temperature": 0, **to}
     whole = litellm.completion(**ask)
     chunks = list(litellm.completion(**ask, stream=True))
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
-    assert whole.usage.completion_tokens == 8
+    assert whole.usage.completion_tokens == 4
     found = litellm.embedding(model=f"openai/{EMBEDDER}", input=["a harbour"], encoding_format="float", **to)
     assert len(found.data[0]["embedding"]) == 384
     with pytest.raises(litellm.ContextWindowExceededError):
@@ -238,9 +240,9 @@ def test_litellm_asks_for_answers_streams_and_vectors(litellm: Any, v1: str) -> 
 
 def test_langchain_invokes_streams_and_has_structured_answers(v1: str) -> None:
     library = import_module("langchain_openai")
-    model = library.ChatOpenAI(base_url=v1, api_key="none", model=DEFAULT_MODEL, temperature=0, max_tokens=8)
+    model = library.ChatOpenAI(base_url=v1, api_key="none", model=DEFAULT_MODEL, temperature=0, max_tokens=4)
     whole = model.invoke("Name a colour.")
-    assert whole.usage_metadata["output_tokens"] == 8
+    assert whole.usage_metadata["output_tokens"] == 4
     assert "".join(chunk.content for chunk in model.stream("Name a colour.")) == whole.content
     longer = library.ChatOpenAI(base_url=v1, api_key="none", model=DEFAULT_MODEL, temperature=0, max_tokens=96)
     assert isinstance(longer.with_structured_output(Person, method="json_schema").invoke(ABOUT_ANNA), Person)
@@ -270,7 +272,7 @@ async def test_pydantic_ai_runs_an_agent(v1: str) -> None:
     library, models = import_module("pydantic_ai"), import_module("pydantic_ai.models.openai")
     provider = import_module("pydantic_ai.providers.openai").OpenAIProvider(base_url=v1, api_key="none")
     model = models.OpenAIChatModel(DEFAULT_MODEL, provider=provider)
-    agent = library.Agent(model, model_settings={"max_tokens": 8, "temperature": 0})
+    agent = library.Agent(model, model_settings={"max_tokens": 4, "temperature": 0})
     whole = await agent.run("Name a colour.")
     async with agent.run_stream("Name a colour.") as run:
         assert await run.get_output() == whole.output

@@ -146,6 +146,8 @@ def test_100_clients_that_leave_leave_nothing_behind(tmp_path: Path) -> None:
         with ThreadPoolExecutor(24) as pool:
             assert set(pool.map(ask, warm)) == {200}
         (worker,) = appliance.worker_pids()
+        front = psutil.Process(appliance.process.pid)
+        wait_until(lambda: any(f.path.endswith("state.db") for f in front.open_files()), what="usage to be written")
         before = {pid: held(pid) for pid in (appliance.process.pid, worker)}
         with ThreadPoolExecutor(12) as pool:
             list(pool.map(partial(leave, appliance), range(NUM_LEAVING)))

@@ -71,8 +71,9 @@ def test_eight_at_once_answer_as_each_does_alone(appliance: RunningAppliance, la
         together = list(pool.map(ask, prompts))
     equal = sum(a == b for a, b in zip(alone, together, strict=True))
     print(f"greedy law: {equal} of {len(prompts)} answers equal, epsilon {law.epsilon:.3f}")
-    for (prompt, reference), (_, answer) in zip(alone, together, strict=True):
-        assert law.obeys(prompt, answer, reference)
+    parted = [(p, a) for (p, reference), (_, a) in zip(alone, together, strict=True) if a != reference]
+    gaps = sorted(law.gap(p, a) for p, a in parted)
+    assert not gaps or gaps[-1] <= law.epsilon, gaps[-3:]
 
 
 def test_a_short_request_is_answered_while_a_long_prompt_is_read(appliance: RunningAppliance) -> None:

@@ -19,7 +19,8 @@ from tests.support import DEFAULT_MODEL, SEED
 
 @pytest.fixture(scope="module")
 def backend() -> Iterator[LlamaBackend]:
-    made = LlamaBackend(ModelStore(SEED).get(DEFAULT_MODEL).weights, LlamaOptions(1, 4, 256, 1024, 4 << 30))
+    # Cells of more than 32 MiB, which glibc maps by themselves in a process of any age (M_MMAP_THRESHOLD, mallopt(3)).
+    made = LlamaBackend(ModelStore(SEED).get(DEFAULT_MODEL).weights, LlamaOptions(1, 4, 256, 2048, 4 << 30))
     yield made
     made.close()
 
