@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -155,7 +156,8 @@ def test_100_clients_that_leave_leave_nothing_behind(tmp_path: Path) -> None:
             wait_until(lambda: is_quiet(model_info(http)), what="every request to be dropped")
         for pid, (threads, files) in before.items():
             wait_until(lambda pid=pid, files=files: held(pid)[1] <= files, what="files to be closed")
-            assert held(pid)[0] <= threads
+            # asyncio's executor begins threads as it needs them, up to this; of a leak there would be a hundred
+            assert held(pid)[0] <= threads + (os.cpu_count() or 1) + 4
         with ThreadPoolExecutor(24) as pool:
             assert set(pool.map(ask, warm)) == {200}, "every slot is free"
         assert appliance.worker_pids() == [worker]
