@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-from collections.abc import Generator, Sequence
+import time
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +16,7 @@ JOURNAL_LIMIT_BYTES = 4 << 20
 CACHE_KIB = 256
 """Pages that one connection keeps. SQLite's own 2 MB for each fill in days of running; the kernel keeps the file's."""
 BUSY_S = 5.0
+CLOCK_SAVE_S = 600.0
 
 
 class CorruptDatabase(StoreError):
@@ -152,3 +154,32 @@ def transaction(connection: sqlite3.Connection) -> Generator[sqlite3.Connection]
         if connection.in_transaction:  # SQLite rolls back by itself after some errors
             connection.execute("ROLLBACK")
         raise
+
+
+class RunningClock:
+    """Seconds that a database was open, in all, kept in its table ``clock (clock_s)``. Boards boot in 1970, and a wall
+    clock that jumps must end nothing, and keep nothing for ever.
+
+    Args:
+        monotonic: Seconds.
+    """
+
+    def __init__(self, db: sqlite3.Connection, *, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._db, self._monotonic = db, monotonic
+        self._saved_s = float(db.execute("SELECT clock_s FROM clock").fetchone()[0])
+        self._base_s = self._saved_s - monotonic()
+
+    def now_s(self) -> float:
+        """What it shows."""
+        return self._base_s + self._monotonic()
+
+    def write(self, now_s: float) -> None:
+        """Keep what it showed, as part of the transaction that runs."""
+        self._db.execute("UPDATE clock SET clock_s = ?", (now_s,))
+
+    def save(self, *, min_s: float = CLOCK_SAVE_S) -> None:
+        """Keep it on the disk, where so much of it is not there yet."""
+        if (now_s := self.now_s()) - self._saved_s >= min_s:
+            with transaction(self._db):
+                self.write(now_s)
+            self._saved_s = now_s

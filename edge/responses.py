@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from edge.database import CorruptDatabase, connect, errors_of, file_of, set_aside, transaction
+from edge.database import CorruptDatabase, RunningClock, connect, errors_of, file_of, set_aside, transaction
 from edge.errors import StoreError
 
 log = logging.getLogger("edge.responses")
@@ -101,10 +101,10 @@ class ResponseStore:
         self._max_responses = max_responses
         self._max_age_s = max_age_s
         self._clock = clock
-        self._clock_base_s = 0.0
         self._tidy_at_s = clock()
         self._error: str | None = None
         self._db: sqlite3.Connection | None = None
+        self._running: RunningClock
         self._file: tuple[int, int] | None = None
         self._lock = threading.Lock()
         self._waiting: list[tuple[KeptResponse, Future[None]]] = []
@@ -201,7 +201,7 @@ class ResponseStore:
             log.warning("%s is read by another process; what was deleted is overwritten later", self.path)
 
     def _insert(self, db: sqlite3.Connection, responses: Sequence[KeptResponse]) -> None:
-        now_s = self._now_s()
+        now_s = self._running.now_s()
         with transaction(db):
             for r in responses:
                 db.execute(
@@ -211,7 +211,7 @@ class ResponseStore:
                 _touch(db, r, now_s)
             db.execute("DELETE FROM responses WHERE used_clock_s < ?", (now_s - self._max_age_s,))
             self._make_room(db, spared={r.id for r in responses})
-            db.execute("UPDATE clock SET clock_s = ?", (now_s,))
+            self._running.write(now_s)
 
     def _make_room(self, db: sqlite3.Connection, *, spared: set[str]) -> None:
         num, size = db.execute("SELECT COUNT(*), COALESCE(SUM(size_bytes), 0) FROM responses").fetchone()
@@ -258,12 +258,8 @@ class ResponseStore:
             self._file = file_of(self.path)
             with errors_of(self.path):
                 self._db.execute("PRAGMA secure_delete=ON")  # what people wrote does not stay in free pages
-                clock_s = float(self._db.execute("SELECT clock_s FROM clock").fetchone()[0])
-            self._clock_base_s = clock_s - self._clock()
+                self._running = RunningClock(self._db, monotonic=self._clock)
         return self._db
-
-    def _now_s(self) -> float:
-        return self._clock_base_s + self._clock()
 
     def _drop_connection(self) -> None:
         if self._db is not None:

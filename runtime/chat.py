@@ -89,8 +89,9 @@ class ChatTemplate:
         self._tokens = {"bos_token": bos, "eos_token": eos}
         self._reasoning_names = [n for n in _REASONING_NAMES if re.search(rf"\.{n}\b|['\"]{n}['\"]", source)]
         try:
-            self._template = environment.from_string(source)
-            self.variables = sorted(find_undeclared_variables(environment.parse(source)) - _GIVEN)
+            parsed = environment.parse(source)
+            self.variables = sorted(find_undeclared_variables(parsed) - _GIVEN)
+            self._template = environment.from_string(parsed)
         except (TemplateError, RecursionError, MemoryError) as e:
             raise UnsupportedFormat(f"The model's chat template does not compile: {str(e) or type(e).__name__}.") from e
 

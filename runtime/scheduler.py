@@ -184,9 +184,9 @@ class Scheduler:
 
     def pausing(self) -> list[Sequence]:
         """The answers that pause while this step reads prompts, but for those of a lower class than one of these."""
-        prompts = [s.request.priority for s in self._in_turn() if s.is_prefilling]
-        urgent = min(prompts, default=0)
-        return [s for s in self._in_turn() if not s.is_prefilling and s.request.priority <= urgent]
+        in_turn = self._in_turn()
+        urgent = min((s.request.priority for s in in_turn if s.is_prefilling), default=0)
+        return [s for s in in_turn if not s.is_prefilling and s.request.priority <= urgent]
 
     def _in_turn(self) -> list[Sequence]:
         """The running sequences that this step may compute."""

@@ -10,10 +10,8 @@ from edge.errors import ContextOverflow, InvalidRequest
 from runtime import wire
 from runtime.backends.encoder import Encoder, EncoderText
 from runtime.embedding import EmbedRequest
+from runtime.lengths import MAX_CHARS_PER_TOKEN
 from runtime.request import RequestId, TokenId
-
-MAX_CHARS_PER_TOKEN = 32
-"""What is longer than this for each token that a model takes is too long; it is not tokenized to the end."""
 
 
 class TextMaker:

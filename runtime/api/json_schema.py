@@ -81,8 +81,6 @@ _VALUES: Mapping[str, tuple[Callable[[object], bool], str]] = {
         ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"), (_is_count, "a count")
     ),
 }
-KEYWORDS = frozenset(_VALUES) | _SCHEMA_MAPS | _SCHEMA_LISTS | _SCHEMAS
-"""All that constrain."""
 
 
 class _Walk:

@@ -169,6 +169,8 @@ def check_items(body: bytes, list_name: str, known: frozenset[str], refused: fro
     """
     items = msgspec.json.decode(body, type=dict[str, msgspec.Raw])[list_name]
     check_num_fields(bytes(items), known | refused, is_list=True)
+    if not refused:
+        return
     for i, item in enumerate(msgspec.json.decode(items, type=list[dict[str, msgspec.Raw]])):
         for name in item.keys() - known:
             if name in refused and bytes(item[name]) not in (b"null", b"[]"):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-from edge.database import CorruptDatabase, connect, errors_of, transaction
+from edge.database import CorruptDatabase, connect, errors_of
 from edge.errors import StoreError
 
 SCHEMA_VERSION = 2
@@ -60,27 +58,6 @@ MIGRATIONS = (
 )
 _INCREMENTAL = 2
 _SLICE_PAGES = 2048
-CLOCK_SAVE_S = 600.0
-
-
-class RunningClock:
-    """Seconds that a database was open, in all. Boards boot in 1970, and a wall clock that jumps must end nothing."""
-
-    def __init__(self, db: sqlite3.Connection, *, monotonic: Callable[[], float] = time.monotonic) -> None:
-        self._db, self._monotonic = db, monotonic
-        self._saved_s = float(db.execute("SELECT clock_s FROM clock").fetchone()[0])
-        self._base_s = self._saved_s - monotonic()
-
-    def now_s(self) -> float:
-        """What it shows."""
-        return self._base_s + self._monotonic()
-
-    def save(self, *, min_s: float = CLOCK_SAVE_S) -> None:
-        """Keep it on the disk, where so much of it is not there yet."""
-        if (now_s := self.now_s()) - self._saved_s >= min_s:
-            with transaction(self._db) as db:
-                db.execute("UPDATE clock SET clock_s = ?", (now_s,))
-            self._saved_s = now_s
 
 
 def shrink(db: sqlite3.Connection) -> bool:

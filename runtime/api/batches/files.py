@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from edge.database import transaction
+from edge.database import RunningClock, transaction
 from edge.errors import FileInUse, InvalidRequest, StorageFull, StoredFileNotFound
 from edge.store.files import FileOps, translated
 
-from .database import RunningClock
 from .schema import FileList, FileObject
 from .uploads import Upload
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import msgspec
 
-from edge.database import connect_read_only, errors_of, transaction
+from edge.database import RunningClock, connect_read_only, errors_of, transaction
 from edge.errors import BatchNotFound, InvalidRequest, QueueFull, StorageFull
 
 from .answers import Answer
-from .database import SCHEMA_VERSION, RunningClock
+from .database import SCHEMA_VERSION
 from .files import MAX_FILES, held_by, place_of
 from .schema import Batch, BatchError, BatchErrors, BatchList, BatchStatus, BatchUsage, InputDetails, OutputDetails
 

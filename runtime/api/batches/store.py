@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from edge.config import Settings
-from edge.database import errors_of, transaction
+from edge.database import RunningClock, errors_of, transaction
 from edge.errors import InvalidRequest
 from runtime.api.threads import BackgroundThreads
 
-from .database import RunningClock, open_batches, shrink
+from .database import open_batches, shrink
 from .files import Files
 from .ledger import Ledger
 from .schema import Batch
