@@ -19,7 +19,7 @@ compile() {
 }
 compile core.txt pyproject.toml "$@"
 compile workstation.txt pyproject.toml --extra quantize --constraint $here/core.txt "$@"
-compile dev.txt pyproject.toml --extra quantize --group dev --constraint $here/workstation.txt "$@"
+compile dev.txt pyproject.toml --extra quantize --extra sign --group dev --constraint $here/workstation.txt "$@"
 compile build.txt pyproject.toml --extra build --constraint $here/workstation.txt "$@"
 # For images: the tools that build wheels inside one, and the engine apart from the rest, so that another version of
 # some other package does not compile llama.cpp anew.
