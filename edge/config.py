@@ -100,6 +100,11 @@ class Settings:
     metrics_interval_s: float = 10.0
     seed: Path = field(default_factory=lambda: Path(sys.prefix) / "share" / "slm-edge" / "seed")
     """OCI layout from which an empty store is filled."""
+    trust: str = "warn"
+    """What becomes of models that nobody trusted here signed: `enforce` refuses them, `warn` says so in the log where
+    any key is trusted, `off` does not look."""
+    trusted_keys: Path = field(default_factory=lambda: Path(sys.prefix) / "share" / "slm-edge" / "trust")
+    """Directory with the keys and the revocation list that came with the installation."""
     origins: Mapping[str, Origin] = field(default_factory=dict[str, Origin], compare=False)
 
     @property
@@ -126,6 +131,11 @@ class Settings:
     def poison_dir(self) -> Path:
         """Requests that ended an engine twice."""
         return self.home / "poison"
+
+    @property
+    def trust_dir(self) -> Path:
+        """Keys that were trusted here by hand, who is revoked here, and the releases that proved themselves."""
+        return self.home / "trust"
 
     @property
     def telemetry_db(self) -> Path:
@@ -262,6 +272,8 @@ def _check(settings: Settings) -> Settings:
     for name, other in (("preload", "off"), ("speculation", "off"), ("require_keys", "on")):
         if getattr(settings, name) not in ("auto", other):
             raise ConfigError(f"{name} must be auto or {other}, got {getattr(settings, name)!r}.")
+    if settings.trust not in ("off", "warn", "enforce"):
+        raise ConfigError(f"trust must be off, warn or enforce, got {settings.trust!r}.")
     if settings.strict not in ("on", "off"):
         raise ConfigError(f"strict must be on or off, got {settings.strict!r}.")
     if bool(settings.tls_cert) != bool(settings.tls_key):

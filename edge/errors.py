@@ -324,6 +324,75 @@ class DigestMismatch(EdgeError):
         self.actual = actual
 
 
+class Untrusted(EdgeError):
+    """A model that the trust policy refuses. Each kind of reason is a class of its own."""
+
+    code = "untrusted"
+
+    def __init__(self, ref: str, reason: str, *, hint: str) -> None:
+        super().__init__(f"The model '{ref[:240]}' is not trusted: {reason}.", hint=hint)
+        self.ref = ref
+        self.reason = reason
+
+
+class Unsigned(Untrusted):
+    """A model without any signature."""
+
+    code = "unsigned"
+
+
+class SignatureInvalid(Untrusted):
+    """A signature that cannot be read, or that its key did not make."""
+
+    code = "signature_invalid"
+
+
+class SignatureMismatch(Untrusted):
+    """A good signature of something else than what is there."""
+
+    code = "signature_mismatch"
+
+
+class SignedForOtherName(Untrusted):
+    """A good signature of these bytes under another name."""
+
+    code = "signed_for_other_name"
+
+
+class KeyNotTrusted(Untrusted):
+    """A signature by a key that nobody here trusts."""
+
+    code = "key_not_trusted"
+
+
+class KeyRevoked(Untrusted):
+    """A signature by a key that is on the revocation list."""
+
+    code = "key_revoked"
+
+
+class ReleaseRevoked(Untrusted):
+    """A signed release that is on the revocation list itself."""
+
+    code = "release_revoked"
+
+
+class ReleaseTooOld(Untrusted):
+    """A good signature of a release that is older than one that proved itself here."""
+
+    code = "release_too_old"
+
+    def __init__(self, ref: str, *, release: int, least: int) -> None:
+        super().__init__(
+            ref,
+            f"it is release {release}, and release {least} of it was confirmed here",
+            hint="Older releases may have holes that newer ones mended. To go back all the same, run the command with "
+            "--force.",
+        )
+        self.release = release
+        self.least = least
+
+
 class StoreError(EdgeError):
     """The store on disk cannot be read or written."""
 

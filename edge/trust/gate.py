@@ -1,0 +1,85 @@
+"""The gate before a worker: what is loaded was judged, and under `enforce` its bytes were read just before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+from edge.config import Settings
+from edge.errors import DigestMismatch
+from edge.store.digest import Digest, hash_file
+from edge.store.files import translated
+from edge.store.models import ModelStore, StoredFile, StoredModel
+
+from .keys import TrustFiles, stamp_of
+from .policy import Verdict, admit, confirm
+
+_MAX_REMEMBERED = 1000
+_K = TypeVar("_K")
+_V = TypeVar("_V")
+
+
+class LoadGate:
+    """Judges what is about to be loaded; one for all models, safe in threads. What it found is remembered until the
+    store, what is trusted, or the file changes."""
+
+    def __init__(self, store: ModelStore, settings: Settings) -> None:
+        self._store, self._settings = store, settings
+        self._trust = TrustFiles.of(settings)
+        self._verdicts: dict[tuple[Digest, str], tuple[object, Verdict]] = {}
+        self._read: dict[tuple[Path, Digest], object] = {}
+        self._confirmed: dict[Digest, object] = {}
+
+    def check(self, model: StoredModel) -> Verdict:
+        """Let a model pass, or an adapter. Blocks: call it from a thread.
+
+        Raises:
+            Untrusted: The policy is `enforce`, and the model is not trusted.
+            DigestMismatch: The policy is `enforce`, and a file is not the one of the manifest.
+            ConfigError, StoreError: The policy is `enforce`, and something cannot be read.
+        """
+        verdict = self._judged(model)
+        if self._settings.trust == "enforce":
+            for file in model.files:
+                self._check_bytes(file, model)
+        return verdict
+
+    def _judged(self, model: StoredModel) -> Verdict:
+        key = model.digest, str(model.ref)
+        stamp = self._trust.stamp(), stamp_of(self._store.root / "index.json")
+        known = self._verdicts.get(key)
+        if known is not None and known[0] == stamp:
+            return known[1]
+        verdict = admit(self._store, model.digest, model.ref, self._settings)
+        _remember(self._verdicts, key, (stamp, verdict))
+        return verdict
+
+    def _check_bytes(self, file: StoredFile, model: StoredModel) -> None:
+        key, stamp = (file.path, file.digest), stamp_of(file.path)
+        if stamp is not None and self._read.get(key) == stamp:
+            return
+        with translated(file.path, "Reading"):
+            actual = hash_file(file.path).digest()
+        if actual != file.digest:
+            raise DigestMismatch(
+                f"The file {file.name} of {model.ref} is not the one of its manifest",
+                expected=file.digest, actual=actual, hint=f"See what else is damaged: edge verify {model.ref}.",
+            )  # fmt: skip
+        _remember(self._read, key, stamp)
+
+    def confirm(self, model: StoredModel) -> None:
+        """A model serves, outside of any trial: older releases of its name are refused from now on. Blocks.
+
+        Raises:
+            ConfigError, StoreError: What is trusted cannot be read or written.
+        """
+        if self._confirmed.get(model.digest) == self._trust.stamp():
+            return
+        confirm(self._store, model.digest, self._settings)
+        _remember(self._confirmed, model.digest, self._trust.stamp())
+
+
+def _remember(memory: dict[_K, _V], key: _K, value: _V) -> None:
+    if len(memory) >= _MAX_REMEMBERED:
+        memory.clear()
+    memory[key] = value
