@@ -404,13 +404,28 @@ class DiskFull(StoreError):
 
     code = "disk_full"
 
-    def __init__(self, *, required_bytes: int, available_bytes: int) -> None:
+    def __init__(self, *, required_bytes: int, available_bytes: int, promised_bytes: int = 0) -> None:
+        beside = f" beside the {promised_bytes:,} that downloads under way still need" if promised_bytes else ""
         super().__init__(
-            f"Not enough disk space: {required_bytes:,} bytes are needed, {available_bytes:,} are free.",
+            f"Not enough disk space: {required_bytes:,} bytes are needed, {available_bytes:,} are free{beside}.",
             hint="Remove a model with: edge rm NAME.",
         )
         self.required_bytes = required_bytes
         self.available_bytes = available_bytes
+        self.promised_bytes = promised_bytes
+
+
+class Quarantined(StoreError):
+    """A model with a file that proved damaged."""
+
+    code = "quarantined"
+
+    def __init__(self, what: str, reason: str) -> None:
+        super().__init__(
+            f"{what} is quarantined: {reason.rstrip('.')}.",
+            hint="Mend it with: edge verify --repair; or pull the model again.",
+        )
+        self.reason = reason
 
 
 class SourceUnavailable(EdgeError):

@@ -9,6 +9,7 @@ import signal
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -28,9 +29,11 @@ from edge.errors import (
     QueueFull,
     RequestPoisoned,
     ServerStopping,
+    StoreError,
     WorkerDied,
 )
 from edge.hardware.memory import oom_kills
+from edge.store.digest import Digest
 from edge.store.drafts import DraftChoice
 from edge.store.models import StoredModel
 from runtime import wire
@@ -128,6 +131,7 @@ class ModelHost:
         poison: Requests that are refused, of all models.
         reserved_bytes: Gives the memory that other models are about to take.
         find_draft: Gives the model that shall guess for it, if one shall. Reads the store.
+        lease: Keeps manifests from being collected while they are loaded. Writes to the store.
     """
 
     def __init__(
@@ -138,6 +142,7 @@ class ModelHost:
         *,
         reserved_bytes: Callable[[], int] = lambda: 0,
         find_draft: Callable[[], DraftChoice | None] = lambda: None,
+        lease: Callable[[Digest], AbstractContextManager[None]] = lambda _: contextlib.nullcontext(),
     ) -> None:
         self.settings = settings
         self.model = model
@@ -158,8 +163,8 @@ class ModelHost:
         self._uses = 0.0
         self._reserved_bytes = reserved_bytes
         self._find_draft = find_draft
-        self.draft_bytes = 0
-        """Of the draft model's files, while there is one."""
+        self._guesser: StoredModel | None = None
+        self._lease, self._held = lease, contextlib.ExitStack()
         self._samples: deque[Sample] = deque()
         self._generations: dict[int, Generation] = {}
         self._next_id = 0
@@ -222,6 +227,11 @@ class ModelHost:
         """What it takes, or its weights where it has not said so yet."""
         beat = self.heartbeat
         return beat.memory_bytes + self.promised_bytes if beat is not None else self.model.size_bytes
+
+    @property
+    def draft_bytes(self) -> int:
+        """Of the draft model's files, while there is one."""
+        return self._guesser.size_bytes if self._guesser is not None else 0
 
     @property
     def pid(self) -> int | None:
@@ -427,6 +437,7 @@ class ModelHost:
         try:
             await self._keep_running(stop)
         finally:
+            self._held.close()
             self._drop_box()
             if self._waiting_process is not None:
                 self._waiting_process.discard()
@@ -439,7 +450,7 @@ class ModelHost:
         while not stop.is_set():
             self._set_state("loading")
             try:
-                await self._start_process(await asyncio.to_thread(self._load_message, self._reserved_bytes()))
+                await self._start_process(await asyncio.to_thread(self._begin_load, self._reserved_bytes()))
             except EdgeError as e:
                 self._give_up(e)
                 return
@@ -521,12 +532,27 @@ class ModelHost:
             self._box.close()
             self._box = None
 
+    def _begin_load(self, reserved_bytes: int) -> wire.Load:
+        """What to load, kept from being collected until the worker is gone for good."""
+        load = self._load_message(reserved_bytes)
+        before, self._held = self._held, contextlib.ExitStack()
+        with before:
+            for model in (self.model, self._guesser):
+                if model is not None:
+                    self._hold(model)
+        return load
+
+    def _hold(self, model: StoredModel) -> None:
+        try:
+            self._held.enter_context(self._lease(model.digest))
+        except StoreError as e:  # what is loaded outlives its name anyhow; the next load may not find it
+            log.warning("%s is loaded without a lease: %s", model.ref, e)
+
     def _load_message(self, reserved_bytes: int) -> wire.Load:
         """What to load and how. Reads files."""
         s = self.settings
         draft = self._find_draft() if s.speculation != "off" else None
-        guesser = draft.model if draft is not None else None
-        self.draft_bytes = guesser.size_bytes if guesser is not None else 0
+        guesser = self._guesser = draft.model if draft is not None else None
         tuned = Tuning() if s.threads else load_tuning(s.tuning_dir, str(self.model.digest)) or Tuning()
         return wire.Load(
             path=str(self.model.weights), ref=self.ref, threads=s.threads or tuned.prefill_threads,

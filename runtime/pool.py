@@ -36,7 +36,7 @@ class Pool:
         self._store = store
         self._hosts: dict[str, ModelHost] = {}
         self.poison = PoisonCabinet(settings.poison_dir)
-        self._known: dict[str, tuple[tuple[int, int], ModelHost]] = {}
+        self._known: dict[str, tuple[object, ModelHost]] = {}
         """Hosts by what people typed, and the version of the store that said so: no file is read for most requests."""
         self._selector = Selector(store)
         self._stopping = False
@@ -79,7 +79,7 @@ class Pool:
             ModelNotFound: It is not in the store.
             InvalidRequest: It is an adapter.
         """
-        version = self._store_version()
+        version = self._store.generation()
         if (known := self._known.get(ref)) is not None and known[0] == version:
             return known[1]
         model = await asyncio.to_thread(self._store.get, ref)
@@ -89,7 +89,7 @@ class Pool:
         if host is None or (host.model.digest != model.digest and host.state in ("unloaded", "failed")):
             host = self._hosts[name] = ModelHost(
                 self._settings, model, self.poison, reserved_bytes=lambda: self._reserved_bytes(but=name),
-                find_draft=lambda: draft_for(model, self._store),
+                find_draft=lambda: draft_for(model, self._store), lease=self._store.lease,
             )  # fmt: skip
         if len(self._known) < MAX_KNOWN_NAMES:
             self._known[ref] = (version, host)
@@ -111,14 +111,6 @@ class Pool:
         loading = [h for h in self._hosts.values() if h.state == "loading" and h.ref != but]
         weights = sum(h.model.size_bytes + h.draft_bytes for h in loading)
         return weights + sum(h.promised_bytes for h in self._hosts.values() if h.ref != but)
-
-    def _store_version(self) -> tuple[int, int]:
-        """Changes with every change of the store: its index is replaced whole."""
-        try:
-            stat = (self._store.root / "index.json").stat()
-        except OSError:
-            return 0, 0
-        return stat.st_ino, stat.st_mtime_ns
 
     async def ready(
         self, ref: str, *, timeout_s: float = READY_WAIT_S, tenant: str = "", may_make_room: bool = True

@@ -18,10 +18,12 @@ from typing import Self
 
 import msgspec
 
-from edge.errors import StoreError
+from edge.errors import DigestMismatch, StoreError
 
-from .digest import CHUNK_BYTES, Digest, StreamingHash, digest_bytes, digest_file, hash_file
+from .chunks import ChunkedHash, ChunkList, ChunkLists
+from .digest import READ_BYTES, Digest, digest_bytes, digest_file, hash_file, is_hex
 from .files import FileOps, translated, try_lock, wait_for_lock, write_file
+from .room import Room, size_of, used_bytes
 
 SYNC_EVERY_BYTES = 32 << 20
 """How much of a partial a power cut may cost."""
@@ -67,12 +69,23 @@ class Partial:
     What an earlier holder wrote is still there: `size_bytes` tells how much.
     """
 
-    def __init__(self, path: Path, files: FileOps, *, before_poll: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        files: FileOps,
+        lists: ChunkLists,
+        room: Room,
+        *,
+        before_poll: Callable[[], None] | None = None,
+    ) -> None:
         self.path = path
         self._files = files
+        self._lists = lists
+        self._room = room
+        self._claim: FileIO | None = None
         self._note_path = path.with_suffix(".json")
         self._file = self._open_locked(before_poll)
-        self._hash = StreamingHash()
+        self._hash = ChunkedHash()
         self._is_hashed = False
         self.note = self._read_note()
         self._drop_unsynced()
@@ -105,6 +118,10 @@ class Partial:
         """Bytes there are."""
         return os.fstat(self._file.fileno()).st_size
 
+    def claim_room(self, more_bytes: int) -> None:
+        """Have room for so many bytes kept for it, until it is closed. Hold `Room.admission`."""
+        self._claim = self._room.claim(self.path, used_bytes(self.path) + more_bytes, self._claim)
+
     def remember(self, *, source: str, validator: str, total_bytes: int | None) -> None:
         """Keep for a resumed fetch what the source said about the file."""
         self._write_note(PartialNote(source=source, validator=validator, total_bytes=total_bytes))
@@ -132,13 +149,13 @@ class Partial:
 
     def _hash_what_is_there(self) -> None:
         if not self._is_hashed:
-            self._hash = hash_file(self.path)
+            self._hash = hash_file(self.path, ChunkedHash())
             self._is_hashed = True
 
     def restart(self) -> None:
         """Forget every byte."""
         self._files.truncate(self._file, 0)
-        self._hash = StreamingHash()
+        self._hash = ChunkedHash()
         self._is_hashed = True
         self.note = PartialNote()
 
@@ -147,6 +164,7 @@ class Partial:
         self._hash_what_is_there()
         self._files.sync(self._file)
         digest = self._hash.digest()
+        self._lists.put(digest, self._hash.chunks())
         note = msgspec.structs.replace(self.note, digest=str(digest), synced_bytes=self.size_bytes)
         self._write_note(note)
         return Staged(self.path, digest, self._hash.num_bytes)
@@ -163,6 +181,7 @@ class Partial:
 
     def discard(self) -> None:
         """Remove bytes, note and folder: after publishing, or when the bytes turned out wrong."""
+        self._end_claim()
         self._files.remove_tree(self.folder)
         self._files.remove(self._note_path)
         if _is_same_file(self._file.fileno(), self.path):
@@ -170,7 +189,14 @@ class Partial:
 
     def close(self) -> None:
         """Let go of it; the bytes stay for a resumed fetch. Closing twice is fine."""
+        self._end_claim()
         self._file.close()
+
+    def _end_claim(self) -> None:
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
+            self._files.remove(self.path.with_suffix(".room"))
 
     def __enter__(self) -> Self:
         return self
@@ -194,6 +220,8 @@ class BlobStore:
         self.files = files or FileOps()
         self.blobs_dir = root / "blobs" / "sha256"
         self.ingest_dir = root / "ingest"
+        self.room = Room(root, self.ingest_dir, self.files)
+        self._lists = ChunkLists(root / "chunks", self.ingest_dir, self.files)
 
     def has_directories(self) -> bool:
         """Whether `create` has nothing to do."""
@@ -231,11 +259,46 @@ class BlobStore:
         """Whether the blob is there and its bytes are right now."""
         return self.actual_digest(digest) == digest
 
+    def chunks(self, digest: Digest) -> ChunkList | None:
+        """The digests of a blob's pieces; None where they are not known, or for a blob of one piece."""
+        return self._lists.get(digest)
+
+    def make_chunks(self, digest: Digest, *, before_read: Callable[[], None] | None = None) -> ChunkList:
+        """Read the blob, and keep the digests of its pieces; `before_read` may raise to stop it.
+
+        Raises:
+            DigestMismatch: Its bytes are not right as a whole; nothing is kept.
+            StoreError: It is missing, or cannot be read.
+        """
+        with translated(self.path(digest), "Reading"):
+            hashed = hash_file(self.path(digest), ChunkedHash(), before_read=before_read)
+        if hashed.digest() != digest:
+            raise DigestMismatch(f"The blob {self.path(digest)}", expected=digest, actual=hashed.digest())
+        self._lists.put(digest, hashed.chunks())
+        return hashed.chunks()
+
+    def hash_in_place(self, path: Path, *, before_read: Callable[[], None] | None = None) -> Staged:
+        """Hash a file where it lies, and keep the digests of its pieces.
+
+        Raises:
+            StoreError: It cannot be read.
+        """
+        with translated(path, "Reading"):
+            hashed = hash_file(path, ChunkedHash(), before_read=before_read)
+        self._lists.put(hashed.digest(), hashed.chunks())
+        return Staged(path, hashed.digest(), hashed.num_bytes)
+
+    def forget_chunks(self) -> None:
+        """Remove the lists of blobs that are not there. Hold the store's lock."""
+        for digest in self._lists.blobs():
+            if not self.has(digest):
+                self._lists.remove(digest)
+
     def digests(self) -> Iterator[Digest]:
         """Every blob there is, in no order; files of other names are passed over."""
         if self.blobs_dir.is_dir():
             for entry in self.blobs_dir.iterdir():
-                if len(entry.name) == 64 and set(entry.name) <= set("0123456789abcdef"):
+                if is_hex(entry.name):
                     yield Digest(f"sha256:{entry.name}")
 
     def ingest(self, key: str, *, before_poll: Callable[[], None] | None = None) -> Partial:
@@ -248,7 +311,7 @@ class BlobStore:
         """
         self.files.make_dir(self.ingest_dir)
         name = hashlib.sha256(key.encode()).hexdigest()[:32]
-        return Partial(self.ingest_dir / f"{name}.partial", self.files, before_poll=before_poll)
+        return Partial(self.ingest_dir / f"{name}.partial", self.files, self._lists, self.room, before_poll=before_poll)
 
     def copy_in(self, source: Path, partial: Partial, *, before_chunk: Callable[[], None] | None = None) -> Staged:
         """Copy a file's bytes into a partial, from the start.
@@ -258,7 +321,7 @@ class BlobStore:
         """
         partial.restart()
         with translated(source, "Reading"), source.open("rb", buffering=0) as file:
-            while data := file.read(CHUNK_BYTES):
+            while data := file.read(READ_BYTES):
                 if before_chunk:
                     before_chunk()
                 partial.write(data)
@@ -274,11 +337,11 @@ class BlobStore:
             self.files.rename(item.path, self.path(item.digest))
         self.files.sync_dir(self.blobs_dir)
 
-    def put(self, data: bytes) -> Digest:
-        """Store a small document. Hold the store's lock."""
+    def put(self, data: bytes, *, is_suspect: bool = False) -> Digest:
+        """Store a small document, also anew where what is there is suspect. Hold the store's lock."""
         digest = digest_bytes(data)
         target = self.path(digest)
-        if not (target.is_file() and target.stat().st_size == len(data) and target.read_bytes() == data):
+        if is_suspect or not (target.is_file() and target.stat().st_size == len(data) and target.read_bytes() == data):
             temporary = self.ingest_dir / f"{digest.hex[:32]}.document"
             with self.files.open_append(temporary) as file:
                 self.files.truncate(file, 0)
@@ -317,7 +380,7 @@ class BlobStore:
         with self.files.open_append(partial) as file:
             if not try_lock(file):
                 return 0
-            freed = sum(_size(path) for path in paths)
+            freed = sum(size_of(path) for path in paths)
             for path in (*paths, partial):
                 if path.is_dir():
                     self.files.remove_tree(path)
@@ -331,12 +394,3 @@ def _mtime(path: Path) -> float:
         return path.stat().st_mtime
     except FileNotFoundError:
         return 0.0  # published meanwhile
-
-
-def _size(path: Path) -> int:
-    if path.is_dir():
-        return sum(_size(inner) for inner in path.iterdir())
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0

@@ -9,10 +9,12 @@ import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from edge.errors import InvalidReference
 
-CHUNK_BYTES = 1 << 20
+READ_BYTES = 1 << 20
+"""How much of a file is read at once."""
 _PATTERN = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -62,25 +64,32 @@ class StreamingHash:
         return Digest(f"sha256:{self._sha256.hexdigest()}")
 
 
+_Hash = TypeVar("_Hash", bound=StreamingHash)
+
+
 def digest_bytes(data: bytes) -> Digest:
     """The digest of bytes in memory."""
     return Digest(f"sha256:{hashlib.sha256(data).hexdigest()}")
 
 
-def hash_file(path: Path, *, before_chunk: Callable[[], None] | None = None) -> StreamingHash:
-    """Hash a whole file, one MiB at a time; `before_chunk` may raise to stop it.
+def is_hex(name: str) -> bool:
+    """Whether a file's name is the 64 digits of a digest."""
+    return len(name) == 64 and set(name) <= set("0123456789abcdef")
+
+
+def hash_file(path: Path, into: _Hash, *, before_read: Callable[[], None] | None = None) -> _Hash:
+    """Hash a whole file, one MiB at a time; `before_read` may raise to stop it.
 
     Raises:
         OSError: The file cannot be read.
     """
-    result = StreamingHash()
     with path.open("rb", buffering=0) as file:
         while True:
-            if before_chunk:
-                before_chunk()
-            if not (data := file.read(CHUNK_BYTES)):
-                return result
-            result.update(data)
+            if before_read:
+                before_read()
+            if not (data := file.read(READ_BYTES)):
+                return into
+            into.update(data)
 
 
 def digest_file(path: Path) -> Digest:
@@ -89,4 +98,4 @@ def digest_file(path: Path) -> Digest:
     Raises:
         OSError: The file cannot be read.
     """
-    return hash_file(path).digest()
+    return hash_file(path, StreamingHash()).digest()

@@ -252,12 +252,12 @@ def _fetcher_of(
 def _locate(store: ModelStore, wanted: _Wanted, control: Control) -> tuple[Offer, Digest | None]:
     """What the source offers, and its digest if the store has those bytes already."""
     # Hashed again, not believed: pulling is how people mend a damaged model.
-    if wanted.digest and store.blobs.has_sound(wanted.digest):
+    if wanted.digest and store.has_sound(wanted.digest):
         source = without_query(str(wanted.source))
         return Offer(source, _file_name(wanted.file_name), None, wanted.digest), wanted.digest
     offer = expect(wanted.fetcher.look(control), wanted.digest)
     offer = replace(offer, file_name=_file_name(offer.file_name))
-    is_present = offer.digest and offer.digest != wanted.digest and store.blobs.has_sound(offer.digest)
+    is_present = offer.digest and offer.digest != wanted.digest and store.has_sound(offer.digest)
     return offer, offer.digest if is_present else None
 
 

@@ -69,6 +69,11 @@ class FileOps:
         with translated(Path(str(file.name)), "Truncating"):
             os.ftruncate(file.fileno(), size_bytes)
 
+    def allocate(self, file: FileIO, size_bytes: int) -> None:
+        """Take room for the file's first bytes without writing them."""
+        with translated(Path(str(file.name)), "Allocating", needed_bytes=size_bytes):
+            os.posix_fallocate(file.fileno(), 0, size_bytes)
+
     def sync(self, file: FileIO) -> None:
         """Return when the file's content is on the disk."""
         with translated(Path(str(file.name)), "Syncing"):

@@ -83,7 +83,7 @@ class HttpFetcher:
 
     def fetch(self, offer: Offer, blobs: BlobStore, partial: Partial, control: Control) -> Staged:
         """Fetch what is missing; if what was there before proves wrong in the end, fetch all of it once more."""
-        require_room(blobs, (offer.size_bytes or 0) - partial.size_bytes)
+        require_room(blobs, (offer.size_bytes or 0) - partial.size_bytes, partial)
         had_bytes = partial.size_bytes > 0
         staged = self._fetch(offer, blobs, partial, control)
         if offer.digest and staged.digest != offer.digest and had_bytes:
@@ -167,7 +167,7 @@ class _Transfer:
             self.partial.restart()
             total = _length_of(response)
             self.partial.remember(source=self.offer.source, validator=_validator_of(response), total_bytes=total)
-        require_room(self.blobs, (total or 0) - self.partial.size_bytes)
+        require_room(self.blobs, (total or 0) - self.partial.size_bytes, self.partial)
         return total
 
     def _check_range(self, response: httpx.Response) -> int:

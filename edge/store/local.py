@@ -40,7 +40,7 @@ class FileFetcher:
         """Copy the file, or convert the directory."""
         if is_checkpoint(self.path):
             return convert_in(self.path.absolute(), self.converter, blobs, partial, control)
-        require_room(blobs, offer.size_bytes or 0)
+        require_room(blobs, (offer.size_bytes or 0) - partial.size_bytes, partial)
         staged = self._copy(offer, blobs, partial, control)
         if offer.digest and staged.digest != offer.digest:
             raise DigestMismatch(offer.source, expected=offer.digest, actual=staged.digest)
@@ -53,7 +53,7 @@ class FileFetcher:
             nonlocal checked_bytes
             if partial.size_bytes >= checked_bytes:  # files under /proc give more than the size that they tell
                 left = (offer.size_bytes or 0) - partial.size_bytes
-                require_room(blobs, min(left, CHECK_EVERY_BYTES) if left > 0 else CHECK_EVERY_BYTES)
+                require_room(blobs, left if left > 0 else CHECK_EVERY_BYTES, partial)
                 checked_bytes = partial.size_bytes + CHECK_EVERY_BYTES
             control.report(partial.size_bytes, offer.size_bytes, f"copying {offer.file_name}")
 

@@ -31,6 +31,12 @@ TITLE = "org.opencontainers.image.title"
 REF_NAME = "org.opencontainers.image.ref.name"
 OURS = "dev.slm-edge."
 """Prefix of our own annotations."""
+SUBJECT = f"{OURS}subject"
+"""Annotation of an index entry: the manifest that it is attached to. Entries of other tools are read to know it."""
+EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
+EMPTY = b"{}"
+"""The config of artifacts that have none (OCI image specification 1.1, manifest.md, "Guidance for an Empty
+Descriptor")."""
 
 MAX_DOCUMENT_BYTES = 4 << 20
 """What registries accept for a manifest (OCI distribution specification, "Pushing Manifests")."""
@@ -114,16 +120,52 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_d
             InvalidModelFile: Not a ModelPack manifest, or a layer's path could lead out of a directory.
         """
         manifest = decode(data, cls, what=what)
-        names = [layer.filepath for layer in manifest.layers if layer.filepath]
-        for name in names:
-            check_file_name(name, what=what)
-        if len(set(names)) != len(names):
-            raise InvalidModelFile(what, "two layers have the same path")
+        _check_paths(manifest.layers, what=what)
         return manifest
 
     def encode(self) -> bytes:
         """The canonical bytes: compact, keys in a fixed order."""
         return encode(self)
+
+
+class Referrer(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+    """A manifest about another one, such as its signature or bill of materials (OCI 1.1, "referrers")."""
+
+    schema_version: Literal[2]
+    media_type: Literal["application/vnd.oci.image.manifest.v1+json"]
+    artifact_type: str = ""
+    config: Descriptor
+    layers: Annotated[list[Descriptor], msgspec.Meta(max_length=_MAX_LAYERS)]
+    subject: Descriptor
+    annotations: dict[str, str] = {}
+
+    @classmethod
+    def parse(cls, data: bytes, *, what: str = "The attached manifest") -> Referrer:
+        """Read and check a manifest with a subject.
+
+        Raises:
+            InvalidModelFile: It has none, is no manifest, or a layer's path could lead out of a directory.
+        """
+        manifest = decode(data, cls, what=what)
+        _check_paths(manifest.layers, what=what)
+        return manifest
+
+    @property
+    def kind(self) -> str:
+        """Its artifact type, or the config's where it does not say (OCI 1.1, "Listing Referrers")."""
+        return self.artifact_type or self.config.media_type
+
+    def encode(self) -> bytes:
+        """The canonical bytes."""
+        return encode(self)
+
+
+def _check_paths(layers: list[Descriptor], *, what: str) -> None:
+    names = [layer.filepath for layer in layers if layer.filepath]
+    for name in names:
+        check_file_name(name, what=what)
+    if len(set(names)) != len(names):
+        raise InvalidModelFile(what, "two layers have the same path")
 
 
 class ModelDescriptor(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
@@ -252,14 +294,18 @@ def _digest(text: str, what: str) -> Digest:
 
 
 def references_of(data: bytes, *, what: str) -> PackageReferences:
-    """Every blob that a manifest or index of any kind refers to, ours or foreign.
+    """Every blob that a manifest or index of any kind refers to, ours or foreign. What it is attached to is none of
+    them: a subject need not be there.
 
     Raises:
         InvalidModelFile: The document is not JSON.
     """
     blobs: set[Digest] = set()
     documents: set[Digest] = set()
-    pending: list[object] = [decode(data, object, what=what)]
+    document = decode(data, object, what=what)
+    if isinstance(document, dict):
+        document = {k: v for k, v in cast("dict[str, object]", document).items() if k != "subject"}
+    pending: list[object] = [document]
     while pending:
         node = pending.pop()
         if isinstance(node, list):
@@ -272,3 +318,17 @@ def references_of(data: bytes, *, what: str) -> PackageReferences:
                 if members.get("mediaType") in (MANIFEST_TYPE, INDEX_TYPE):
                     documents.add(digest)
     return PackageReferences(frozenset(blobs), frozenset(documents))
+
+
+class _About(msgspec.Struct, frozen=True):
+    subject: Descriptor | None = None
+
+
+def subject_of(data: bytes, *, what: str) -> Digest | None:
+    """What a manifest of any kind is attached to; None where it stands for itself.
+
+    Raises:
+        InvalidModelFile: It is not JSON, or its subject is no descriptor.
+    """
+    subject = decode(data, _About, what=what).subject
+    return subject and subject.digest

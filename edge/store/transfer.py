@@ -103,15 +103,28 @@ class Fetcher(Protocol):
         ...
 
 
-def require_room(blobs: BlobStore, needed_bytes: int) -> None:
-    """Admit a download only if it will fit.
+def require_room(blobs: BlobStore, needed_bytes: int, partial: Partial | None = None) -> None:
+    """Admit a download only if it will fit beside those that are under way.
+
+    Args:
+        partial: What grows by `needed_bytes`: the room is kept for it from now on.
 
     Raises:
-        DiskFull: It will not.
+        DiskFull: It will not fit.
     """
-    available_bytes = free_bytes(blobs)
-    if needed_bytes > 0 and needed_bytes + RESERVE_BYTES > available_bytes:
-        raise DiskFull(required_bytes=needed_bytes + RESERVE_BYTES, available_bytes=available_bytes)
+    if needed_bytes <= 0:
+        return
+    with blobs.room.admission():
+        promised_bytes = blobs.room.promised_bytes(but=partial.path if partial else None)
+        available_bytes = free_bytes(blobs) - promised_bytes
+        if needed_bytes + RESERVE_BYTES > available_bytes:
+            raise DiskFull(
+                required_bytes=needed_bytes + RESERVE_BYTES,
+                available_bytes=max(0, available_bytes),
+                promised_bytes=promised_bytes,
+            )
+        if partial:
+            partial.claim_room(needed_bytes)
 
 
 def free_bytes(blobs: BlobStore) -> int:

@@ -32,7 +32,7 @@ class Upload:
         """
         self._unchecked += len(data)
         if self._unchecked >= CHECK_EVERY_BYTES:
-            require_room(self._store.blobs, CHECK_EVERY_BYTES)
+            require_room(self._store.blobs, CHECK_EVERY_BYTES, self._partial)
             self._unchecked = 0
         self._partial.write(data)
 

@@ -78,6 +78,7 @@ STATUS: dict[type[EdgeError], int] = {
     errors.ServerUnavailable: 503,
     errors.StoreError: 500,
     errors.DiskFull: 507,
+    errors.Quarantined: 503,
     errors.DoesNotFit: 507,
     errors.NoRoomToPin: 507,
 }

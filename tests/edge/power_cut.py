@@ -101,6 +101,10 @@ class RecordingFileOps(FileOps):
         self.add(change)
 
     @override
+    def allocate(self, file: FileIO, size_bytes: int) -> None:
+        return None  # its content is nothing
+
+    @override
     def sync(self, file: FileIO) -> None:
         path = Path(str(file.name))
 

@@ -87,6 +87,10 @@ class KillingFileOps(FileOps):
         super().truncate(file, size_bytes)
 
     @override
+    def allocate(self, file: FileIO, size_bytes: int) -> None:
+        self.step("allocate", file)
+
+    @override
     def sync(self, file: FileIO) -> None:
         self.step("sync", file)  # a process that dies loses nothing that it wrote, so the disk need not wait
 
