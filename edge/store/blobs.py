@@ -21,7 +21,7 @@ import msgspec
 from edge.errors import DigestMismatch, StoreError
 
 from .chunks import ChunkedHash, ChunkList, ChunkLists
-from .digest import READ_BYTES, Digest, digest_bytes, digest_file, hash_file, is_hex
+from .digest import READ_BYTES, Digest, digest_bytes, digest_file, hash_into, is_hex
 from .files import FileOps, translated, try_lock, wait_for_lock, write_file
 from .room import Room, size_of, used_bytes
 
@@ -149,7 +149,7 @@ class Partial:
 
     def _hash_what_is_there(self) -> None:
         if not self._is_hashed:
-            self._hash = hash_file(self.path, ChunkedHash())
+            self._hash = hash_into(ChunkedHash(), self.path)
             self._is_hashed = True
 
     def restart(self) -> None:
@@ -263,28 +263,28 @@ class BlobStore:
         """The digests of a blob's pieces; None where they are not known, or for a blob of one piece."""
         return self._lists.get(digest)
 
-    def make_chunks(self, digest: Digest, *, before_read: Callable[[], None] | None = None) -> ChunkList:
-        """Read the blob, and keep the digests of its pieces; `before_read` may raise to stop it.
+    def make_chunks(self, digest: Digest, *, before_chunk: Callable[[], None] | None = None) -> ChunkList:
+        """Read the blob, and keep the digests of its pieces; `before_chunk` may raise to stop it.
 
         Raises:
             DigestMismatch: Its bytes are not right as a whole; nothing is kept.
             StoreError: It is missing, or cannot be read.
         """
         with translated(self.path(digest), "Reading"):
-            hashed = hash_file(self.path(digest), ChunkedHash(), before_read=before_read)
+            hashed = hash_into(ChunkedHash(), self.path(digest), before_chunk=before_chunk)
         if hashed.digest() != digest:
             raise DigestMismatch(f"The blob {self.path(digest)}", expected=digest, actual=hashed.digest())
         self._lists.put(digest, hashed.chunks())
         return hashed.chunks()
 
-    def hash_in_place(self, path: Path, *, before_read: Callable[[], None] | None = None) -> Staged:
+    def hash_in_place(self, path: Path, *, before_chunk: Callable[[], None] | None = None) -> Staged:
         """Hash a file where it lies, and keep the digests of its pieces.
 
         Raises:
             StoreError: It cannot be read.
         """
         with translated(path, "Reading"):
-            hashed = hash_file(path, ChunkedHash(), before_read=before_read)
+            hashed = hash_into(ChunkedHash(), path, before_chunk=before_chunk)
         self._lists.put(hashed.digest(), hashed.chunks())
         return Staged(path, hashed.digest(), hashed.num_bytes)
 

@@ -77,19 +77,28 @@ def is_hex(name: str) -> bool:
     return len(name) == 64 and set(name) <= set("0123456789abcdef")
 
 
-def hash_file(path: Path, into: _Hash, *, before_read: Callable[[], None] | None = None) -> _Hash:
-    """Hash a whole file, one MiB at a time; `before_read` may raise to stop it.
+def hash_into(into: _Hash, path: Path, *, before_chunk: Callable[[], None] | None = None) -> _Hash:
+    """Feed a whole file to a hash, one MiB at a time; `before_chunk` may raise to stop it.
 
     Raises:
         OSError: The file cannot be read.
     """
     with path.open("rb", buffering=0) as file:
         while True:
-            if before_read:
-                before_read()
+            if before_chunk:
+                before_chunk()
             if not (data := file.read(READ_BYTES)):
                 return into
             into.update(data)
+
+
+def hash_file(path: Path, *, before_chunk: Callable[[], None] | None = None) -> StreamingHash:
+    """Hash a whole file, one MiB at a time; `before_chunk` may raise to stop it.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    return hash_into(StreamingHash(), path, before_chunk=before_chunk)
 
 
 def digest_file(path: Path) -> Digest:
@@ -98,4 +107,4 @@ def digest_file(path: Path) -> Digest:
     Raises:
         OSError: The file cannot be read.
     """
-    return hash_file(path, StreamingHash()).digest()
+    return hash_file(path).digest()

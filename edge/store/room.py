@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from io import FileIO
 from pathlib import Path
 
@@ -52,12 +52,14 @@ class Room:
         Args:
             earlier: The file of the same holder's promise before, which is replaced.
         """
-        file = earlier or self._files.open_append(partial.with_suffix(".room"))
-        with translated(partial, "Locking"):
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX)
-        self._files.truncate(file, 0)
-        self._files.write(file, msgspec.json.encode(_Claim(total_bytes=total_bytes)))
-        return file
+        with ExitStack() as on_failure:
+            file = on_failure.enter_context(earlier or self._files.open_append(partial.with_suffix(".room")))
+            with translated(partial, "Locking"):
+                fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+            self._files.truncate(file, 0)
+            self._files.write(file, msgspec.json.encode(_Claim(total_bytes=total_bytes)))
+            on_failure.pop_all()
+            return file
 
     def promised_bytes(self, *, but: Path | None = None) -> int:
         """What is still to come to every partial that is being fetched, without that of `but`."""

@@ -49,6 +49,14 @@ class NoSync(FileOps):
         return None
 
 
+class NoLinks(FileOps):
+    """A file system without hard links."""
+
+    @override
+    def link(self, source: Path, target: Path) -> bool:
+        return False
+
+
 class Killed(BaseException):
     """The process is gone; nothing catches this."""
 

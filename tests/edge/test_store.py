@@ -25,7 +25,7 @@ from edge.store.digest import digest_bytes, digest_file
 from edge.store.files import FileOps
 from edge.store.manifest import DOC_TYPE, WEIGHT_TYPE, ModelRef
 from edge.store.models import ModelStore, PackageFile
-from tests.edge.store_support import add_model, assert_sound, write_gguf
+from tests.edge.store_support import NoLinks, add_model, assert_sound, write_gguf
 
 
 @pytest.fixture
@@ -285,14 +285,6 @@ def test_an_empty_store_is_filled_from_the_seed_by_links(tmp_path: Path, gguf: P
     store.collect()
     assert model.weights.exists()
     assert ModelStore(store.root, seed=seed.root).list() == [], "what was removed does not come back"
-
-
-class NoLinks(FileOps):
-    """A file system without hard links."""
-
-    @override
-    def link(self, source: Path, target: Path) -> bool:
-        return False
 
 
 def test_where_links_are_not_possible_the_seed_is_copied(tmp_path: Path, gguf: Path) -> None:
