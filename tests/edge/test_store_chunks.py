@@ -99,15 +99,9 @@ def damaged(text: bytes) -> list[bytes]:
     """The list as a power cut may leave it, of another blob, with another seal, of a version to come."""
     fields = msgspec.json.decode(text, type=dict[str, object])
     other = str(digest_bytes(b"other"))
-    changes: list[dict[str, object]] = [{"digests": [other] * 3}, {"total_bytes": 1}, {"seal": other}, {"blob": other}]
-    changes += [{"version": 2}, {"chunk_bytes": 1}]
-    return [
-        b"",
-        text[:-20],
-        bytes(len(text)),
-        b"[]",
-        *(msgspec.json.encode({**fields, **change}) for change in changes),
-    ]
+    changes: dict[str, object] = {"digests": [other] * 3, "seal": other, "blob": other, "version": 2, "chunk_bytes": 1}
+    changed = [msgspec.json.encode({**fields, name: value}) for name, value in changes.items()]
+    return [b"", text[:-20], bytes(len(text)), b"[]", *changed]
 
 
 def test_a_damaged_list_is_none_and_is_made_again(tmp_path: Path) -> None:
