@@ -6,10 +6,8 @@ import shutil
 from pathlib import Path
 
 from edge.errors import DigestMismatch
-from edge.store.manifest import ARTIFACT_TYPE, INDEX_TYPE, MANIFEST_TYPE, REF_NAME, Descriptor, Index, encode
+from edge.store.manifest import ARTIFACT_TYPE, INDEX_TYPE, LAYOUT, MANIFEST_TYPE, REF_NAME, Descriptor, Index, encode
 from edge.store.models import ModelStore
-
-_LAYOUT = b'{"imageLayoutVersion":"1.0.0"}'
 
 
 def write_seed(store: ModelStore, ref: str, directory: Path) -> str:
@@ -33,7 +31,7 @@ def write_seed(store: ModelStore, ref: str, directory: Path) -> str:
         size=(blobs / model.digest.hex).stat().st_size,
         annotations={REF_NAME: str(model.ref)},
     )
-    (directory / "oci-layout").write_bytes(_LAYOUT)
+    (directory / "oci-layout").write_bytes(LAYOUT)
     (directory / "index.json").write_bytes(encode(Index(schema_version=2, media_type=INDEX_TYPE, manifests=[entry])))
     for path in (directory, *directory.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)

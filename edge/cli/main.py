@@ -25,6 +25,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "show": ("edge.cli.models:show", "Show one model: files, digests, quality report."),
     "rm": ("edge.cli.models:rm", "Remove a model from the store."),
     "verify": ("edge.cli.models:verify", "Check stored bytes against their digests."),
+    "export": ("edge.cli.bundle:export", "Write models into one file, for places without a network."),
+    "import": ("edge.cli.bundle:import_bundle", "Take models from such a file."),
     "ps": ("edge.cli.running:ps", "List the loaded models."),
     "load": ("edge.cli.running:load", "Load a model into the running appliance."),
     "unload": ("edge.cli.running:unload", "Unload a model from the running appliance."),

@@ -272,7 +272,7 @@ def rm(refs: Sequence[str], *, dry_run: bool, yes: bool, store_dir: Path | None)
             click.echo(f"would remove {ref}")
         return
     if not yes:
-        _ask_first(f"Remove {', '.join(map(str, found))}?")
+        ask_first(f"Remove {', '.join(map(str, found))}?")
     models = [model for model in store.list() if model.ref in found]
     for ref in found:
         store.remove(ref)
@@ -283,7 +283,8 @@ def rm(refs: Sequence[str], *, dry_run: bool, yes: bool, store_dir: Path | None)
         remove_states(settings_from().home, models, store)
 
 
-def _ask_first(question: str) -> None:
+def ask_first(question: str) -> None:
+    """Ask, and end the command where the answer is no, or nobody is there to give one."""
     if not sys.stdin.isatty():
         raise click.UsageError(f"{question} Nobody is at a terminal to answer, so nothing was done: give --yes.")
     click.confirm(question, abort=True, err=True)

@@ -189,8 +189,10 @@ class Partial:
 
     def close(self) -> None:
         """Let go of it; the bytes stay for a resumed fetch. Closing twice is fine."""
-        self._end_claim()
-        self._file.close()
+        try:
+            self._end_claim()
+        finally:
+            self._file.close()
 
     def _end_claim(self) -> None:
         if self._claim is not None:

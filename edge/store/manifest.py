@@ -38,6 +38,8 @@ EMPTY = b"{}"
 """The config of artifacts that have none (OCI image specification 1.1, manifest.md, "Guidance for an Empty
 Descriptor")."""
 
+LAYOUT = b'{"imageLayoutVersion":"1.0.0"}'
+"""What stands in the file ``oci-layout`` (OCI image specification 1.1, image-layout.md)."""
 MAX_DOCUMENT_BYTES = 4 << 20
 """What registries accept for a manifest (OCI distribution specification, "Pushing Manifests")."""
 _MAX_LAYERS = 4096

@@ -36,6 +36,7 @@ from .manifest import (
     EMPTY,
     EMPTY_TYPE,
     INDEX_TYPE,
+    LAYOUT,
     MANIFEST_TYPE,
     REF_NAME,
     SUBJECT,
@@ -70,7 +71,6 @@ log = logging.getLogger("edge.store")
 
 _LOCK_TIMEOUT_S = 60.0
 _MEND = "Pull the model again; edge verify shows all that is amiss."
-_LAYOUT = b'{"imageLayoutVersion":"1.0.0"}'
 
 # Inside a class that has a method `list`, the word means the method.
 _Models = list[StoredModel]
@@ -696,7 +696,7 @@ class ModelStore:
         if not (self.root / "oci-layout").exists() or not self.blobs.has_directories():
             self.blobs.create()
             with self._lock():
-                write_file(self._files, self.root / "oci-layout", _LAYOUT)
+                write_file(self._files, self.root / "oci-layout", LAYOUT)
                 take_reserve(self.root, self._files)
         if self._is_unseeded():
             self._fill(ModelStore(self._seed or self.root))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 import subprocess
 import tarfile
@@ -15,21 +14,9 @@ from hypothesis import strategies as st
 
 from edge.errors import InvalidModelFile
 from edge.formats.tar import MAX_HEADERS, TarMember, read_tar
+from tests.edge.bundles import tar_bytes
 
 FILES: Mapping[str, bytes] = {"oci-layout": b"{}", "index.json": b"x" * 512, "blobs/sha256/" + "a" * 64: b"y" * 513}
-
-
-def tar_bytes(files: Mapping[str, bytes] = FILES, *, tar_format: int = tarfile.PAX_FORMAT, **facts: object) -> bytes:
-    """An archive as Python writes it; `facts` are set in each entry."""
-    made = io.BytesIO()
-    with tarfile.open(fileobj=made, mode="w", format=tar_format) as archive:
-        for name, data in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            for fact, value in facts.items():
-                setattr(entry, fact, value)
-            archive.addfile(entry, io.BytesIO(data))
-    return made.getvalue()
 
 
 def read(data: bytes, directory: Path) -> dict[str, TarMember]:
@@ -45,7 +32,7 @@ def contents(data: bytes, directory: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_what_python_writes_is_read(tar_format: int, tmp_path: Path) -> None:
-    assert contents(tar_bytes(tar_format=tar_format), tmp_path) == FILES
+    assert contents(tar_bytes(FILES, tar_format=tar_format), tmp_path) == FILES
     assert contents(tar_bytes({}, tar_format=tar_format), tmp_path) == {}
 
 
@@ -133,7 +120,7 @@ def test_what_is_hostile_or_damaged_is_refused_with_the_reason(name: str, tmp_pa
 def test_any_bytes_give_members_within_the_file_or_a_refusal(
     tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, bytes]], cut: int
 ) -> None:
-    data = bytearray(tar_bytes(pax_headers={"comment": "c" * 40}))
+    data = bytearray(tar_bytes(FILES, pax_headers={"comment": "c" * 40}))
     for at, new in changes:
         data[at : at + len(new)] = new
     directory = tmp_path_factory.getbasetemp()
