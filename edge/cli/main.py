@@ -37,6 +37,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "replay": ("edge.cli.replay:replay", "Look into requests that ended the engine."),
     "tune": ("edge.cli.tune:tune", "Measure which engine settings are fastest for a model on this device."),
     "quantize": ("edge.cli.quantize:quantize", "Turn a checkpoint into measured, packaged models."),
+    "sign": ("edge.cli.sign:sign", "Vouch for a package, so that devices may insist on it."),
+    "trust": ("edge.cli.trust:trust", "Say whose models this device takes."),
     "image": ("edge.cli.image:image", "Build a container image for a hardware target."),
     "telemetry": ("edge.cli.telemetry:telemetry", "Show, flush or follow the telemetry outbox."),
     "gateway": ("edge.cli.gateway:gateway", "Run the reference telemetry gateway."),

@@ -23,8 +23,7 @@ PREDICATE_TYPE = "https://model_signing/signature/v1.0"
 CLAIM = "dev.slm-edge.release"
 """Member of the predicate with what model-signing has no place for. Its readers pass over members they do not know, as
 version 1.0 of the predicate demands."""
-MAX_RELEASE = (1 << 53) - 1
-"""JSON's whole numbers are exact up to here; model-signing writes numbers as floating point."""
+MAX_RELEASE = 10**15 - 1
 _MAX_FILES = 8192
 _MAX_CERTIFICATES = 16
 
@@ -88,10 +87,15 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     manifest: Digest
     name: str
     """``name:tag``."""
-    release: Annotated[int, msgspec.Meta(ge=0, le=MAX_RELEASE)]
-    """Rises with each release of that name."""
+    digits: Annotated[str, msgspec.Meta(pattern="^[1-9][0-9]{0,14}$")] = msgspec.field(name="release")
+    """A text, because model-signing turns numbers into floating point."""
     sbom: Digest | None = None
     """Of the bill of materials that was attached when it was signed."""
+
+    @property
+    def release(self) -> int:
+        """Rises with each release of that name."""
+        return int(self.digits)
 
 
 @dataclass(frozen=True, slots=True)

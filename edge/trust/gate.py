@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from edge.config import Settings
 from edge.errors import DigestMismatch
-from edge.store.digest import Digest, hash_file
+from edge.store.digest import Digest, digest_file
 from edge.store.files import translated
 from edge.store.models import ModelStore, StoredFile, StoredModel
 
@@ -59,7 +59,7 @@ class LoadGate:
         if stamp is not None and self._read.get(key) == stamp:
             return
         with translated(file.path, "Reading"):
-            actual = hash_file(file.path).digest()
+            actual = digest_file(file.path)
         if actual != file.digest:
             raise DigestMismatch(
                 f"The file {file.name} of {model.ref} is not the one of its manifest",

@@ -6,6 +6,7 @@ the device's own:
     *.pem            a public key (EC, as model-signing takes it) or the certificate of an authority, named by its file
     revoked.txt      a line for each key id or manifest digest that is good no longer, then perhaps why
     releases.json    of the device's own: by name, the highest release that was confirmed
+    signed.json      of a builder's own: by name, the last release that was signed
 
 Nothing of this is set by the fleet, and nothing of it depends on a clock.
 """
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # costs 60 ms that a device without any key need not spend
 
 REVOKED_NAME = "revoked.txt"
 RELEASES_NAME = "releases.json"
+SIGNED_NAME = "signed.json"
 MAX_KEYS = 256
 _MAX_FILE_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", re.ASCII)
@@ -106,8 +108,8 @@ class TrustFiles:
             raise ConfigError(f"{directory} has more than {MAX_KEYS} keys.", hint="One authority can vouch for many.")
         return [_key_in(path, is_installed=is_installed) for path in paths]
 
-    def _releases(self) -> dict[str, int]:
-        path = self._own / RELEASES_NAME
+    def _releases(self, file_name: str = RELEASES_NAME) -> dict[str, int]:
+        path = self._own / file_name
         if not path.exists():
             return {}
         try:
@@ -195,20 +197,28 @@ class TrustFiles:
 
     def confirm(self, name: str, release: int) -> None:
         """Refuse older releases of a name from now on: this one proved itself."""
-        self._set_release(name, release, lambda before: before is None or before < release)
+        self._set(RELEASES_NAME, name, release, lambda before: before < release)
 
     def lower(self, name: str, release: int) -> None:
         """Take an older release of a name again: somebody insisted."""
-        self._set_release(name, release, lambda before: before is not None and before > release)
+        self._set(RELEASES_NAME, name, release, lambda before: before > release)
 
-    def _set_release(self, name: str, release: int, is_due: Callable[[int | None], bool]) -> None:
-        if not is_due(self._releases().get(name)):
+    def last_signed(self, name: str) -> int:
+        """The last release of a name that was signed here; 0 where none was."""
+        return self._releases(SIGNED_NAME).get(name, 0)
+
+    def note_signed(self, name: str, release: int) -> None:
+        """Remember which release of a name was signed here."""
+        self._set(SIGNED_NAME, name, release, lambda before: before < release)
+
+    def _set(self, file_name: str, name: str, release: int, is_due: Callable[[int], bool]) -> None:
+        if not is_due(self._releases(file_name).get(name, 0)):
             return
         with self._changing():
-            releases = self._releases()
-            if is_due(releases.get(name)):
+            releases = self._releases(file_name)
+            if is_due(releases.get(name, 0)):
                 document = _Releases(version=1, releases=dict(sorted((releases | {name: release}).items())))
-                write_file(self._files, self._own / RELEASES_NAME, msgspec.json.encode(document))
+                write_file(self._files, self._own / file_name, msgspec.json.encode(document))
 
     @contextmanager
     def _changing(self) -> Generator[None]:
