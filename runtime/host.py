@@ -132,6 +132,7 @@ class ModelHost:
         reserved_bytes: Gives the memory that other models are about to take.
         find_draft: Gives the model that shall guess for it, if one shall. Reads the store.
         lease: Keeps manifests from being collected while they are loaded. Writes to the store.
+        check: Looks at the model before each start of its worker, and raises to refuse it. Reads the store.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class ModelHost:
         reserved_bytes: Callable[[], int] = lambda: 0,
         find_draft: Callable[[], DraftChoice | None] = lambda: None,
         lease: Callable[[Digest], AbstractContextManager[None]] = lambda _: contextlib.nullcontext(),
+        check: Callable[[StoredModel], object] = lambda _: None,
     ) -> None:
         self.settings = settings
         self.model = model
@@ -162,7 +164,7 @@ class ModelHost:
         """How long the model stays loaded unused, where a request said so since it was loaded; negative is for ever."""
         self._uses = 0.0
         self._reserved_bytes = reserved_bytes
-        self._find_draft = find_draft
+        self._find_draft, self._check = find_draft, check
         self._guesser: StoredModel | None = None
         self._lease, self._held = lease, contextlib.ExitStack()
         self._samples: deque[Sample] = deque()
@@ -534,6 +536,7 @@ class ModelHost:
 
     def _begin_load(self, reserved_bytes: int) -> wire.Load:
         """What to load, kept from being collected until the worker is gone for good."""
+        self._check(self.model)
         load = self._load_message(reserved_bytes)
         before, self._held = self._held, contextlib.ExitStack()
         with before:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from edge.config import Settings
 from edge.errors import DoesNotFit, EdgeError, ServerStopping
-from edge.store.drafts import draft_for
+from edge.store.drafts import DraftChoice, draft_for
 from edge.store.models import ModelStore, StoredModel
+from edge.trust.gate import LoadGate
 from runtime import wire
 from runtime.host import ModelHost
 from runtime.poison import PoisonCabinet
@@ -38,7 +39,8 @@ class Pool:
         self.poison = PoisonCabinet(settings.poison_dir)
         self._known: dict[str, tuple[object, ModelHost]] = {}
         """Hosts by what people typed, and the version of the store that said so: no file is read for most requests."""
-        self._selector = Selector(store)
+        self._gate = LoadGate(store, settings)
+        self._selector = Selector(store, check=self._gate.check)
         self._stopping = False
         self._crowded_until_s: dict[str, float] = {}
         """Models that did not fit beside those that are busy, by their references; until when."""
@@ -89,11 +91,21 @@ class Pool:
         if host is None or (host.model.digest != model.digest and host.state in ("unloaded", "failed")):
             host = self._hosts[name] = ModelHost(
                 self._settings, model, self.poison, reserved_bytes=lambda: self._reserved_bytes(but=name),
-                find_draft=lambda: draft_for(model, self._store), lease=self._store.lease,
+                find_draft=lambda: self._draft(model), check=self._gate.check, lease=self._store.lease,
             )  # fmt: skip
         if len(self._known) < MAX_KNOWN_NAMES:
             self._known[ref] = (version, host)
         return host
+
+    def _draft(self, model: StoredModel) -> DraftChoice | None:
+        choice = draft_for(model, self._store)
+        if choice is None or choice.model is None:
+            return choice
+        try:
+            self._gate.check(choice.model)
+        except EdgeError as e:
+            return DraftChoice(choice.name, None, e.message)
+        return choice
 
     async def preload(self, ref: str, process: WorkerProcess) -> None:
         """Begin to load a model in a process that waits for it; it knows its model when this returns. A model that is
@@ -131,6 +143,7 @@ class Pool:
             try:
                 await host.wait_ready(timeout_s, tenant=tenant)
                 self._crowded_until_s.pop(host.ref, None)
+                await self._confirm(host)
                 return host
             except DoesNotFit as e:
                 if not may_make_room:
@@ -138,6 +151,15 @@ class Pool:
                 if not await self.make_room(host, missing_bytes=e.missing_bytes):
                     self._note_crowded(host, missing_bytes=e.missing_bytes)
                     raise
+
+    async def _confirm(self, host: ModelHost) -> None:
+        """It serves: older releases of it are refused from now on."""
+        if self._gate.is_confirmed(host.model):
+            return
+        try:
+            await asyncio.to_thread(self._gate.confirm, host.model)
+        except EdgeError as e:
+            log.warning("the release of %s is not noted as confirmed: %s", host.ref, e.message)
 
     def _note_crowded(self, wanted: ModelHost, *, missing_bytes: int) -> None:
         """Have batches pause where that may help."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from edge.errors import AdapterMismatch, EdgeError, InvalidRequest, ModelNotFound
@@ -39,10 +39,14 @@ def combined_name(model: StoredModel, adapters: Sequence[StoredModel]) -> str:
 
 
 class Selector:
-    """Finds adapters in the store and knows which models they fit."""
+    """Finds adapters in the store and knows which models they fit.
 
-    def __init__(self, store: ModelStore) -> None:
-        self._store = store
+    Args:
+        check: Looks at an adapter before it is used, and raises to refuse it.
+    """
+
+    def __init__(self, store: ModelStore, *, check: Callable[[StoredModel], object] = lambda _: None) -> None:
+        self._store, self._check_trust = store, check
         self._verdicts: dict[tuple[str, str], str | None] = {}
         """Of an adapter's and a model's digest: why they do not go together, or None."""
 
@@ -78,6 +82,7 @@ class Selector:
             raise ModelNotFound(name, message=f"There is no adapter '{name[:200]}' in the store.", hint=hint) from e
         if not found.is_adapter:
             raise InvalidRequest(f"'{found.ref}' is a model and no adapter.", field="lora")
+        self._check_trust(found)
         return found
 
     def _check(self, adapter: StoredModel, model: StoredModel) -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 from edge.cli.main import settings_from
 from edge.cli.notes import note
 from edge.cli.options import complete_models, human_size, json_option, open_store, store_option
+from edge.cli.vouching import read_sbom, vouching
 from edge.errors import ConfigError, EdgeError
 from edge.store.details import QUANTIZED_FROM, short_count
 from edge.store.drafts import draft_for
@@ -150,20 +151,26 @@ def pin(ref: str | None, *, unpin: bool, store_dir: Path | None, as_json: bool) 
 
 @click.command()
 @click.argument("ref", shell_complete=complete_models)
+@click.option("--sbom", "as_sbom", is_flag=True, help="Print its bill of materials (CycloneDX), where one is attached.")
 @store_option
 @json_option
-def show(ref: str, *, store_dir: Path | None, as_json: bool) -> None:
-    """Show one model: its files and where they lie, digests, origin, quality report.
+def show(ref: str, *, as_sbom: bool, store_dir: Path | None, as_json: bool) -> None:
+    """Show one model: its files and where they lie, digests, origin, signature, quality report.
 
     \b
     Examples:
       edge show smollm2:135m-instruct
+      edge show smollm2:135m-instruct --sbom > sbom.cdx.json
       llama-cli -m "$(edge show smollm2:135m-instruct --json | jq -r '.files[0].path')"
     """
     store = open_store(store_dir)
     model = store.get(ref)
+    if as_sbom:
+        click.echo(read_sbom(store, model), nl=False)
+        return
+    vouched = vouching(store, model, settings_from())
     if as_json:
-        print_json(model_json(model))
+        print_json({**model_json(model), "signature": vouched})
         return
     facts = {
         "name": str(model.ref),
@@ -178,6 +185,8 @@ def show(ref: str, *, store_dir: Path | None, as_json: bool) -> None:
         **_origin(model),
         **({"sampling": _sampling(model)} if model.kind == "text" else {}),
         **_draft_facts(model, store),
+        "signature": vouched.in_words,
+        "materials": "sbom.cdx.json, see --sbom" if vouched.sbom else "no list (SBOM) is attached",
         "added": _date(model.created),
         "size": human_size(model.size_bytes),
     }

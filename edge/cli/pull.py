@@ -14,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as RichProgress
 
 from edge.cli.adapters import add_adapter, is_adapter_directory
+from edge.cli.main import settings_from
 from edge.cli.models import model_json, print_json
 from edge.cli.notes import note
 from edge.cli.options import how_to_ask, human_size, json_option, open_store, or_files, store_option
@@ -22,6 +23,7 @@ from edge.store.fetch import Progress, PullPlan, plan
 from edge.store.fetch import pull as pull_model
 from edge.store.models import StoredModel
 from edge.store.sources import without_query
+from edge.trust.policy import check_source
 
 
 def complete_sources(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -87,6 +89,7 @@ def pull(
             raise click.UsageError("--dry-run looks at one file: try it with each.")
         show_plan(plan(store, source, name=name, sha256=sha256), as_json=as_json)
         return
+    check_source(source, settings_from())
     with progress_on_stderr() as report:
         model = pull_model(
             store, source, name=name, sha256=sha256, projector=projector, converter=convert_checkpoint, progress=report

@@ -28,7 +28,7 @@ class LoadGate:
         self._trust = TrustFiles.of(settings)
         self._verdicts: dict[tuple[Digest, str], tuple[object, Verdict]] = {}
         self._read: dict[tuple[Path, Digest], object] = {}
-        self._confirmed: dict[Digest, object] = {}
+        self._confirmed: set[Digest] = set()
 
     def check(self, model: StoredModel) -> Verdict:
         """Let a model pass, or an adapter. Blocks: call it from a thread.
@@ -38,6 +38,7 @@ class LoadGate:
             DigestMismatch: The policy is `enforce`, and a file is not the one of the manifest.
             ConfigError, StoreError: The policy is `enforce`, and something cannot be read.
         """
+        self._confirmed.discard(model.digest)
         verdict = self._judged(model)
         if self._settings.trust == "enforce":
             for file in model.files:
@@ -67,16 +68,19 @@ class LoadGate:
             )  # fmt: skip
         _remember(self._read, key, stamp)
 
+    def is_confirmed(self, model: StoredModel) -> bool:
+        """Whether `confirm` has nothing to do. Looks at no file."""
+        return self._settings.trust == "off" or model.digest in self._confirmed
+
     def confirm(self, model: StoredModel) -> None:
-        """A model serves, outside of any trial: older releases of its name are refused from now on. Blocks.
+        """A model serves, outside of any trial: older releases of its name are refused from now on. Blocks; each time
+        that the model is loaded, once.
 
         Raises:
             ConfigError, StoreError: What is trusted cannot be read or written.
         """
-        if self._confirmed.get(model.digest) == self._trust.stamp():
-            return
+        self._confirmed.add(model.digest)
         confirm(self._store, model.digest, self._settings)
-        _remember(self._confirmed, model.digest, self._trust.stamp())
 
 
 def _remember(memory: dict[_K, _V], key: _K, value: _V) -> None:

@@ -87,8 +87,8 @@ class TrustFiles:
 
     def stamp(self) -> tuple[object, ...]:
         """Changes when anything does that `load` reads."""
-        names = ("", REVOKED_NAME, RELEASES_NAME)
-        return tuple(stamp_of(directory / name) for directory in (self._installed, self._own) for name in names)
+        paths = (path for directory in (self._installed, self._own) for path in sorted(directory.glob("*")))
+        return tuple((path, stamp_of(path)) for path in paths)
 
     def load(self) -> Trust:
         """Read everything.

@@ -33,6 +33,7 @@ from edge.store.sources import FileSource, parse_source, without_query
 from edge.telemetry.host import temperature_c
 from edge.telemetry.service import Telemetry
 from edge.telemetry.span import Operation, RequestRecord
+from edge.trust.policy import check_source
 from runtime import wire
 from runtime.api import sse
 from runtime.api.access import Access, Caller
@@ -347,6 +348,7 @@ class Appliance:
         from edge.store.fetch import Progress, pull
 
         self._check_pull(request, caller)
+        check_source(request.source, self.settings)
         hosts = None if caller.may_read_files else listed(self.settings.pull_hosts)
 
         def work(control: JobControl) -> str:
