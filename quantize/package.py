@@ -15,7 +15,6 @@ from edge.store.manifest import OURS, WEIGHT_TYPE, ModelRef
 from edge.store.models import ModelStore, PackageFile, StoredModel
 
 from .report import SCHEMA_VERSION, Report, Variant
-from .sbom import attach_sbom
 from .source import Source
 
 
@@ -95,6 +94,4 @@ def package_variant(
         files.append(PackageFile(seeing.path, seeing.name, WEIGHT_TYPE, digest=seeing.digest))
     if source.license_file is not None:
         files.append(PackageFile(source.license_file, source.license_file.name))
-    made = store.add(ref, files, details)
-    attach_sbom(store, made)
-    return made
+    return store.add(ref, files, details)

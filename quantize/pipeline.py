@@ -43,6 +43,7 @@ from .report import (
     text_info,
     tool_versions,
 )
+from .sbom import attach_sbom
 from .source import Source, is_quantized, source_digest, tensor_types
 
 Kind = Literal["convert", "quantize", "quality", "speed"]
@@ -384,17 +385,17 @@ def _package_all(planned: Plan, made: list[Path | None], report: Report, shop: W
             models.append(variant.stored)
             continue
         documents = write_documents(report, variant.type.name, svg, png, path.parent)
-        models.append(
-            package_variant(
-                shop.store,
-                variant.ref,
-                path,
-                source=planned.source,
-                digest=planned.digest,
-                documents=documents,
-                draft=planned.recipe.draft,
-            )
+        model = package_variant(
+            shop.store,
+            variant.ref,
+            path,
+            source=planned.source,
+            digest=planned.digest,
+            documents=documents,
+            draft=planned.recipe.draft,
         )
+        attach_sbom(shop.store, model)
+        models.append(model)
     return Outcome(report, tuple(models), svg, png)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 import uuid
 from pathlib import Path
+from urllib.parse import quote
 
 import msgspec
 
@@ -35,6 +36,7 @@ _SPDX = {
 }  # fmt: skip
 """Identifiers of SPDX under which models come; what is none of them is given as a name."""
 
+_OF_URLS = ":/?#[]@!$&'()*+,;=%~"
 Json = dict[str, object]
 
 
@@ -90,7 +92,7 @@ def _subject(model: StoredModel, report: Report | None) -> Json:
     if model.license:
         found["licenses"] = _licences(model.license)
     if model.source and "://" in model.source:
-        found["externalReferences"] = [{"type": "distribution", "url": model.source}]
+        found["externalReferences"] = [{"type": "distribution", "url": quote(model.source, safe=_OF_URLS)}]
     return found
 
 

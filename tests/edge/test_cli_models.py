@@ -67,6 +67,7 @@ def test_pull_list_show_rm(store: ModelStore, gguf: Path, capsys: pytest.Capture
     assert file["media_type"] == "application/vnd.cncf.model.weight.v1.raw"
     assert shown["annotations"]["dev.slm-edge.context-tokens"] == "128"
     assert shown["report"] is None
+    assert shown.pop("signature")["state"] == "unsigned"
     assert json.loads(Ran(capsys, "list", "--json").out)["models"] == [shown]
     assert "architecture llama" in Ran(capsys, "show", "tiny").out
     assert "would remove tiny:f32" in Ran(capsys, "rm", "tiny", "--dry-run").out

@@ -36,6 +36,7 @@ from quantize.pipeline import Event, Outcome, Workshop, plan, run
 from quantize.recipe import Recipe, parse_types
 from quantize.report import Report, notes_on
 from quantize.source import open_source
+from tests.quantize.boms import checked_sbom
 from tests.quantize.checkpoints import make_smollm
 from tests.quantize.killed_run import recipe as tiny_recipe
 from tests.vision import VisionFiles
@@ -116,6 +117,16 @@ def test_packages_carry_weights_report_and_plot(finished: Finished) -> None:
         assert [v.type for v in own] == [report.subject] == [model.ref.tag.upper()]
         assert own[0].digest == next(f.digest for f in model.files if f.path == model.weights)
         assert model.license == "mit"
+
+
+def test_packages_carry_their_bill_of_materials_with_the_figures(finished: Finished) -> None:
+    store = ModelStore(finished.home / "store")
+    document = checked_sbom(store, store.get("stories15m:q4_0"))
+    card = document["metadata"]["component"]["modelCard"]
+    assert card["modelParameters"]["modelArchitecture"] == "llama"
+    assert {m["type"] for m in card["quantitativeAnalysis"]["performanceMetrics"]} >= {"perplexity, ratio"}
+    assert any(part["name"] == finished.outcome.report.source.label for part in document["components"])
+    assert document["metadata"]["timestamp"]
 
 
 def test_the_report_says_where_it_comes_from(finished: Finished) -> None:

@@ -1,0 +1,58 @@
+"""An appliance that insists on signatures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import httpx
+
+from edge.store.models import ModelStore
+from tests.edge.trust_support import make_pair
+from tests.support import DEFAULT_MODEL, chat_body, run_edge, running_appliance
+
+
+def edge(home: Path, *args: str) -> str:
+    ran = run_edge(*args, home=home)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def test_an_appliance_serves_what_is_signed_and_nothing_else(tmp_path: Path) -> None:
+    home, pair = tmp_path / "home", make_pair(tmp_path, "plant")
+    with running_appliance(home, EDGE_TRUST="enforce") as appliance:
+        url = f"{appliance.url}/v1/chat/completions"
+
+        def ask() -> httpx.Response:
+            return httpx.post(url, json=chat_body("Hi", max_tokens=2), timeout=60, trust_env=False)
+
+        refused = ask()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "unsigned")
+        edge(home, "trust", "add", str(pair.public))
+        edge(home, "sign", DEFAULT_MODEL, "--key", str(pair.private), "--release", "3")
+        assert ask().status_code == 200
+        listed = json.loads(edge(home, "trust", "list", "--json"))
+        assert listed["releases"] == {DEFAULT_MODEL: 3}
+        assert ask().status_code == 200
+
+        edge(home, "trust", "revoke", "plant", "--reason", "stolen")
+        assert ask().status_code == 200, "what runs goes on"
+        edge(home, "unload", DEFAULT_MODEL, "--url", appliance.url)
+        refused = ask()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "key_revoked")
+        assert "stolen" in refused.json()["error"]["message"]
+
+
+def test_a_byte_changed_on_the_disk_is_not_loaded(tmp_path: Path) -> None:
+    home, pair = tmp_path / "home", make_pair(tmp_path, "plant")
+    edge(home, "trust", "add", str(pair.public))
+    edge(home, "sign", DEFAULT_MODEL, "--key", str(pair.private))
+    model = ModelStore(home / "store").get(DEFAULT_MODEL)
+    data = bytearray(model.weights.read_bytes())
+    data[50_000_000] ^= 1
+    model.weights.unlink()  # it may be a hard link to the seed's
+    model.weights.write_bytes(data)
+    with running_appliance(home, EDGE_TRUST="enforce") as appliance:
+        url = f"{appliance.url}/v1/chat/completions"
+        refused = httpx.post(url, json=chat_body("Hi", max_tokens=2), timeout=60, trust_env=False)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (422, "digest_mismatch")
