@@ -38,6 +38,17 @@ class Disk:
     def __init__(self) -> None:
         self.directories: dict[Path, _Directory] = {}
 
+    @classmethod
+    def holding(cls, root: Path) -> Disk:
+        """A disk on which all that lies under a directory now is certain."""
+        disk = cls()
+        for path in root.rglob("*"):
+            if path.is_file():
+                data = path.read_bytes()
+                directory = disk.directory(path.parent)
+                directory.now[path.name] = directory.certain[path.name] = _Content(data, data)
+        return disk
+
     def directory(self, path: Path) -> _Directory:
         return self.directories.setdefault(path, _Directory())
 
@@ -60,7 +71,8 @@ def _after_cut(content: _Content, rng: random.Random) -> bytes:
     if content.now == content.certain or rng.random() < 0.3:
         return content.now
     # Length and content reach the disk apart: the rest may read as zeros.
-    return content.certain if rng.random() < 0.5 else content.certain + bytes(len(content.now) - len(content.certain))
+    rest = max(0, len(content.now) - len(content.certain))
+    return content.certain if rng.random() < 0.5 else content.certain + bytes(rest)
 
 
 @dataclass
@@ -148,6 +160,17 @@ class RecordingFileOps(FileOps):
         super().remove(path)
         self.add(lambda disk: _note(disk.directory(path.parent).now.pop(path.name, None)))
 
+    @override
+    def remove_tree(self, path: Path) -> None:
+        super().remove_tree(path)
+
+        def change(disk: Disk) -> None:
+            for inner, directory in disk.directories.items():
+                if inner.is_relative_to(path):
+                    directory.now.clear()
+
+        self.add(change)
+
 
 def _note(_: object) -> None:
     return None
@@ -169,9 +192,8 @@ class WithoutDirectorySync(RecordingFileOps):
         return None
 
 
-def cuts(changes: list[Change], rng: random.Random, *, per_step: int) -> Iterator[dict[Path, bytes]]:
+def cuts(disk: Disk, changes: list[Change], rng: random.Random, *, per_step: int) -> Iterator[dict[Path, bytes]]:
     """The disk after a cut behind each step, several times each."""
-    disk = Disk()
     for change in changes:
         change(disk)
         for _ in range(per_step):

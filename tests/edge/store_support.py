@@ -68,9 +68,12 @@ class KillingFileOps(FileOps):
     die_before: int = 1 << 30
     performed: list[str] = field(default_factory=list[str])
 
+    def die(self) -> None:
+        raise Killed
+
     def step(self, name: str, path: Path | FileIO) -> None:
         if len(self.performed) >= self.die_before:
-            raise Killed
+            self.die()
         shown = path if isinstance(path, Path) else Path(str(path.name))
         self.performed.append(f"{name} {shown.name}")
 
