@@ -39,6 +39,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "quantize": ("edge.cli.quantize:quantize", "Turn a checkpoint into measured, packaged models."),
     "sign": ("edge.cli.sign:sign", "Vouch for a package, so that devices may insist on it."),
     "trust": ("edge.cli.trust:trust", "Say whose models this device takes."),
+    "delta": ("edge.cli.delta:delta", "Make what a device with one version of a model needs for the next."),
     "image": ("edge.cli.image:image", "Build a container image for a hardware target."),
     "telemetry": ("edge.cli.telemetry:telemetry", "Show, flush or follow the telemetry outbox."),
     "gateway": ("edge.cli.gateway:gateway", "Run the reference telemetry gateway."),

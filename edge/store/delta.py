@@ -32,7 +32,8 @@ from .blobs import BlobStore, Partial, Staged
 from .digest import Digest
 from .files import translated
 from .manifest import MAX_DOCUMENT_BYTES, OURS, Descriptor, Size, decode, encode
-from .models import StoredFile
+from .models import ModelStore
+from .stored import PackageFile, StoredFile, StoredModel
 from .transfer import Control, require_room
 
 DELTA_TYPE = "application/vnd.slm-edge.delta.v1"
@@ -52,11 +53,10 @@ _MAX_PARTS = 1 << 18
 _MAX_DICTIONARY_BYTES = 32 << 20
 _MAX_WINDOW_LOG = 26
 """64 MiB, the most memory that rebuilding takes: the header of a new file reaches back over all of the base's."""
-_LEVEL = 3
-"""Of zstd. Higher ones take five times as long and win nothing where most weights changed."""
+_LEVEL = 6
+"""Of zstd. Higher ones win two in a hundred, or nothing where most weights changed."""
 _PIECE_BYTES = 4 << 20
-"""How much is held at once, rounded down to whole blocks: zstd's own blocks are of one kind of byte only where it is
-much longer than a block of weights (2.2 against 2.4 MB for the same model)."""
+"""How much is held at once, rounded down to whole blocks."""
 _MAX_BLOCK_BYTES = 1 << 12
 _WHOLE = -1
 _BLOCKS = {kind.name: kind.block_bytes for kind in TENSOR_TYPES.values()}
@@ -83,9 +83,61 @@ class DeltaHeader(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     parts: Annotated[list[Part], msgspec.Meta(max_length=_MAX_PARTS)]
 
 
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A delta that was made and attached."""
+
+    base: Digest
+    target: Digest
+    size_bytes: int
+    target_bytes: int
+
+
+def attach_delta(store: ModelStore, base: StoredModel, new: StoredModel, control: Control) -> Delta:
+    """Make the delta between two models' weights and attach it to the new one, so that it travels with it.
+
+    Raises:
+        Cancelled: `control` said so.
+        UnsupportedFormat: They have too little in common for a delta to be worth it, or the same weights.
+        StoreError: The store cannot be read or written.
+    """
+    old, file = _weights(base), _weights(new)
+    if old.digest == file.digest:
+        raise UnsupportedFormat(
+            f"{base.ref} and {new.ref} have the same weights.", hint="Who has the one fetches none."
+        )
+    with store.blobs.ingest(f"delta {old.digest} {file.digest}") as partial:
+        try:
+            staged = write_delta(old, file, partial, control)
+            if staged.size_bytes > WORTH_IT * file.size_bytes:
+                raise _not_worth_it(base, new, staged.size_bytes / file.size_bytes)
+            package = PackageFile(staged.path, "weights.delta", DELTA_TYPE, move=True, digest=staged.digest)
+            notes = {DELTA_BASE: old.digest, DELTA_TARGET: file.digest, DELTA_BYTES: str(staged.size_bytes)}
+            store.attach(new.digest, DELTA_TYPE, [package], notes)
+        finally:
+            partial.discard()
+    return Delta(old.digest, file.digest, staged.size_bytes, file.size_bytes)
+
+
+def _weights(model: StoredModel) -> StoredFile:
+    path = model.weights
+    return next(file for file in model.files if file.path == path)
+
+
+def _not_worth_it(base: StoredModel, new: StoredModel, share: float) -> UnsupportedFormat:
+    return UnsupportedFormat(
+        f"A delta from {base.ref} to {new.ref} would have {100 * share:.0f} % of the whole.",
+        hint="Deltas are for new versions of the same model in the same type: see edge show of both.",
+    )
+
+
 def delta_for(layer: Descriptor, referrers: Iterable[Descriptor], blobs: BlobStore) -> Descriptor | None:
-    """The smallest delta among a manifest's referrers that makes this layer of what the store has; None where a whole
-    fetch is the better way."""
+    """The smallest delta among what is attached to a manifest that makes this layer of what the store has; None where
+    a whole fetch is the better way.
+
+    Args:
+        referrers: With their annotations, as registries list them.
+    """
     found = [
         (size_bytes, referrer)
         for referrer in referrers
@@ -132,7 +184,7 @@ def rebuilt(delta: Path, blobs: BlobStore, layer: Descriptor, control: Control) 
 def _apply(delta: Path, blobs: BlobStore, layer: Descriptor, partial: Partial, control: Control) -> Staged:
     what = f"The delta to {layer.digest}"
     partial.restart()
-    require_room(blobs, layer.size)
+    require_room(blobs, layer.size, partial)
     with translated(delta, "Reading"), delta.open("rb") as file:
         header = read_header(file, what=what)
         with _open_base(blobs, header, layer, what) as base:
@@ -325,8 +377,12 @@ def _counterpart(base: BinaryIO, part: Part, what: str) -> bytes:
 def _compressor(base: BinaryIO, header: DeltaHeader) -> zstandard.ZstdCompressor:
     own = header.parts[0].size_bytes if header.parts else 0
     window_log = min(max((header.dictionary_bytes + own).bit_length(), 20), _MAX_WINDOW_LOG)
-    # Its stub leaves the further parameters untyped.
-    parameters = zstandard.ZstdCompressionParameters.from_level(_LEVEL, window_log=window_log)  # pyright: ignore[reportUnknownMemberType]
+    # Tables as large as the dictionary, else most of it is forgotten before it is compared (250 kB more on the same
+    # model). The stub leaves the further parameters untyped.
+    tables = min(window_log, 24)
+    parameters = zstandard.ZstdCompressionParameters.from_level(  # pyright: ignore[reportUnknownMemberType]
+        _LEVEL, window_log=window_log, hash_log=tables, chain_log=tables
+    )
     return zstandard.ZstdCompressor(compression_params=parameters, dict_data=_dictionary(base, header.dictionary_bytes))
 
 
