@@ -92,7 +92,7 @@ class ChatTemplate:
             parsed = environment.parse(source)
             self.variables = sorted(find_undeclared_variables(parsed) - _GIVEN)
             self._template = environment.from_string(parsed)
-        except (TemplateError, RecursionError, MemoryError) as e:
+        except (TemplateError, RecursionError, MemoryError, SyntaxError) as e:
             raise UnsupportedFormat(f"The model's chat template does not compile: {str(e) or type(e).__name__}.") from e
 
     def render(

@@ -568,7 +568,7 @@ class ModelHost:
             draft_path=str(guesser.weights) if guesser is not None else "",
             draft_problem=draft.problem if draft is not None else "",
             projector=str(self.model.projector or ""),
-            template=self.model.details.template,
+            template=self.model.details.template, template_digest=self.model.details.template_digest,
         )  # fmt: skip
 
     async def _watch(self, stop: asyncio.Event) -> Ending:

@@ -1,23 +1,24 @@
-"""Whether a chat template works, found out in a process of its own.
-
-Templates come from anywhere. Jinja's sandbox keeps them from Python, not from taking all memory or running for ever,
-and constant expressions are computed while it compiles: so nothing that is to go on serving compiles one.
-"""
+"""The process in which a chat template of unknown origin renders conversations: what `edge.store.template` starts."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import resource
+import signal
 import sys
+from collections.abc import Iterator
+from typing import NoReturn
 
-from edge.errors import EdgeError, InvalidRequest
+from edge.errors import EdgeError, InvalidRequest, UnsupportedFormat
+from edge.store.template import HARMFUL, UNFIT, fault_of
 from runtime.chat import ChatTemplate
 from runtime.wire import ChatMessage, Tool, ToolCall
 
-TIMEOUT_S = 10.0
-MAX_CPU_S = 2
-MAX_MEMORY_BYTES = 1 << 30
+MAX_CPU_S = 0.8
+"""Of the template alone, on any machine. The longest that models bring take 30 ms here."""
+MAX_MEMORY_BYTES = 256 << 20
+MAX_TEXT_CHARS = 1 << 20
+"""Of what it makes of a few words."""
 _SAID = "lighthouse"
 _HINT = "Templates are Jinja, as models bring them (tokenizer.chat_template); Go templates are not read."
 
@@ -28,45 +29,54 @@ async def check_template(source: str) -> None:
     Raises:
         InvalidRequest: It does not compile, refuses the conversation, leaves out what the user said, or takes too much.
     """
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "runtime.template_check", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        async with asyncio.timeout(TIMEOUT_S):
-            answer, _ = await process.communicate(source.encode("utf-8", "replace"))
-    except TimeoutError as e:
-        raise InvalidRequest("The chat template does not come to an end.", field="template", hint=_HINT) from e
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
-    if process.returncode:
-        reason = answer.decode("utf-8", "replace")[:500] or "The chat template takes too much time or memory."
-        raise InvalidRequest(reason, field="template", hint=_HINT)
+    if fault := await asyncio.to_thread(fault_of, source):
+        raise InvalidRequest(f"The chat template is refused: {fault.reason}.", field="template", hint=_HINT)
 
 
 def main() -> None:
-    """`python -m runtime.template_check`: read a template, exit 0, or say what is wrong with it and exit 1."""
-    resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_S, MAX_CPU_S))
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    """`python -m runtime.template_check`: read a template; exit 0, or say what is wrong with it."""
+    source = sys.stdin.buffer.read().decode("utf-8", "replace")
+    _limit()
     try:
-        template = ChatTemplate(sys.stdin.read(), markers=())
+        template = ChatTemplate(source, markers=())
         text = template.render([ChatMessage("user", _SAID)])
-        _try_tools(template)
+        texts = [text, *_with_tools(template)]
     except EdgeError as e:
-        sys.stdout.write(e.message)
-        sys.exit(1)
+        said = e.message.removeprefix("The model's chat template ")
+        _end(HARMFUL if _is_harmful(e) else UNFIT, f"it {said}")
+    if max(map(len, texts)) > MAX_TEXT_CHARS:
+        _end(HARMFUL, f"it makes {max(map(len, texts)):,} characters of a few words")
     if _SAID not in text:
-        sys.stdout.write("The chat template leaves out what the user says.")
-        sys.exit(1)
+        _end(UNFIT, "it leaves out what the user says")
 
 
-def _try_tools(template: ChatTemplate) -> None:
+def _limit() -> None:
+    """Have the kernel end this process where the template takes too much. It can write no file and start no process."""
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_PROF, MAX_CPU_S)
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    for none_of in (resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC, resource.RLIMIT_CORE):
+        resource.setrlimit(none_of, (0, 0))
+
+
+def _end(code: int, reason: str) -> NoReturn:
+    sys.stdout.buffer.write(reason.rstrip(".").encode("utf-8", "replace"))
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _is_harmful(error: EdgeError) -> bool:
+    """Whether it is the template that is at fault, and not the conversation that it will not have."""
+    from jinja2.exceptions import SecurityError
+
+    return isinstance(error, UnsupportedFormat) or isinstance(error.__cause__, (MemoryError, SecurityError))
+
+
+def _with_tools(template: ChatTemplate) -> Iterator[str]:
     """Have it render tools, a call and its result, and thinking: it may refuse them, but has to come to an end.
 
     Raises:
-        InvalidRequest: It takes too much memory.
+        InvalidRequest: It takes too much memory, or reaches for Python.
     """
     call = ToolCall("call_0a1b2c3d", "find", '{"what":"light"}')
     messages = [
@@ -75,9 +85,9 @@ def _try_tools(template: ChatTemplate) -> None:
     ]  # fmt: skip
     for num in (1, 2, 3):
         try:
-            template.render(messages[:num], tools=[Tool("find", "Finds.", '{"type":"object","properties":{}}')])
+            yield template.render(messages[:num], tools=[Tool("find", "Finds.", '{"type":"object","properties":{}}')])
         except InvalidRequest as e:
-            if isinstance(e.__cause__, MemoryError):
+            if _is_harmful(e):
                 raise
 
 

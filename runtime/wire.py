@@ -180,6 +180,8 @@ class Load(Message, frozen=True):
     """Of a model that makes embeddings or scores; empty for one that makes text."""
     template: str = ""
     """A chat template in the place of the file's own."""
+    template_digest: str = ""
+    """What the file's own has to be, where its manifest says so."""
 
 
 # ---------------------------------------------------------------- worker to front

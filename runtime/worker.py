@@ -25,11 +25,20 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from edge.errors import BackendError, ContextOverflow, DoesNotFit, EdgeError, InvalidRequest, QueueFull
+from edge.errors import (
+    BackendError,
+    ContextOverflow,
+    DoesNotFit,
+    EdgeError,
+    InvalidModelFile,
+    InvalidRequest,
+    QueueFull,
+)
 from edge.formats.gguf import read_gguf
 from edge.formats.lora import check_finite, read_lora
 from edge.hardware.memory import available_bytes, cpu_quota, data_bytes, usable_cores
 from edge.native.malloc import give_large_blocks_back
+from edge.store.template import digest_of
 from runtime import wire
 from runtime.adapters import adapter_set
 from runtime.backends.base import Backend
@@ -217,10 +226,19 @@ class PromptMaker:
     Args:
         image_bytes: What images may take until they are encoded, of all requests together.
         template: A chat template in the place of the file's own.
+        template_digest: What the file's own has to be; empty where nobody said.
+
+    Raises:
+        InvalidModelFile: It is another.
+        UnsupportedFormat: It does not compile.
     """
 
-    def __init__(self, backend: Backend, *, image_bytes: int = 0, template: str = "") -> None:
+    def __init__(
+        self, backend: Backend, *, image_bytes: int = 0, template: str = "", template_digest: str = ""
+    ) -> None:
         facts = backend.facts
+        if template_digest and digest_of(facts.chat_template or "") != template_digest:
+            raise InvalidModelFile("The weight file", "its chat template is not the one that the manifest names")
         self._tokenizer = backend.tokenizer
         self._context_tokens = backend.capabilities.context_tokens
         self._vocab_size = facts.vocab_size
@@ -405,7 +423,9 @@ class Worker:
         try:
             files = _state_files(load)
             backend = self._open(load, disk_bytes=_disk_bytes(load) if files else 0)
-            self._prompts = PromptMaker(backend, image_bytes=self._image_bytes, template=load.template)
+            self._prompts = PromptMaker(
+                backend, image_bytes=self._image_bytes, template=load.template, template_digest=load.template_digest
+            )
         except EdgeError as e:
             self._connection.send(wire.Step([], [failed(0, e)]))
             sys.exit(1)

@@ -16,6 +16,7 @@ from edge.kinds import ModelKind
 
 from .digest import Digest
 from .manifest import OURS, Manifest, ModelConfig, ModelDescriptor, ModelFs, ModelProperties, ModelRef
+from .template import digest_of
 
 ARCHITECTURE = f"{OURS}architecture"
 PARAMETERS = f"{OURS}parameters"
@@ -26,6 +27,7 @@ SOURCE = f"{OURS}source"
 SAMPLING = f"{OURS}sampling"
 SYSTEM = f"{OURS}system"
 TEMPLATE = f"{OURS}chat-template"
+TEMPLATE_DIGEST = f"{OURS}chat-template-digest"
 DRAFT = f"{OURS}draft"
 QUANTIZED_FROM = f"{OURS}quantized-from"
 """What the makers of a quantized model called its source; nothing that can be fetched."""
@@ -97,6 +99,8 @@ class ModelDetails:
     """What conversations begin with that have no system message of their own."""
     template: str = ""
     """A chat template in the place of the weight file's own."""
+    template_digest: str = ""
+    """Of the weight file's own, where it has one: what a worker loads has to have the same."""
     draft: str | None = None
     """The name of a smaller model with the same vocabulary that guesses for it, where the store has that model."""
     adapter: AdapterDetails | None = None
@@ -136,6 +140,7 @@ def details_of(
         sampling=sampling or Sampling(),
         draft=draft,
         adapter=_adapter_details(gguf),
+        template_digest=digest_of(template) if (template := gguf.text("tokenizer.chat_template")) else "",
         annotations={TENSOR_TYPES: listed},
     )
 
@@ -184,6 +189,7 @@ def annotations_of(details: ModelDetails) -> dict[str, str]:
         ADAPTER_BASE: details.adapter and details.adapter.base,
         SYSTEM: details.system or None,
         TEMPLATE: details.template or None,
+        TEMPLATE_DIGEST: details.template_digest or None,
         SAMPLING: None if details.sampling == Sampling() else msgspec.json.encode(details.sampling).decode(),
     }
     return {key: str(value) for key, value in known.items() if value is not None} | dict(details.annotations)
@@ -206,6 +212,7 @@ def details_from(manifest: Manifest, config: ModelConfig) -> ModelDetails:
         sampling=_sampling(notes.get(SAMPLING)),
         system=notes.get(SYSTEM, ""),
         template=notes.get(TEMPLATE, ""),
+        template_digest=notes.get(TEMPLATE_DIGEST, ""),
         draft=_clean(notes.get(DRAFT)),
         adapter=_adapter_from(notes),
     )

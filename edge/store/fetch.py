@@ -11,7 +11,6 @@ from typing import assert_never
 
 from edge.errors import DigestMismatch, InvalidModelFile, InvalidReference, ModelNotFound
 from edge.formats.gguf import FILE_TYPES, GgufFile, read_gguf
-from edge.formats.lora import check_finite, is_adapter, read_lora
 
 from .catalog import CatalogEntry, catalog
 from .checkpoints import Converter, is_checkpoint
@@ -292,8 +291,6 @@ def _checked(path: Path, what: str) -> GgufFile:
         raise InvalidModelFile(what, "it holds a vocabulary and no tensors")
     if gguf.is_projector:
         raise InvalidModelFile(what, "it is a projector: edge pull MODEL.gguf --projector FILE")
-    if is_adapter(gguf):
-        check_finite(read_lora(gguf, what=what), what=what)
     return gguf
 
 
