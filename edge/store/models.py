@@ -55,6 +55,7 @@ from .named import link_named
 from .quarantine import QUARANTINE_NAME, read_marks, write_marks
 from .reachable import Reachable, Root, reachable
 from .room import give_up_reserve, take_reserve
+from .scan import Part, scan_package
 from .seed import take_over
 from .side_files import read_document
 from .slots import SLOTS_NAME, ChangeSlots, Slot, read_slots, write_slots
@@ -216,7 +217,8 @@ class ModelStore:
 
         Raises:
             InvalidReference: It is not a model's name.
-            InvalidModelFile: A file's name is not allowed, or two are the same.
+            InvalidModelFile: A file's name is not allowed, two are the same, or `scan_package` refuses one.
+            UnsupportedFormat: As `scan_package`.
             DiskFull: There is no room for the copies.
             StoreError: A file cannot be read, or the store not written.
         """
@@ -225,9 +227,10 @@ class ModelStore:
         self._prepare()
         with ExitStack() as stack:
             staged = [self._stage(file, stack) for file in files]
+            layers = [layer_of(file, item) for file, item in zip(files, staged, strict=True)]
+            _scan(layers, [item.path for item in staged], annotations_of(details))
             with self._lock():
                 self._publish(staged)
-                layers = [layer_of(file, item) for file, item in zip(files, staged, strict=True)]
                 self._set_entry(ref, self._put_manifest(ref, layers, details))
         for file in files:
             if file.move and file.path.parent != self.blobs.blobs_dir:
@@ -306,12 +309,15 @@ class ModelStore:
 
         Raises:
             InvalidReference: It is not a model's name.
-            InvalidModelFile: It is no manifest of a model, or its config is none.
+            InvalidModelFile: It is no manifest of a model, its config is none, or `scan_package` refuses a file.
+            UnsupportedFormat: As `scan_package`.
             StoreError: One of its blobs is not here, or the store cannot be written.
         """
         ref = ModelRef.parse(ref) if isinstance(ref, str) else ref
         manifest = Manifest.parse(data, what=f"The manifest of {ref}")
         self._prepare()
+        self._require_blobs(manifest, what=f"The manifest of {ref}")
+        _scan(manifest.layers, [self.blobs.path(layer.digest) for layer in manifest.layers], manifest.annotations)
         with self._lock():
             self._require_blobs(manifest, what=f"The manifest of {ref}")
             ModelConfig.parse(self._document(manifest.config), what=f"The config of {ref}")
@@ -783,6 +789,11 @@ def _identity(path: Path) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return status.st_ino, status.st_mtime_ns
+
+
+def _scan(layers: Sequence[Descriptor], paths: Sequence[Path], notes: Mapping[str, str]) -> None:
+    pairs = zip(layers, paths, strict=True)
+    scan_package([Part(layer.filepath, path, layer.media_type) for layer, path in pairs], notes)
 
 
 def _check_names(files: Sequence[PackageFile], *, what: str) -> None:

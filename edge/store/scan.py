@@ -10,6 +10,7 @@ import pickletools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 
 import msgspec
 
@@ -19,6 +20,7 @@ from edge.formats.lora import check_finite, is_adapter, read_lora
 from edge.formats.onnx import read_onnx
 from edge.formats.safetensors import read_safetensors
 
+from .details import TEMPLATE, TEMPLATE_DIGEST
 from .files import translated
 from .manifest import MAX_DOCUMENT_BYTES, WEIGHT_TYPE, decode
 from .template import MAX_TEMPLATE_BYTES, digest_of, fault_of
@@ -64,12 +66,11 @@ def scan(path: Path, name: str) -> None:
     scan_package([Part(name, path)])
 
 
-def scan_package(parts: Sequence[Part], *, template: str = "", template_digest: str = "") -> None:
-    """Check the files of a package, and what they say of each other.
+def scan_package(parts: Sequence[Part], notes: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Check the files of a package, and what they and its manifest say of each other.
 
     Args:
-        template: The chat template in its manifest, where there is one.
-        template_digest: What the manifest says that the template in its weights is.
+        notes: The manifest's annotations: a chat template of its own, and the digest of the one in the weights.
 
     Raises:
         InvalidModelFile, UnsupportedFormat, StoreError: As `scan`.
@@ -77,9 +78,9 @@ def scan_package(parts: Sequence[Part], *, template: str = "", template_digest: 
     elsewhere = _values_elsewhere(parts)
     _check_values(elsewhere, {part.name: part for part in parts})
     templates = [text for part in parts if part.name not in elsewhere for text in _scanned(part)]
-    if template_digest and template_digest not in [digest_of(text) for text in templates]:
+    if (pinned := notes.get(TEMPLATE_DIGEST)) and pinned not in [digest_of(text) for text in templates]:
         raise InvalidModelFile("The chat template", "the weights bring another than the one that the manifest names")
-    for text in dict.fromkeys([*templates, template]):
+    for text in dict.fromkeys([*templates, notes.get(TEMPLATE, "")]):
         check_harmless(text)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .digest import Digest, digest_bytes
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 20.0
 """For the process with its start; the template itself has much less."""
 MAX_TEMPLATE_BYTES = 1 << 20
 UNFIT, HARMFUL = 3, 4
@@ -35,7 +35,7 @@ def digest_of(template: str) -> Digest:
 
 
 def fault_of(template: str) -> TemplateFault | None:
-    """Have a template render conversations. Blocks, ten seconds at most: call it from a thread."""
+    """Have a template render conversations. Blocks, twenty seconds at most: call it from a thread."""
     source = template.encode("utf-8", "replace")
     if len(source) > MAX_TEMPLATE_BYTES:
         return TemplateFault(f"it is longer than {MAX_TEMPLATE_BYTES:,} bytes", True)

@@ -7,13 +7,15 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
+import msgspec
 import pytest
 
 from edge.errors import EdgeError, InvalidModelFile
 from edge.formats.gguf import read_gguf
 from edge.store.derived import Changes, derive
-from edge.store.details import TEMPLATE_DIGEST, ModelDetails, details_of
+from edge.store.details import TEMPLATE, TEMPLATE_DIGEST, ModelDetails, details_of
 from edge.store.digest import Digest, digest_file
 from edge.store.fetch import package_of, pull
 from edge.store.manifest import WEIGHT_TYPE
@@ -66,10 +68,10 @@ def write(path: Path, data: bytes) -> Path:
     return path
 
 
-def refusal(parts: Mapping[str, bytes], tmp_path: Path, **more: str) -> str:
+def refusal(parts: Mapping[str, bytes], tmp_path: Path, notes: Mapping[str, str] = MappingProxyType({})) -> str:
     found = [Part(name, write(tmp_path / "parts" / str(i), data)) for i, (name, data) in enumerate(parts.items())]
     with pytest.raises(InvalidModelFile) as caught:
-        scan_package(found, **more)
+        scan_package(found, notes)
     return caught.value.message
 
 
@@ -143,9 +145,10 @@ def test_templates_that_do_harm_are_refused(case: str, tmp_path: Path) -> None:
         scan(write(tmp_path / "a.gguf", with_template(PLAIN + template)), "a.gguf")
 
 
-@pytest.mark.parametrize(
-    "template", [PLAIN, "", "Hello.", "{{ raise_exception('begin with the system') }}", "{{ messages[0].none.none }}"]
-)
+REFUSING = [PLAIN, "", "Hello.", "{{ raise_exception('begin with the system') }}", "{{ messages.append(1) }}"]
+
+
+@pytest.mark.parametrize("template", REFUSING)
 def test_templates_that_only_refuse_are_taken(template: str, tmp_path: Path) -> None:
     scan(write(tmp_path / "a.gguf", with_template(template)), "a.gguf")
 
@@ -159,7 +162,7 @@ def test_templates_are_looked_for_in_all_places(tmp_path: Path) -> None:
     }
     for name, data in places.items():
         assert "MemoryError" in refusal({name: data}, tmp_path)
-    assert "MemoryError" in refusal({"a.gguf": gguf_bytes()}, tmp_path, template=bomb)
+    assert "MemoryError" in refusal({"a.gguf": gguf_bytes()}, tmp_path, {TEMPLATE: bomb})
     assert "zero byte" in refusal({"a.gguf": with_template("a\0b")}, tmp_path)
 
 
@@ -169,7 +172,7 @@ def test_the_digest_of_the_template_stands_in_the_manifest(tmp_path: Path) -> No
     assert model.manifest.annotations[TEMPLATE_DIGEST] == model.details.template_digest == digest_of(PLAIN)
     assert TEMPLATE_DIGEST not in add_model(store, "b", write_gguf(tmp_path / "b.gguf")).manifest.annotations
     other = {"a.gguf": with_template(PLAIN + " "), "notes": b""}
-    assert "another than the one" in refusal(other, tmp_path, template_digest=digest_of(PLAIN))
+    assert "another than the one" in refusal(other, tmp_path, {TEMPLATE_DIGEST: digest_of(PLAIN)})
 
 
 def test_every_way_into_the_store_is_guarded(tmp_path: Path) -> None:
@@ -189,11 +192,20 @@ def test_every_way_into_the_store_is_guarded(tmp_path: Path) -> None:
         file = PackageFile(tmp_path / "sound.gguf", "a.gguf")
         derive(store, "bomb", [file], ModelDetails(), Changes(template=HARMFUL["memory"][0]))
 
+    def by_manifest() -> None:
+        add_model(store, "sound", write_gguf(tmp_path / "sound.gguf"))
+        with store.blobs.ingest("bomb") as partial:
+            store.keep(store.blobs.copy_in(bomb, partial))
+        manifest = store.get("sound").manifest
+        layer = msgspec.structs.replace(manifest.layers[0], digest=digest, size=bomb.stat().st_size)
+        store.add_manifest("bomb", msgspec.structs.replace(manifest, layers=[layer]).encode())
+
     ways = {
         "pull": lambda: pull(store, str(bomb), name="bomb"),
         "add": lambda: store.add("bomb", [PackageFile(bomb, "a.gguf")], details_of(read_gguf(bomb))),
         "upload": by_upload,
         "changes": by_changes,
+        "manifest": by_manifest,
     }
     for name, way in ways.items():
         with pytest.raises(EdgeError, match="chat template"):
