@@ -239,7 +239,9 @@ _T = TypeVar("_T")
 
 
 def _decode_digest(kind: type, value: object) -> object:
-    if kind is Digest and isinstance(value, str):
+    if kind is Digest:
+        if not isinstance(value, str):
+            raise ValueError("Expected a digest")
         try:
             return Digest(value)
         except InvalidReference as e:

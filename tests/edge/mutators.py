@@ -74,7 +74,7 @@ def _with_changed_node(rng: random.Random, value: object) -> object:
             return items + [items[at]] * rng.choice([1, 5, 3000])
         items[at] = _with_changed_node(rng, items[at])
         return items
-    return rng.choice([_nested(rng, value), rng.choice(_PLAIN), rng.choice(NUMBERS), rng.choice(TEXTS)])
+    return rng.choice([_nested(rng, cast("object", value)), rng.choice(_PLAIN), rng.choice(NUMBERS), rng.choice(TEXTS)])
 
 
 _DEEP = "(deep)"

@@ -147,6 +147,7 @@ def manifest_json() -> dict[str, object]:
         {"layers": []},
         {"layers": "x"},
         {"config": {"mediaType": "x", "digest": "sha256:00", "size": 1}},
+        {"config": {"mediaType": "x", "digest": None, "size": 1}},
         {"config": {"mediaType": "x", "digest": f"sha256:{'0' * 64}", "size": -1}},
         {"config": {"mediaType": "x", "digest": f"sha256:{'0' * 64}", "size": 1 << 60}},
         {"annotations": {"a": 1}},
