@@ -50,6 +50,22 @@ class Settings:
     name where keys are required."""
     pull_hosts: str = ""
     """Hosts of private networks, separated by commas, that API keys may have models pulled from."""
+    pull_rate: str = ""
+    """Most bytes a second that models come and go with: ``500k``, ``2M``; empty is as fast as it goes."""
+    pull_window: str = ""
+    """When models may come and go: ``22:00-06:00`` by this machine's clock; empty is at any time."""
+    pull_proxy: str = ""
+    """Proxy towards the places that models come from; empty is as HTTPS_PROXY, HTTP_PROXY and NO_PROXY say."""
+    pull_no_proxy: str = ""
+    """Hosts that are reached without it, separated by commas; ``.lan`` is all that end so."""
+    pull_ca: str = ""
+    """PEM file with certificates to believe there, beside the usual ones."""
+    pull_mirrors: str = ""
+    """Places that have what a registry has, in the order of asking: ``registry.example.org=mirror.lan:5000``."""
+    pull_http_hosts: str = ""
+    """Registries without TLS beside those of this machine, separated by commas."""
+    registry_auth_file: str = ""
+    """Names and passwords for registries, in Docker's form; empty is ``registry-auth.json`` in EDGE_HOME."""
     default_model: str = "smollm2:135m-instruct"
     threads: int = 0
     """Threads of one engine; 0 means every core this process may run on."""
@@ -160,6 +176,11 @@ class Settings:
     def files_dir(self) -> Path:
         """What clients sent as files, and what batches made."""
         return self.home / "files"
+
+    @property
+    def registry_auth(self) -> Path:
+        """Names and passwords for registries."""
+        return Path(self.registry_auth_file) if self.registry_auth_file else self.home / "registry-auth.json"
 
     @property
     def needs_keys(self) -> bool:

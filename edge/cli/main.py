@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("edge.cli.chat:chat", "Ask a model from the shell, or talk with it."),
     "tui": ("edge.cli.tui:tui", "Open the operator's terminal."),
     "pull": ("edge.cli.pull:pull", "Fetch a model into the store."),
+    "push": ("edge.cli.push:push", "Give a model of the store to a registry."),
     "list": ("edge.cli.models:list_models", "List the models in the store."),
     "show": ("edge.cli.models:show", "Show one model: files, digests, quality report."),
     "rm": ("edge.cli.models:rm", "Remove a model from the store."),

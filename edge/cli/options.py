@@ -32,6 +32,14 @@ def json_option(command: _F) -> _F:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
+def pace_options(command: _F) -> _F:
+    """``--rate`` and ``--window``: how fast and when models come and go."""
+    rate_help = "Most bytes a second: 500k, 2M; off lifts the setting pull_rate."
+    window_help = "Only at this time of the day: 22:00-06:00; off lifts the setting pull_window."
+    command = click.option("--window", metavar="HH:MM-HH:MM", default="", help=window_help)(command)
+    return click.option("--rate", metavar="RATE", default="", help=rate_help)(command)
+
+
 _OF_A_STORE = frozenset(
     {"oci-layout", "index.json", "index.json.new", "pins.json", "drafts.json", "blobs", "ingest", "lock"}
 )

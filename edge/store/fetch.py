@@ -21,13 +21,16 @@ from .hub import HubFetcher
 from .local import FileFetcher
 from .manifest import WEIGHT_TYPE, ModelRef
 from .models import ModelStore, PackageFile, StoredModel
+from .network import Network
 from .packages import PackageFetcher
+from .registry.pull import Admit, plan_artifact, pull_artifact
 from .sources import (
     FORMS,
     FileSource,
     HttpSource,
     HubSource,
     PackageSource,
+    RegistrySource,
     Source,
     file_name_of,
     parse_source,
@@ -75,7 +78,8 @@ def pull(
     sha256: str | None = None,
     projector: str | None = None,
     converter: Converter | None = None,
-    private_hosts: frozenset[str] | None = None,
+    network: Network | None = None,
+    admit: Admit = lambda _digest, _ref: None,
     progress: Callable[[Progress], None] = lambda _: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> StoredModel:
@@ -88,14 +92,16 @@ def pull(
         projector: Where what makes images readable for the model comes from, in any form that `source` has. A directory
             that holds both brings it by itself.
         converter: Makes a GGUF of a checkpoint directory; without one such a source is refused.
-        private_hosts: Where given, URLs lead to the internet and to these hosts only. Hub and package index are where
-            the device's own settings say.
+        network: How other machines are reached; by default as the environment says. Where it has `private_hosts`, URLs
+            and registries are of the internet and of these hosts only; hub and package index are where the device's
+            own settings say.
+        admit: Looks at what came from a registry before its name becomes visible, and raises to refuse it.
         progress: Called often, from this thread.
         cancelled: Asked often; once it is true the pull stops, and a later one goes on from there.
 
     Raises:
         InvalidReference: Source or name cannot be read, or more than one file fits.
-        Forbidden: It is in a private network, and not of `private_hosts`.
+        Forbidden: It is in a private network, and not of the network's `private_hosts`.
         ModelNotFound: It is a bare name, and neither of the catalog nor a file.
         SourceUnavailable: The source cannot be reached or does not have it.
         InvalidModelFile: What came is no sound GGUF.
@@ -106,11 +112,15 @@ def pull(
         Cancelled: `cancelled` said so.
         StoreError: The store cannot be written.
     """
+    network, control = network or Network(), Control(progress, cancelled)
+    if (registry := _registry_of(source)) is not None:
+        if sha256 or projector:
+            raise InvalidReference(f"{registry} is a whole package.", hint="Insist on a digest with @sha256:…")
+        return pull_artifact(store, registry, name=name, network=network, control=control, admit=admit)
     if not projector and (pair := _pair_in(source)) is not None:
         source, projector = pair
-    wanted = _resolve(source, name, sha256, converter, private_hosts)
-    beside = _resolve(projector, None, None, private_hosts=private_hosts) if projector else None
-    control = Control(progress, cancelled)
+    wanted = _resolve(source, name, sha256, network, converter)
+    beside = _resolve(projector, None, None, network) if projector else None
     # Looked at first, so that a store that cannot take the model says so before it is fetched.
     store.refs()
     with ExitStack() as stack:
@@ -160,13 +170,24 @@ def _pair_in(source: str) -> tuple[str, str] | None:
     return str(model), str(projector)
 
 
-def plan(store: ModelStore, source: str, *, name: str | None = None, sha256: str | None = None) -> PullPlan:
+def _registry_of(source: str) -> RegistrySource | None:
+    parsed = parse_source(source) if source.lower().startswith("oci://") else None
+    return parsed if isinstance(parsed, RegistrySource) else None
+
+
+def plan(
+    store: ModelStore, source: str, *, name: str | None = None, sha256: str | None = None,
+    network: Network | None = None,
+) -> PullPlan:  # fmt: skip
     """What `pull` would do with the same arguments. The source is asked, nothing is fetched or written.
 
     Raises:
         InvalidReference, ModelNotFound, SourceUnavailable, DigestMismatch: As `pull`.
     """
-    wanted = _resolve(source, name, sha256)
+    network = network or Network()
+    if (registry := _registry_of(source)) is not None:
+        return _plan_artifact(store, registry, name, network)
+    wanted = _resolve(source, name, sha256, network)
     offer, present = _locate(store, wanted, Control(lambda _: None, lambda: False))
     return PullPlan(
         source=offer.source,
@@ -177,6 +198,20 @@ def plan(store: ModelStore, source: str, *, name: str | None = None, sha256: str
         is_present=present is not None,
         free_bytes=free_bytes(store.blobs),
         license=wanted.license,
+    )
+
+
+def _plan_artifact(store: ModelStore, source: RegistrySource, name: str | None, network: Network) -> PullPlan:
+    found = plan_artifact(store, source, name=name, network=network)
+    return PullPlan(
+        source=str(found.source),
+        ref=found.ref,
+        file_name=file_name_of(source),
+        size_bytes=found.size_bytes,
+        digest=found.source.digest,
+        is_present=found.is_present,
+        free_bytes=free_bytes(store.blobs),
+        license=None,
     )
 
 
@@ -194,8 +229,7 @@ def package_of(store: ModelStore, digest: Digest, file_name: str) -> tuple[Packa
 
 
 def _resolve(
-    source: str, name: str | None, sha256: str | None, converter: Converter | None = None,
-    private_hosts: frozenset[str] | None = None,
+    source: str, name: str | None, sha256: str | None, network: Network, converter: Converter | None = None
 ) -> _Wanted:  # fmt: skip
     ref = ModelRef.parse(name) if name else None
     digest = Digest.parse(sha256) if sha256 else None
@@ -207,7 +241,7 @@ def _resolve(
                 f"The catalog's {known} is another file", expected=digest, actual=entry.digest, hint=hint
             )
         parsed = parse_source(entry.source)
-        fetcher = _fetcher_of(parsed, entry, converter)
+        fetcher = _fetcher_of(parsed, entry, network, converter)
         file_name = entry.title or file_name_of(parsed)
         return _Wanted(parsed, fetcher, ref or known, entry.digest, entry.license, entry.sampling, file_name)
     parsed = parse_source(source)
@@ -216,7 +250,7 @@ def _resolve(
         raise ModelNotFound(
             source, message=f"There is no model or file '{source}' to pull.", hint=f"Sources: {FORMS} ({names})."
         )
-    fetcher = _fetcher_of(parsed, None, converter, private_hosts)
+    fetcher = _fetcher_of(parsed, None, network, converter)
     return _Wanted(parsed, fetcher, ref, digest, None, Sampling(), file_name_of(parsed))
 
 
@@ -229,19 +263,19 @@ def in_catalog(source: str) -> tuple[ModelRef, CatalogEntry] | None:
     return (same_name[0], catalog()[same_name[0]]) if len(same_name) == 1 else None
 
 
-def _fetcher_of(
-    source: Source, entry: CatalogEntry | None, converter: Converter | None, private_hosts: frozenset[str] | None = None
-) -> Fetcher:
+def _fetcher_of(source: Source, entry: CatalogEntry | None, network: Network, converter: Converter | None) -> Fetcher:
     match source:
         case HubSource():
-            return HubFetcher(source)
+            return HubFetcher(source, network)
+        case RegistrySource():
+            raise InvalidReference(f"{source} is a whole package.", hint=f"Pull it by itself: edge pull {source}.")
         case PackageSource() if entry:
             sizes = (entry.container_size_bytes, entry.size_bytes)
             return PackageFetcher(source, entry.container_digest, *sizes, title=entry.title, converter=converter)
         case PackageSource():
             return PackageFetcher(source, converter=converter)
         case HttpSource():
-            return HttpFetcher.of(source, private_hosts)
+            return HttpFetcher.of(source, network)
         case FileSource():
             return FileFetcher(source.path, converter)
         case _:

@@ -3,41 +3,31 @@
 from __future__ import annotations
 
 import re
-import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import TypeVar
 from urllib.parse import urlsplit
 
 import httpx
 
-from edge import __version__
 from edge.errors import DigestMismatch, SourceUnavailable, root_cause
 
 from .blobs import BlobStore, Partial, Staged
-from .internet import InternetTransport
+from .network import Network
 from .sources import HttpSource, file_name_of, without_query
 from .transfer import Control, Offer, require_room
 
-_TIMEOUT = httpx.Timeout(30.0, connect=10.0)
-_MAX_TRIES = 5
+MAX_TRIES = 5
 """In a row without a byte gained; a link that gives a little each time goes on for ever."""
 _BACKOFF_S = 0.5
-_RETRY_STATUS = (408, 425, 429, 500, 502, 503, 504)
+RETRY_STATUS = (408, 425, 429, 500, 502, 503, 504)
 _NO_HEAD = (403, 405, 501)
 """What servers answer to HEAD when they, or a signature in the URL, know only GET."""
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 _T = TypeVar("_T")
 
 
-@cache
-def _tls_context() -> ssl.SSLContext:
-    # Reading the certificates takes 40 ms; a client is made for each request.
-    return httpx.create_ssl_context()
-
-
-class _Again(Exception):
+class Again(Exception):
     """The server did something that another try may mend."""
 
 
@@ -49,12 +39,16 @@ class HttpFetcher:
     file_name: str
     headers: Mapping[str, str]
     """Sent to the URL's own host only."""
-    private_hosts: frozenset[str] | None = None
-    """Hosts that may be asked beside those of the internet; None is any. See `edge.store.internet`."""
+    network: Network
+    auth: httpx.Auth | None = None
+    tries: int = MAX_TRIES
+    is_addressed: bool = False
+    """The URL can only mean the bytes that the offer states, so that what one place began another may go on with."""
+    denied_hint: str = "A hub's gated model needs HF_TOKEN."
 
     @classmethod
-    def of(cls, source: HttpSource, private_hosts: frozenset[str] | None = None) -> HttpFetcher:
-        return cls(source.url, file_name_of(source), {}, private_hosts)
+    def of(cls, source: HttpSource, network: Network) -> HttpFetcher:
+        return cls(source.url, file_name_of(source), {}, network)
 
     def look(self, control: Control) -> Offer:
         """Ask for the file's size by HEAD; a server that does not answer HEAD leaves it open.
@@ -62,24 +56,21 @@ class HttpFetcher:
         Raises:
             SourceUnavailable: The host cannot be reached, or has no such file.
         """
-        return Offer(without_query(self.url), self.file_name, _retried(self.url, control, self._size))
+        return Offer(without_query(self.url), self.file_name, self._retried(control, self._size))
 
     def _size(self) -> int | None:
         with self._client() as client:
             response = client.head(self.url)
         if response.status_code in _NO_HEAD:
             return None
-        _check_status(response, self.url)
+        check_status(response, self.url, self.denied_hint)
         return _length_of(response)
 
     def _client(self) -> httpx.Client:
-        # identity: a compressed transfer has no stable byte positions to resume at.
-        headers = {"User-Agent": f"slm-edge/{__version__}", "Accept-Encoding": "identity", **self.headers}
-        tls = _tls_context()
-        transport = InternetTransport(self.private_hosts, tls) if self.private_hosts is not None else None
-        return httpx.Client(
-            headers=headers, timeout=_TIMEOUT, follow_redirects=True, max_redirects=10, verify=tls, transport=transport
-        )
+        return self.network.client(self.headers, auth=self.auth)
+
+    def _retried(self, control: Control, attempt: Callable[[], _T], gained: Callable[[], int] = lambda: 0) -> _T:
+        return retried(self.url, control, attempt, gained=gained, tries=self.tries)
 
     def fetch(self, offer: Offer, blobs: BlobStore, partial: Partial, control: Control) -> Staged:
         """Fetch what is missing; if what was there before proves wrong in the end, fetch all of it once more."""
@@ -95,30 +86,52 @@ class HttpFetcher:
 
     def _fetch(self, offer: Offer, blobs: BlobStore, partial: Partial, control: Control) -> Staged:
         def attempt() -> None:
+            self.network.pace.admit(control)
             with self._client() as client:
-                _Transfer(client, self.url, offer, blobs, partial, control).run()
+                _Transfer(client, self, offer, blobs, partial, control).run()
 
-        _retried(self.url, control, attempt, gained=lambda: partial.size_bytes)
+        if self.is_addressed and partial.size_bytes == offer.size_bytes:
+            return partial.complete()
+        self._retried(control, attempt, gained=lambda: partial.size_bytes)
         if digest := partial.published:
             return Staged(blobs.path(digest), digest, blobs.path(digest).stat().st_size)
         return partial.complete()
 
 
-def _retried(url: str, control: Control, attempt: Callable[[], _T], *, gained: Callable[[], int] = lambda: 0) -> _T:
-    tries, before = 0, gained()
+def retried(
+    url: str,
+    control: Control,
+    attempt: Callable[[], _T],
+    *,
+    gained: Callable[[], int] = lambda: 0,
+    tries: int = MAX_TRIES,
+) -> _T:
+    """Do what may fail by the network's fault, again after a pause where it does.
+
+    Args:
+        url: Whose host an error names.
+        attempt: Raises `Again` where the server did something that another try may mend.
+        gained: Bytes there are; an attempt that brought some begins the counting anew.
+        tries: In a row without a byte gained.
+
+    Raises:
+        SourceUnavailable: All were in vain, or no other would help.
+        Cancelled: Somebody asked for it.
+    """
+    failed, before = 0, gained()
     while True:
         control.check()
         try:
             return attempt()
-        except (_Again, httpx.TransportError) as e:
-            tries, before = (1, gained()) if gained() > before else (tries + 1, before)
-            if tries >= _MAX_TRIES:
+        except (Again, httpx.TransportError) as e:
+            failed, before = (1, gained()) if gained() > before else (failed + 1, before)
+            if failed >= tries:
                 what = "cannot be reached" if isinstance(e, httpx.ConnectError) else "stopped answering"
                 raise SourceUnavailable(
                     f"{urlsplit(url).netloc} {what}: {root_cause(e)}.",
                     hint="Check the network and pull again to continue.",
                 ) from e
-            control.pause(_BACKOFF_S * 2 ** (tries - 1))
+            control.pause(_BACKOFF_S * 2 ** (failed - 1))
         except (httpx.InvalidURL, httpx.TooManyRedirects, httpx.DecodingError) as e:
             raise SourceUnavailable(f"The source cannot be used: {e}.") from e
 
@@ -128,27 +141,29 @@ class _Transfer:
     """One request and its answer."""
 
     client: httpx.Client
-    url: str
+    of: HttpFetcher
     offer: Offer
     blobs: BlobStore
     partial: Partial
     control: Control
 
     def run(self) -> None:
-        with self.client.stream("GET", self.url, headers=self._conditions()) as response:
-            if self.url.startswith("https:") and response.url.scheme != "https":
+        with self.client.stream("GET", self.of.url, headers=self._conditions()) as response:
+            if self.of.url.startswith("https:") and response.url.scheme != "https":
                 raise SourceUnavailable(f"{self.offer.source} leads to a place without TLS.")
             if response.status_code == 304:
                 return
             if response.status_code == 416:
                 self.partial.restart()
-                raise _Again("the file became shorter")
-            _check_status(response, self.url)
+                raise Again("the file became shorter")
+            check_status(response, self.of.url, self.of.denied_hint)
             total = self._begin(response)
             self._receive(response, total)
 
     def _conditions(self) -> dict[str, str]:
         have, note = self.partial.size_bytes, self.partial.note
+        if self.of.is_addressed:
+            return {"Range": f"bytes={have}-"} if have else {}
         is_published = self.partial.published is not None and self.blobs.has_sound(self.partial.published)
         if have and not note.validator and not self.offer.digest:
             self.partial.restart()  # nothing could tell whether the rest belongs to it
@@ -175,7 +190,7 @@ class _Transfer:
         known = self.partial.note.total_bytes
         if not found or int(found[1]) != self.partial.size_bytes or known not in (None, int(found[3])):
             self.partial.restart()
-            raise _Again("the server answered another range than was asked for")
+            raise Again("the server answered another range than was asked for")
         return int(found[3])
 
     def _receive(self, response: httpx.Response, total: int | None) -> None:
@@ -184,19 +199,28 @@ class _Transfer:
         for chunk in response.iter_raw():
             if total is not None and self.partial.size_bytes + len(chunk) > total:
                 self.partial.restart()
-                raise _Again("the server sent more than it announced")
+                raise Again("the server sent more than it announced")
             self.partial.write(chunk)
             self.control.report(self.partial.size_bytes, total, message)
+            self.of.network.pace.take(len(chunk), self.control)
+            if self.partial.size_bytes != total and not self.of.network.pace.is_open:
+                raise Again("the time for it is over")
         if total is not None and self.partial.size_bytes < total:
-            raise _Again(f"the connection ended at {self.partial.size_bytes:,} of {total:,} bytes")
+            raise Again(f"the connection ended at {self.partial.size_bytes:,} of {total:,} bytes")
 
 
-def _check_status(response: httpx.Response, url: str) -> None:
+def check_status(response: httpx.Response, url: str, denied_hint: str) -> None:
+    """Refuse what is no success.
+
+    Raises:
+        Again: Another try may get it.
+        SourceUnavailable: None would.
+    """
     code, url = response.status_code, without_query(url)
-    if code in _RETRY_STATUS:
-        raise _Again(f"the server answered {code}")
+    if code in RETRY_STATUS:
+        raise Again(f"the server answered {code}")
     if code in (401, 403):
-        raise SourceUnavailable(f"{url} is not allowed ({code}).", hint="A hub's gated model needs HF_TOKEN.")
+        raise SourceUnavailable(f"{url} is not allowed ({code}).", hint=denied_hint)
     if code not in (200, 206):
         raise SourceUnavailable(f"{url} answered {code} {response.reason_phrase}.", hint="Check the address.")
 

@@ -22,6 +22,7 @@ from edge.errors import InvalidReference, SourceUnavailable, UnsupportedFormat, 
 from .blobs import BlobStore, Partial, Staged
 from .digest import Digest
 from .http import HttpFetcher
+from .network import Network
 from .sources import HubSource, is_safe_path, parse_source
 from .transfer import Control, Offer
 
@@ -48,6 +49,7 @@ class HubFetcher:
     """A file of a hub's repository."""
 
     source: HubSource
+    network: Network
 
     def look(self, control: Control) -> Offer:
         """Ask the hub for the file, its size and, where it stores it as a large file, its sha256."""
@@ -78,7 +80,7 @@ class HubFetcher:
         with _hub_errors(self.source):
             url = _library().hf_hub_url(offered.repo, offered.file, revision=offered.revision)
             headers = _library(".utils").build_hf_headers(library_name="slm-edge")
-        return HttpFetcher(url, offer.file_name, headers).fetch(offer, blobs, partial, control)
+        return HttpFetcher(url, offer.file_name, headers, self.network).fetch(offer, blobs, partial, control)
 
 
 def _library(submodule: str = "") -> Any:

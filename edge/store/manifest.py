@@ -46,8 +46,8 @@ _MAX_LAYERS = 4096
 _MAX_SIZE_BYTES = 1 << 53
 
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
-_NAME = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
-_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+REPOSITORY = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
+TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _MAX_NAME = 200
 
 
@@ -63,7 +63,7 @@ class ModelRef:
     tag: str = "latest"
 
     def __post_init__(self) -> None:
-        if len(self.name) > _MAX_NAME or not _NAME.fullmatch(self.name) or not _TAG.fullmatch(self.tag):
+        if len(self.name) > _MAX_NAME or not REPOSITORY.fullmatch(self.name) or not TAG.fullmatch(self.tag):
             raise InvalidReference(
                 f"{f'{self.name}:{self.tag}'[:240]!r} is not a model name.",
                 hint="A name is lower-case letters, digits and . _ - / between them, then perhaps :tag, "

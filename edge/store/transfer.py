@@ -36,6 +36,7 @@ class Control:
 
     progress: Callable[[Progress], None]
     cancelled: Callable[[], bool]
+    work: str = "pull"
 
     def report(self, done_bytes: int, total_bytes: int | None, message: str) -> None:
         """Tell how far it is, and stop here if it was cancelled.
@@ -53,7 +54,9 @@ class Control:
             Cancelled: Somebody asked for it.
         """
         if self.cancelled():
-            raise Cancelled("The pull was cancelled.", hint="What was fetched is kept; the same pull continues it.")
+            raise Cancelled(
+                f"The {self.work} was cancelled.", hint=f"What was done is kept; the same {self.work} goes on."
+            )
 
     def pause(self, duration_s: float) -> None:
         """Wait, unless cancelled.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import logging
 import shutil
@@ -14,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import psutil
@@ -58,6 +60,9 @@ from runtime.pool import Pool
 from runtime.request import SamplingParams
 from runtime.selection import SEPARATOR
 from runtime.state_dirs import remove_states
+
+if TYPE_CHECKING:
+    from edge.store.network import Network
 
 log = logging.getLogger("edge.appliance")
 
@@ -350,18 +355,26 @@ class Appliance:
         self._check_pull(request, caller)
         check_source(request.source, self.settings)
         hosts = None if caller.may_read_files else listed(self.settings.pull_hosts)
+        network = dataclasses.replace(self._network, private_hosts=hosts)
 
         def work(control: JobControl) -> str:
             def report(p: Progress) -> None:
                 control.report(p.done_bytes, p.total_bytes, p.message)
 
             model = pull(
-                self.store, request.source, name=request.name, private_hosts=hosts, progress=report,
+                self.store, request.source, name=request.name, network=network, progress=report,
                 cancelled=control.is_cancelled,
             )  # fmt: skip
             return f"{model.ref} is in the store"
 
         return self.jobs.start("pull", without_query(request.source), work, owner=caller.id)
+
+    @functools.cached_property
+    def _network(self) -> Network:
+        # One for all pulls, which share its rate. Made when the first begins: it brings an HTTP client.
+        from edge.store.network import Network
+
+        return Network.of(self.settings)
 
     def _check_pull(self, request: PullRequest, caller: Caller) -> None:
         from edge.store.fetch import in_catalog

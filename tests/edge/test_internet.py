@@ -15,6 +15,7 @@ from edge.errors import Forbidden
 from edge.store.fetch import pull
 from edge.store.internet import is_public, public_addresses
 from edge.store.models import ModelStore
+from edge.store.network import Network
 from tests.edge.file_server import FileServer, ServedFile, serve
 from tests.edge.gguf_files import sized_gguf
 
@@ -55,17 +56,17 @@ def test_addresses_that_are_not(address: str) -> None:
 def test_this_machine_is_not_asked_whatever_it_is_called(tmp_path: Path, server: FileServer, host: str) -> None:
     port = server.url.rpartition(":")[2]
     with pytest.raises(Forbidden, match="no address of the internet"):
-        pull(ModelStore(tmp_path / "store"), f"http://{host}:{port}{PATH}", private_hosts=frozenset())
+        pull(ModelStore(tmp_path / "store"), f"http://{host}:{port}{PATH}", network=Network(private_hosts=frozenset()))
     assert server.asked == []
 
 
 def test_a_host_that_is_listed_is_asked_and_leads_to_no_other(tmp_path: Path, server: FileServer) -> None:
     store, hosts = ModelStore(tmp_path / "store"), frozenset({"127.0.0.1"})
-    assert str(pull(store, f"{server.url}{PATH}", private_hosts=hosts).ref) == "tiny:q8_0"
+    assert str(pull(store, f"{server.url}{PATH}", network=Network(private_hosts=hosts)).ref) == "tiny:q8_0"
     elsewhere = server.url.replace("127.0.0.1", "localhost")
     server.files["/moved"] = ServedFile(b"", redirect=f"{elsewhere}/secret")
     with pytest.raises(Forbidden, match="localhost is at"):
-        pull(store, f"{server.url}/moved", private_hosts=hosts)
+        pull(store, f"{server.url}/moved", network=Network(private_hosts=hosts))
     assert "/secret" not in [asked.path for asked in server.asked]
 
 

@@ -1,0 +1,1 @@
+"""Models in OCI registries: pushed and pulled over the distribution protocol, version 1.1."""

@@ -1,0 +1,237 @@
+"""Pull an artifact of a registry into the store: whole, compared with its digests, and visible last."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+from edge.errors import DigestMismatch, InvalidModelFile, InvalidReference, SourceUnavailable
+from edge.formats.gguf import read_gguf
+
+from ..blobs import Staged
+from ..details import Sampling, details_of
+from ..digest import Digest
+from ..manifest import DOC_TYPE, WEIGHT_TYPE, Descriptor, Manifest, ModelRef, Referrer
+from ..models import ModelStore, PackageFile, StoredModel
+from ..network import Network
+from ..sources import RegistrySource
+from ..transfer import Control, Offer, require_room
+from .artifacts import Part, is_model_pack, only_manifest, parts_of, sampling_of
+from .client import Document, RegistryClient, clients_of, first_of
+
+_MAX_TEXT_BYTES = 1 << 20
+_MAX_REFERRER_BYTES = 64 << 20
+"""Of the files of one thing that is attached to a model; what is larger is left where it is."""
+_TRIES = 3
+_REFERRERS_LEFT = frozenset({"application/vnd.slm-edge.delta.v1"})
+"""Of no use to who has the whole model."""
+log = logging.getLogger("edge.store")
+
+Admit = Callable[[Digest, ModelRef], object]
+Check = Callable[[Staged, str], object]
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactPlan:
+    """What a pull from a registry would do."""
+
+    source: RegistrySource
+    """With the digest of the manifest."""
+    ref: ModelRef
+    size_bytes: int
+    is_present: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Pull:
+    store: ModelStore
+    source: RegistrySource
+    clients: Sequence[RegistryClient]
+    control: Control
+
+    def document(self) -> Document:
+        """The manifest that the source names."""
+        found = self.manifest(self.source.reference)
+        return only_manifest(found, lambda entry: self.manifest(entry.digest), what=str(self.source))
+
+    def manifest(self, reference: str) -> Document:
+        return first_of(self.clients, lambda client: client.manifest(self.source.repository, reference))
+
+    def text(self, descriptor: Descriptor) -> bytes:
+        """A small blob, in memory."""
+        return first_of(
+            self.clients, lambda client: client.blob(self.source.repository, descriptor, limit=_MAX_TEXT_BYTES)
+        )
+
+    @contextmanager
+    def fetched(self, blob: Descriptor, name: str, check: Check) -> Generator[Staged]:
+        """A blob as a checked file, for as long as the block runs. What one place began another goes on with; what
+        proved wrong is thrown away."""
+
+        def waiting() -> None:
+            self.control.report(0, None, "waiting for another pull of the same file")
+
+        with self.store.blobs.ingest(f"blob {blob.digest}", before_poll=waiting) as partial:
+            offer = Offer(str(self.source), name, blob.size, blob.digest)
+
+            def attempt(client: RegistryClient) -> Staged:
+                fetcher = client.fetcher(self.source.repository, blob.digest, name)
+                try:
+                    return fetcher.fetch(offer, self.store.blobs, partial, self.control)
+                except DigestMismatch:
+                    partial.restart()
+                    raise
+
+            staged = first_of(self.clients, attempt)
+            try:
+                self.control.report(blob.size, blob.size, f"checking {name}")
+                check(staged, name)
+                yield staged
+            except InvalidModelFile:
+                partial.discard()
+                raise
+            partial.discard()
+
+
+def plan_artifact(store: ModelStore, source: RegistrySource, *, name: str | None, network: Network) -> ArtifactPlan:
+    """What `pull_artifact` would do. The registry is asked, nothing is fetched or written.
+
+    Raises:
+        SourceUnavailable, DigestMismatch, InvalidModelFile, UnsupportedFormat: As `pull_artifact`.
+    """
+    control = Control(lambda _: None, lambda: False)
+    with clients_of(source.host, network, control) as clients:
+        document = _Pull(store, source, clients, control).document()
+    found = replace(source, digest=document.digest)
+    if is_model_pack(document):
+        manifest = Manifest.parse(document.data, what=str(source))
+        blobs, is_present = manifest.layers, not store.blob_needs(manifest)
+    else:
+        blobs, is_present = [part.descriptor for part in parts_of(document, what=str(source))], False
+    return ArtifactPlan(found, ref_of(source, name), sum(blob.size for blob in blobs), is_present)
+
+
+def pull_artifact(
+    store: ModelStore, source: RegistrySource, *, name: str | None, network: Network, control: Control, admit: Admit
+) -> StoredModel:
+    """Fetch what a registry has under a name or a digest. A ModelPack is kept as it is, byte for byte, with what is
+    attached to it; of anything else a package is made.
+
+    Args:
+        admit: Looks at the manifest and what is attached before the name becomes visible, and raises to refuse it.
+
+    Raises:
+        SourceUnavailable: Neither the registry nor a mirror of it can be reached or has it.
+        DigestMismatch: All of them have other bytes.
+        InvalidModelFile: It is damaged, or no model.
+        UnsupportedFormat: It is of a form that is not read.
+        DiskFull: It does not fit on the disk.
+        Cancelled: Somebody asked for it.
+        StoreError: The store cannot be written.
+    """
+    store.refs()
+    with clients_of(source.host, network, control) as clients:
+        pull = _Pull(store, source, clients, control)
+        control.report(0, None, f"asking {source.host}")
+        document = pull.document()
+        ref = ref_of(source, name)
+        return _adopt(pull, document, ref, admit) if is_model_pack(document) else _package(pull, document, ref)
+
+
+def ref_of(source: RegistrySource, name: str | None) -> ModelRef:
+    """What the model is called here: as asked for, else the last part of its name there and its tag."""
+    if name:
+        return ModelRef.parse(name)
+    try:
+        return ModelRef(source.repository.rpartition("/")[2], source.tag or "latest")
+    except InvalidReference as e:
+        raise InvalidReference(e.message, hint="Give it a name with --name.") from e
+
+
+def _adopt(pull: _Pull, document: Document, ref: ModelRef, admit: Admit) -> StoredModel:
+    manifest = Manifest.parse(document.data, what=f"The manifest of {pull.source}")
+    with pull.store.lease(document.digest):
+        pull.store.keep_manifest(document.data)
+        _complete(pull, manifest)
+        for descriptor in _attached(pull, document.digest):
+            _attach(pull, descriptor)
+        admit(document.digest, ref)
+        return pull.store.add_manifest(ref, document.data)
+
+
+def _complete(pull: _Pull, manifest: Manifest | Referrer) -> None:
+    """Have every blob of a manifest in the store. Those that are there are hashed: pulling is how people mend."""
+    blobs = {blob.digest: blob for blob in (manifest.config, *manifest.layers)}
+    missing = [blob for blob in blobs.values() if not pull.store.has_sound(blob.digest)]
+    require_room(pull.store.blobs, sum(blob.size for blob in missing))
+    for blob in missing:
+        with pull.fetched(blob, blob.filepath or "its config", _check) as staged:
+            pull.store.keep(staged)
+
+
+def _check(staged: Staged, name: str) -> None:
+    if name.lower().endswith(".gguf"):
+        read_gguf(staged.path, what=name)
+
+
+def _attached(pull: _Pull, subject: Digest) -> Sequence[Descriptor]:
+    found = first_of(pull.clients, lambda client: client.referrers(pull.source.repository, subject))
+    return [entry for entry in found if entry.artifact_type not in _REFERRERS_LEFT]
+
+
+def _attach(pull: _Pull, descriptor: Descriptor) -> None:
+    """Bring what is attached to a model. What is broken is left out: a policy that wants it then finds it missing."""
+    try:
+        document = pull.manifest(descriptor.digest)
+        referrer = Referrer.parse(document.data)
+        if sum(blob.size for blob in referrer.layers) > _MAX_REFERRER_BYTES:
+            log.warning("%s is left at the registry: it is too large", descriptor.digest)
+            return
+        with pull.store.lease(document.digest):
+            pull.store.keep_manifest(document.data)
+            _complete(pull, referrer)
+            pull.store.add_referrer(document.data)
+    except (DigestMismatch, InvalidModelFile, SourceUnavailable) as e:
+        log.warning("what is attached as %s is left out: %s", descriptor.digest, e.message)
+
+
+def _package(pull: _Pull, document: Document, ref: ModelRef) -> StoredModel:
+    """Make a package of an artifact that is none of ours: its weights as they are, the rest as our annotations."""
+    parts = parts_of(document, what=str(pull.source))
+    stem = pull.source.repository.rpartition("/")[2]
+    sampling, system, template = Sampling(), "", ""
+    with ExitStack() as stack:
+        files: list[PackageFile] = []
+        projector: str | None = None
+        for part in parts:
+            match part.role:
+                case "weights":
+                    files.append(_weights(pull, part, part.name or f"{stem}.gguf", stack))
+                case "projector":
+                    files.append(_weights(pull, part, projector := part.name or f"mmproj-{stem}.gguf", stack))
+                case "license":
+                    files.append(_weights(pull, part, f"LICENSE-{len(files)}" if part.name == "" else part.name, stack))
+                case "template":
+                    template = pull.text(part.descriptor).decode("utf-8", "replace")
+                case "system":
+                    system = pull.text(part.descriptor).decode("utf-8", "replace")
+                case "params":
+                    sampling = sampling_of(pull.text(part.descriptor))
+        gguf = read_gguf(files[0].path, what=files[0].name)
+        source = str(replace(pull.source, digest=document.digest))
+        details = details_of(gguf, source=source, sampling=sampling)
+        return pull.store.add(ref, files, replace(details, projector=projector, system=system, template=template))
+
+
+def _weights(pull: _Pull, part: Part, name: str, stack: ExitStack) -> PackageFile:
+    is_document = part.role == "license"
+    media_type = DOC_TYPE if is_document else WEIGHT_TYPE
+    if is_document and part.descriptor.size > _MAX_TEXT_BYTES:
+        raise InvalidModelFile(str(pull.source), f"its licence has {part.descriptor.size:,} bytes")
+    digest = part.descriptor.digest
+    if pull.store.has_sound(digest):
+        return PackageFile(pull.store.blobs.path(digest), name, media_type, digest=digest)
+    staged = stack.enter_context(pull.fetched(part.descriptor, name, _check))
+    return PackageFile(staged.path, name, media_type, move=True, digest=staged.digest)
