@@ -231,9 +231,10 @@ def test_what_came_attached_is_attached_as_it_came(store: ModelStore, tmp_path: 
 
 def attached_by_another_tool(store: ModelStore, subject: Descriptor, annotations: Mapping[str, str]) -> Digest:
     """An entry as the oras command writes it into a layout: nothing of ours stands there."""
+    config = Descriptor(media_type=SIGNATURE, digest=digest_bytes(b"{}"), size=2)
     notes = {"of": str(len(annotations))}
     data = Referrer(
-        schema_version=2, media_type=MANIFEST_TYPE, config=subject, layers=[], subject=subject, annotations=notes
+        schema_version=2, media_type=MANIFEST_TYPE, config=config, layers=[], subject=subject, annotations=notes
     ).encode()
     digest = store.keep_manifest(data)
     path = store.root / "index.json"
@@ -249,7 +250,7 @@ def test_what_another_tool_attached_counts_too(store: ModelStore) -> None:
     model = model_of(store, "tiny")
     subject = Descriptor(media_type=MANIFEST_TYPE, digest=model.digest, size=model.manifest.config.size)
     digest = attached_by_another_tool(store, subject, {})
-    assert [found.digest for found in store.referrers(model.digest)] == [digest]
+    assert [(found.digest, found.artifact_type) for found in store.referrers(model.digest)] == [(digest, SIGNATURE)]
     named = attached_by_another_tool(store, subject, {"org.opencontainers.image.ref.name": "its-own"})
     assert [found.digest for found in store.referrers(model.digest)] == [digest], "it has a name: it stands for itself"
     store.remove("tiny")
