@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from edge.errors import DigestMismatch
@@ -25,17 +26,19 @@ def take_over(source: BlobStore, target: BlobStore, entry: Descriptor) -> None:
         references = references_of(file.read(MAX_DOCUMENT_BYTES + 1), what="The seed's manifest")
     for digest in (*sorted(references.blobs), entry.digest):
         if not target.has(digest):
-            target.publish([_stage(source.path(digest), digest, target)])
+            with ExitStack() as stack:
+                target.publish([_stage(source.path(digest), digest, target, stack)])
 
 
-def _stage(path: Path, digest: Digest, target: BlobStore) -> Staged:
+def _stage(path: Path, digest: Digest, target: BlobStore, stack: ExitStack) -> Staged:
     linked = target.ingest_dir / f"{digest.hex[:32]}.link"
     target.files.remove(linked)
     if not target.files.link(path, linked):
-        with target.ingest(f"seed {digest}") as partial:
-            staged = target.copy_in(path, partial)
-            _check(staged.digest, digest, path)
-            return staged
+        partial = stack.enter_context(target.ingest(f"seed {digest}"))
+        stack.callback(partial.discard)
+        staged = target.copy_in(path, partial)
+        _check(staged.digest, digest, path)
+        return staged
     with translated(linked, "Reading"), linked.open("rb", buffering=0) as file:
         staged = target.hash_in_place(linked)
         target.files.sync(file)

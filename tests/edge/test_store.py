@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -292,6 +294,7 @@ def test_where_links_are_not_possible_the_seed_is_copied(tmp_path: Path, gguf: P
     model = add_model(seed, "tiny", gguf)
     store = ModelStore(tmp_path / "store", seed=seed.root, files=NoLinks())
     assert not store.get("tiny").weights.samefile(model.weights)
+    assert list(store.blobs.ingest_dir.iterdir()) == []
     assert_sound(store.root)
 
 
@@ -305,6 +308,26 @@ def test_a_damaged_seed_is_not_taken(tmp_path: Path, gguf: Path, caplog: pytest.
     assert "bad:latest is not taken from the seed" in caplog.text
     store.collect()
     assert_sound(store.root)
+
+
+_READ_ONLY = """
+mount --make-rprivate /; mount --bind "$EDGE_HOME" "$EDGE_HOME"; mount -o remount,bind,ro /
+if touch "$EDGE_HOME/../elsewhere" 2>/dev/null; then exit 9; fi
+edge() { "$PYTHON" -m edge.cli "$@"; }
+edge pull "$GGUF" --name tiny; edge pin tiny; edge verify tiny; edge rm tiny --yes; edge list --json
+"""
+
+
+def test_a_read_only_root_with_one_writable_directory_is_enough(tmp_path: Path, gguf: Path) -> None:
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to make a mount namespace")
+    (home := tmp_path / "home").mkdir()
+    environ = {**os.environ, "EDGE_HOME": str(home), "PYTHON": sys.executable, "GGUF": str(gguf), "EDGE_SEED": "/none"}
+    done = subprocess.run(["unshare", "-m", "sh", "-ec", _READ_ONLY], env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "good  tiny:latest" in done.stdout
+    assert json.loads(done.stdout[done.stdout.index("{") :])["models"] == []
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["home"]
 
 
 def test_a_partial_goes_on_where_it_stopped(tmp_path: Path) -> None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+
+import msgspec
+import pytest
 
 from edge.errors import ModelNotFound
 from edge.store.manifest import Index, decode
@@ -64,6 +68,40 @@ def test_writers_and_readers_at_once(tmp_path: Path) -> None:
     assert reads > 5
     names = {str(model.ref) for model in assert_sound(root)}
     assert {f"own-{number}:{turn}" for number in range(2) for turn in range(rounds)} <= names
+
+
+PLAYERS = 2
+
+
+@pytest.mark.parametrize("seconds", [6, pytest.param(300, marks=pytest.mark.soak)])
+def test_processes_that_pull_remove_collect_and_load_at_random(tmp_path: Path, seconds: int) -> None:
+    root = tmp_path / "store"
+    rows = {b"\x01": 4, b"\x02": 400, b"\x03": 20_000}  # the last has more than one piece
+    files = [write_gguf(tmp_path / f"{fill.hex()}.gguf", num_rows=num, fill=fill) for fill, num in rows.items()]
+    command = [sys.executable, "-m", "tests.edge.store_player", str(root)]
+    players = [
+        subprocess.Popen([*command, str(number), str(seconds), *map(str, files)], stdout=subprocess.PIPE)
+        for number in range(PLAYERS)
+    ]
+    try:
+        outputs = [player.communicate(timeout=seconds + 60)[0] for player in players]
+    finally:
+        for player in players:
+            player.kill()
+            player.wait()
+    assert [player.returncode for player in players] == [0] * PLAYERS
+    done = sum((Counter(msgspec.json.decode(output, type=dict[str, int])) for output in outputs), Counter[str]())
+    print(dict(done))
+    assert all(done[act] >= 5 for act in ("pull", "remove", "collect", "load", "unload", "activate", "attach", "read"))
+    assert_sound(root)
+    store = ModelStore(root)
+    store.write_slots(lambda _: {})
+    for ref in store.refs():
+        store.remove(ref)
+    store.collect(partial_age_s=0)
+    assert list(store.blobs.digests()) == []
+    left = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+    assert left == {"oci-layout", "index.json", "lock", "room.lock", "reserve", "slots.json"}
 
 
 def test_two_that_seed_at_once_agree(tmp_path: Path) -> None:

@@ -204,10 +204,10 @@ TINY: Mapping[str, Tiny] = {
 }
 
 
-def make_tiny(path: Path, architecture: str, *, fills_in: bool = False) -> Path:
+def make_tiny(path: Path, architecture: str, *, fills_in: bool = False, split_tensors: int = 0) -> Path:
     """Write a model of four layers."""
     tiny = TINY[architecture]
-    writer: Any = gguf.GGUFWriter(str(path), architecture)
+    writer: Any = gguf.GGUFWriter(str(path), architecture, split_max_tensors=split_tensors)
     keys: dict[str, int | float | Sequence[int]] = {
         "context_length": CONTEXT, "embedding_length": EMBD, "block_count": 4, "feed_forward_length": FFN,
         "attention.head_count": HEADS, "attention.head_count_kv": KV_HEADS,
