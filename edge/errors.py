@@ -572,6 +572,37 @@ class ServerStopping(EdgeError):
     retry_after_s = 5.0
 
 
+class SlotNotFound(EdgeError):
+    """No version is in a slot of that name."""
+
+    code = "slot_not_found"
+
+    def __init__(self, name: str, *, known: Sequence[str]) -> None:
+        listed = f"Slots here: {', '.join(known)}." if known else "Fill one: edge activate MODEL --slot chat."
+        super().__init__(f"There is no slot {name[:64]!r}.", hint=listed)
+        self.name = name
+
+
+class SlotBusy(EdgeError):
+    """A slot that is being changed already, or whose version is needed by requests."""
+
+    code = "slot_busy"
+
+
+class ActivationFailed(EdgeError):
+    """A version that did not prove itself; the one before it serves."""
+
+    code = "activation_failed"
+
+    def __init__(self, ref: str, slot: str, reason: str) -> None:
+        super().__init__(
+            f"'{ref}' was not activated as '{slot}': {reason}",
+            hint="What served before serves on. See: edge slots.",
+        )
+        self.ref = ref
+        self.reason = reason
+
+
 class RecipeError(EdgeError):
     """A quantization that cannot be done as asked."""
 

@@ -58,7 +58,15 @@ class SpeedJob(msgspec.Struct, frozen=True, tag="speed"):
     num_threads: int
 
 
-Job = QuantizeJob | QualityJob | SpeedJob
+class GoldenJob(msgspec.Struct, frozen=True, tag="golden"):
+    """Record what `model` thinks of the beginning of a text. The result is an `edge.store.goldens.Goldens`."""
+
+    model: str
+    text: str
+    num_threads: int
+
+
+Job = QuantizeJob | QualityJob | SpeedJob | GoldenJob
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
@@ -173,6 +181,8 @@ def _perform(job: Job, on_progress: Callable[[float], None]) -> Any:
             )
         case SpeedJob():
             return evaluate.measure_speed(Path(job.model), text=job.text, num_threads=job.num_threads)
+        case GoldenJob():
+            return evaluate.measure_goldens(Path(job.model), text=job.text, num_threads=job.num_threads)
         case _:
             assert_never(job)
 

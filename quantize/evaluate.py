@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.errors import RecipeError
+from edge.store.goldens import Goldens, GoldenText
 
 from .gguf.llama import ScoringModel
 
@@ -26,6 +27,7 @@ VERSION = 1
 
 WINDOW_TOKENS = 512
 _ROWS_AT_ONCE = 32  # Of a vocabulary of 32k: 4 MB an array, which stays in the cache.
+GOLDEN_TOKENS, NUM_GOLDENS = 24, 2
 _PREFILL_REPEATS, _DECODE_TOKENS = 3, 48
 
 
@@ -207,6 +209,25 @@ def measure_quality(
             scores.append(compare(pair[0], pair[1], targets))
             on_progress((i + 1) / len(windows))
         return summarize(scores, window_tokens=size)
+
+
+def measure_goldens(path: Path, *, text: str, num_threads: int) -> Goldens:
+    """What a model thinks of the beginning of a text, for devices to compare with.
+
+    Raises:
+        BackendError: The model cannot be loaded or run.
+    """
+    with ScoringModel(path, window_tokens=WINDOW_TOKENS, num_threads=num_threads) as model:
+        tokens = model.tokenize(text)
+        windows = [tokens[i * GOLDEN_TOKENS : (i + 1) * GOLDEN_TOKENS] for i in range(NUM_GOLDENS)]
+        return Goldens(texts=[_golden(model, window) for window in windows if len(window) > 1])
+
+
+def _golden(model: ScoringModel, tokens: list[int]) -> GoldenText:
+    scores = model.logits(tokens, scored_from=0)[:-1].astype(np.float64)
+    scores -= scores.max(axis=1, keepdims=True)
+    chosen = scores[np.arange(len(tokens) - 1), tokens[1:]] - np.log(np.exp(scores).sum(axis=1))
+    return GoldenText(tokens=tokens, logprobs=[round(float(value), 4) for value in chosen])
 
 
 def _tokens_per_second(seconds: Iterable[float]) -> float:

@@ -20,13 +20,14 @@ import msgspec
 from edge.errors import DiskFull, RecipeError
 from edge.formats.gguf import GgufFile, read_gguf
 from edge.store.digest import Digest, digest_file
+from edge.store.goldens import GOLDEN_NAME, Goldens
 from edge.store.manifest import ModelRef
-from edge.store.models import ModelStore, StoredModel
+from edge.store.models import ModelStore, PackageFile, StoredModel
 
 from . import evaluate
 from .cache import StepCache, step_key
 from .checkpoint import Checkpoint, lossless_precision
-from .child import QualityJob, QuantizeJob, SpeedJob, run_job
+from .child import GoldenJob, QualityJob, QuantizeJob, SpeedJob, run_job
 from .evaluate import Quality, Speed
 from .gguf import convert
 from .package import matching_package, package_variant, report_in, variant_in, write_documents
@@ -46,7 +47,7 @@ from .report import (
 from .sbom import attach_sbom
 from .source import Source, is_quantized, source_digest, tensor_types
 
-Kind = Literal["convert", "quantize", "quality", "speed"]
+Kind = Literal["convert", "quantize", "quality", "speed", "golden"]
 Moment = Literal["cached", "started", "progress", "built", "done"]
 T = TypeVar("T")
 
@@ -89,6 +90,7 @@ class VariantPlan:
     quantize: Step
     quality: Step
     speed: Step
+    golden: Step
     stored: StoredModel | None
 
 
@@ -119,7 +121,7 @@ class Plan:
         steps = [] if self.convert is None else [self.convert]
         steps.append(self.source_speed)
         for variant in self.missing:
-            steps += [variant.quantize, variant.quality, variant.speed]
+            steps += [variant.quantize, variant.quality, variant.speed, variant.golden]
         return steps if self.missing else []
 
     @property
@@ -201,7 +203,10 @@ class _Planner:
         quality = self.step("quality", f"judge {kind.name}", "quality.json", _SMALL_BYTES, *inputs)
         ref = ModelRef(self.recipe.name, kind.tag)
         stored = matching_package(self.shop.store, ref, quality.key, draft=self.recipe.draft, force=self.force)
-        return VariantPlan(kind, ref, made, quality, self.speed(f"time {kind.name}", made.key), stored)
+        golden = self.step(
+            "golden", f"record {kind.name}", GOLDEN_NAME, _SMALL_BYTES, evaluate.VERSION, llama, made.key, self.text
+        )
+        return VariantPlan(kind, ref, made, quality, self.speed(f"time {kind.name}", made.key), golden, stored)
 
 
 def _required_bytes(steps: Sequence[Step]) -> int:
@@ -298,7 +303,13 @@ class _Run:
         path = self.quantized(variant, source)
         quality = self.quality(variant, source, path)
         speed = self.speed(variant.speed, path)
+        self.goldens(variant, path)
         return _row(variant, read_gguf(path), quality, speed), path
+
+    def goldens(self, variant: VariantPlan, model: Path) -> Goldens:
+        """What the device shall compare with."""
+        job = GoldenJob(str(model), self.text, self.plan.recipe.num_threads)
+        return self._measured(variant.golden, Goldens, lambda tell: run_job(job, Goldens, on_progress=tell))
 
     def report(self, source: Path, speed: Speed, rows: list[Variant]) -> Report:
         recipe, reference = self.plan.recipe, read_gguf(source)
@@ -385,6 +396,8 @@ def _package_all(planned: Plan, made: list[Path | None], report: Report, shop: W
             models.append(variant.stored)
             continue
         documents = write_documents(report, variant.type.name, svg, png, path.parent)
+        if (golden := shop.cache.find(variant.golden.key, GOLDEN_NAME)) is not None:
+            documents.append(PackageFile(golden, GOLDEN_NAME))
         model = package_variant(
             shop.store,
             variant.ref,

@@ -135,7 +135,7 @@ async def answer(
         try:
             door.drain()
             # The last one tells who still waits why.
-            await _each(batches_of(app.state).pause, finish_requests, appliance.pool.close)
+            await _each(batches_of(app.state).pause, appliance.activation.close, finish_requests, appliance.pool.close)
             appliance.end_events()
         finally:
             server.should_exit = True

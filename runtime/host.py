@@ -54,6 +54,8 @@ SILENCE_S = 120.0
 """A worker that holds requests and completes no step for this long is hung; a step takes seconds at worst."""
 MIN_SILENCE_S = 10.0
 """No worker is given up sooner: a busy machine may keep it waiting."""
+PROBATION_SILENCE_S = 4.0
+"""The same for one on probation, with another that answers in its place; a load may be silent for twice as long."""
 SLOWNESS = 10.0
 """How many times slower than the slowest step so far, by its width, a step may be before it counts as hung."""
 DRAIN_S = 20.0
@@ -162,6 +164,9 @@ class ModelHost:
         self.last_used = time.monotonic()
         self.keep_alive_s: float | None = None
         """How long the model stays loaded unused, where a request said so since it was loaded; negative is for ever."""
+        self.probation: Callable[[EdgeError], None] | None = None
+        """Where it is set, the worker is not started again: this is told why it ended, before those hear of it who
+        waited for it, so that they may find another model in its place."""
         self._uses = 0.0
         self._reserved_bytes = reserved_bytes
         self._find_draft, self._check = find_draft, check
@@ -178,8 +183,10 @@ class ModelHost:
         self._changed = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
         self._stop, self._told = asyncio.Event(), asyncio.Event()
+        self._is_sick = False
         self._last_progress = self._last_beat = 0.0
         self._last_steps: int = -1
+        self._num_read = 0
         self._poison = poison
         # What an upgrade may have mended gets another chance.
         self._engine_id = f"{model.digest} {__version__} {version('llama-cpp-python')}"
@@ -258,7 +265,7 @@ class ModelHost:
         """
         self._touch()
         try:
-            with self._waiting(tenant):
+            with self.waiting(tenant):
                 async with asyncio.timeout(timeout_s):
                     await self._start_supervisor()
                     while self.state == "loading":
@@ -273,7 +280,7 @@ class ModelHost:
             if not self._stop.is_set():
                 return
             await asyncio.wait([self._supervisor])  # an unload is under way
-        self._stop, self._told = asyncio.Event(), asyncio.Event()
+        self._stop, self._told, self._is_sick = asyncio.Event(), asyncio.Event(), False
         self._set_state("loading")
         self._supervisor = asyncio.create_task(self._supervise(self._stop), name=f"worker {self.ref}")
 
@@ -344,7 +351,7 @@ class ModelHost:
     async def _pass_door(self, message: wire.Ask, tenant: str) -> tuple[Fingerprint, Suspect] | None:
         """Wait in line, hold the door, and see that the worker is ready, and empty where a suspect comes. What is known
         against the request is asked at the door: meanwhile one that is the same may have been judged."""
-        with self._waiting(tenant):
+        with self.waiting(tenant):
             await self._door.acquire()
         try:
             suspect = self._judge(message)
@@ -358,8 +365,12 @@ class ModelHost:
         return suspect
 
     @contextlib.contextmanager
-    def _waiting(self, tenant: str) -> Generator[None]:
-        """Count a request of this tenant among those that wait."""
+    def waiting(self, tenant: str) -> Generator[None]:
+        """Count a request of this tenant among those that wait.
+
+        Raises:
+            QueueFull: Too much is waiting.
+        """
         self._check_room(tenant)
         self._num_waiting[tenant] += 1
         try:
@@ -420,17 +431,22 @@ class ModelHost:
         self._cancel(generation.id)
         generation.fail(error)
 
-    async def unload(self) -> None:
-        """End the worker and give its memory back. Requests it still holds end with an error."""
+    async def unload(self, *, sick: EdgeError | None = None) -> None:
+        """End the worker and give its memory back. Requests it still holds end with an error.
+
+        Args:
+            sick: Why nobody waits for it to end in order; what it holds ends with this.
+        """
+        self._is_sick = sick is not None
         self._stop.set()
         if self._supervisor is None or self._supervisor.done():
             self._set_state("unloaded")
         else:
-            self._fail_unloaded()
+            self._fail_all(sick or self._unloaded())
             await asyncio.wait([self._supervisor])
 
-    def _fail_unloaded(self) -> None:
-        self._fail_all(ServerStopping(f"The model '{self.ref}' was unloaded."))
+    def _unloaded(self) -> EdgeError:
+        return ServerStopping(f"The model '{self.ref}' was unloaded.")
 
     # ------------------------------------------------------------------ the process
 
@@ -444,7 +460,7 @@ class ModelHost:
             if self._waiting_process is not None:
                 self._waiting_process.discard()
             if stop.is_set():  # here, and not where it was asked for: by then it may be loading again
-                self._fail_unloaded()
+                self._fail_all(self._unloaded())
                 self._set_state("unloaded")
 
     async def _keep_running(self, stop: asyncio.Event) -> None:
@@ -468,6 +484,9 @@ class ModelHost:
             self.num_restarts += 1
             log.error("the worker of %s ended: %s", self.ref, reason)
             await self._find_guilty(ending)
+            if self.probation is not None:
+                self._give_up(WorkerDied(self.ref, reason=reason, hint=ending.hint))
+                return
             if load_deaths >= MAX_LOAD_DEATHS:
                 hint = f"Its log: {log_path(self.settings.logs_dir, self.ref)}. Check the file: edge verify {self.ref}."
                 self._give_up(BackendError(f"The engine of '{self.ref}' ends while it loads ({reason}).", hint=hint))
@@ -504,9 +523,14 @@ class ModelHost:
 
     def _give_up(self, error: EdgeError) -> None:
         self._told.set()
+        self._tell_probation(error)
         self.error = error
         self._fail_all(error)
         self._set_state("failed")
+
+    def _tell_probation(self, error: EdgeError) -> None:
+        if self.probation is not None:
+            self.probation(error)
 
     def _lived_s(self) -> float:
         return time.monotonic() - self._ready_at if self._ready_at is not None else 0.0
@@ -585,7 +609,7 @@ class ModelHost:
             why = "it was unloaded" if stopped.done() else suspicion and before
         stopped.cancel()
         from_outside = why is not None and self._is_stopped()
-        await self._end_process(kindly=stop.is_set() and self.state == "ready")
+        await self._end_process(kindly=stop.is_set() and self.state == "ready" and not self._is_sick)
         await ended
         if why is not None:
             return Ending(f"{why}, it was stopped from outside" if from_outside else why, not from_outside)
@@ -605,22 +629,39 @@ class ModelHost:
         self._oom_kills.append(oom_kills())
         now = time.monotonic()
         quiet = now - self._last_progress
+        patience_s = MIN_SILENCE_S if self.probation is None else PROBATION_SILENCE_S
         if self.state == "loading":
-            limit = MIN_SILENCE_S if self._is_stopped() else LOAD_TIMEOUT_S
+            limit = patience_s if self._is_stopped() else self._load_patience_s()
             return f"no progress of the load in {limit:.0f} s" if quiet > limit else None
         if self.state != "ready" or self._box is None:
             return None
-        if now - self._last_beat > MIN_SILENCE_S:
-            return f"no sign of life in {MIN_SILENCE_S:.0f} s"
-        return self._stuck(now, quiet)
+        if now - self._last_beat > patience_s:
+            return f"no sign of life in {patience_s:.0f} s"
+        return self._stuck(now, quiet, patience_s)
 
-    def _stuck(self, now: float, quiet: float) -> str | None:
+    def _load_patience_s(self) -> float:
+        """How long a load may show no progress. On probation, what it reads from the disk counts as such."""
+        if self.probation is None:
+            return LOAD_TIMEOUT_S
+        before, self._num_read = self._num_read, self._read_bytes()
+        if before != self._num_read:
+            self._last_progress = time.monotonic()
+        return 2 * PROBATION_SILENCE_S
+
+    def _read_bytes(self) -> int:
+        """What the worker had the disk read, pages of mapped files included."""
+        try:
+            return 0 if self._process is None else psutil.Process(self._process.pid).io_counters().read_bytes
+        except psutil.Error:
+            return 0
+
+    def _stuck(self, now: float, quiet: float, patience_s: float) -> str | None:
         assert self._box is not None
         doing = self._box.read()
         self._leaving = {i: g for i, g in self._leaving.items() if i in doing.ids}
         limit = SILENCE_S
         if doing.slowest_token_s:
-            limit = min(SILENCE_S, max(MIN_SILENCE_S, SLOWNESS * doing.step_tokens * doing.slowest_token_s))
+            limit = min(SILENCE_S, max(patience_s, SLOWNESS * doing.step_tokens * doing.slowest_token_s))
         if doing.step_began and now - doing.step_began > limit:
             return f"a step was not done in {limit:.0f} s"
         if doing.text_began and now - doing.text_began > ACCEPT_S:
@@ -730,7 +771,11 @@ class ModelHost:
                 generation.push(piece)
         for failure in step.failures:
             error = error_from_wire(failure, ref=self.ref)
+            if self.probation is not None and type(error) is BackendError and failure.id:
+                error = WorkerDied(self.ref, reason=error.message)  # the request may be answered by another
+                self.probation(error)
             if failure.id == 0:
+                self._tell_probation(error)
                 self.error = error
                 self._set_state("failed")
             elif generation := self._take(failure.id):

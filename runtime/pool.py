@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
 
 from edge.config import Settings
-from edge.errors import DoesNotFit, EdgeError, ServerStopping
+from edge.errors import DoesNotFit, EdgeError, ModelLoading, ModelNotFound, ServerStopping
+from edge.store.digest import Digest
 from edge.store.drafts import DraftChoice, draft_for
 from edge.store.models import ModelStore, StoredModel
+from edge.store.slots import Slot
 from edge.trust.gate import LoadGate
 from runtime import wire
 from runtime.host import ModelHost
@@ -29,6 +32,32 @@ CROWDED_S = 120.0
 MAX_KNOWN_NAMES = 1000
 
 
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What the name of a slot means now.
+
+    Attributes:
+        name: Of the model.
+        is_open: Cleared while one version makes room for the other: then requests wait.
+    """
+
+    digest: Digest
+    name: str
+    is_open: asyncio.Event = field(default_factory=asyncio.Event, compare=False)
+
+    @classmethod
+    def of(cls, digest: Digest, name: str) -> Serving:
+        """One that requests go to."""
+        serving = cls(digest, name)
+        serving.is_open.set()
+        return serving
+
+
+def serving_of(slots: Mapping[str, Slot]) -> dict[str, Serving]:
+    """The confirmed version of each slot that has one."""
+    return {n: Serving.of(s.current, s.names.get(s.current, n)) for n, s in slots.items() if s.current is not None}
+
+
 class Pool:
     """The models of a store, loaded on first use."""
 
@@ -36,6 +65,11 @@ class Pool:
         self._settings = settings
         self._store = store
         self._hosts: dict[str, ModelHost] = {}
+        """By the name of the model; where that leads to another version now, with ``@`` and the digest."""
+        self.slots: dict[str, Serving] = {}
+        """By the slot's name; see `runtime.activation`, which keeps it."""
+        self.spared: set[ModelHost] = set()
+        """Those that never give way."""
         self.poison = PoisonCabinet(settings.poison_dir)
         self._known: dict[str, tuple[object, ModelHost]] = {}
         """Hosts by what people typed, and the version of the store that said so: no file is read for most requests."""
@@ -56,6 +90,14 @@ class Pool:
         """Whether it takes no more requests."""
         return self._stopping
 
+    def read_slots(self) -> None:
+        """Take what slots mean from the disk. Where that cannot be read, no slot means anything.
+
+        Raises:
+            StoreError: It cannot.
+        """
+        self.slots = serving_of(self._store.slots())
+
     def hosts(self) -> list[ModelHost]:
         """Models that were asked for since the start."""
         return list(self._hosts.values())
@@ -68,7 +110,9 @@ class Pool:
         """The model and the adapters that a request means; see :meth:`runtime.selection.Selector.select`."""
         if not asked and SEPARATOR not in name:
             return Selection(name)
-        return await asyncio.to_thread(self._selector.select, name, asked)
+        base = name.partition(SEPARATOR)[0]
+        serving = (await self.host(base)).model if base in self.slots else None
+        return await asyncio.to_thread(self._selector.select, name, asked, serving=serving)
 
     async def combinations(self, models: Sequence[StoredModel]) -> list[tuple[StoredModel, StoredModel]]:
         """Each model with each adapter that fits it."""
@@ -81,6 +125,8 @@ class Pool:
             ModelNotFound: It is not in the store.
             InvalidRequest: It is an adapter.
         """
+        if (serving := self.slots.get(ref)) is not None:
+            return await self.version(serving.digest, serving.name)
         version = self._store.generation()
         if (known := self._known.get(ref)) is not None and known[0] == version:
             return known[1]
@@ -89,12 +135,38 @@ class Pool:
         name = str(model.ref)
         host = self._hosts.get(name)
         if host is None or (host.model.digest != model.digest and host.state in ("unloaded", "failed")):
-            host = self._hosts[name] = ModelHost(
-                self._settings, model, self.poison, reserved_bytes=lambda: self._reserved_bytes(but=name),
-                find_draft=lambda: self._draft(model), check=self._gate.check, lease=self._store.lease,
-            )  # fmt: skip
+            host = self._make(name, model)
         if len(self._known) < MAX_KNOWN_NAMES:
             self._known[ref] = (version, host)
+        return host
+
+    async def version(self, digest: Digest, name: str) -> ModelHost:
+        """The host of one version of a model, to which its name need not lead any more.
+
+        Raises:
+            StoreError: Its bytes are not there.
+        """
+        key = f"{name}@{digest}"
+        if (host := self._host_with(digest, name, key)) is not None:
+            return host
+        try:
+            named = await self.host(name)
+        except ModelNotFound:
+            named = None
+        if named is not None and named.model.digest == digest:
+            return named
+        model = await asyncio.to_thread(self._store.version, digest, name)
+        return self._host_with(digest, key) or self._make(key, model)
+
+    def _host_with(self, digest: Digest, *keys: str) -> ModelHost | None:
+        found = (self._hosts.get(key) for key in keys)
+        return next((h for h in found if h is not None and h.model.digest == digest), None)
+
+    def _make(self, key: str, model: StoredModel) -> ModelHost:
+        host = self._hosts[key] = ModelHost(
+            self._settings, model, self.poison, reserved_bytes=lambda: self._reserved_bytes(but=key),
+            find_draft=lambda: self._draft(model), check=self._gate.check, lease=self._store.lease,
+        )  # fmt: skip
         return host
 
     def _draft(self, model: StoredModel) -> DraftChoice | None:
@@ -120,9 +192,9 @@ class Pool:
 
     def _reserved_bytes(self, *, but: str) -> int:
         """Memory that still looks free: weights of models that are being loaded, cells that nobody used yet."""
-        loading = [h for h in self._hosts.values() if h.state == "loading" and h.ref != but]
-        weights = sum(h.model.size_bytes + h.draft_bytes for h in loading)
-        return weights + sum(h.promised_bytes for h in self._hosts.values() if h.ref != but)
+        others = [h for key, h in self._hosts.items() if key != but]
+        weights = sum(h.model.size_bytes + h.draft_bytes for h in others if h.state == "loading")
+        return weights + sum(h.promised_bytes for h in others)
 
     async def ready(
         self, ref: str, *, timeout_s: float = READY_WAIT_S, tenant: str = "", may_make_room: bool = True
@@ -138,12 +210,14 @@ class Pool:
         """
         if self._stopping:
             raise ServerStopping("The appliance is shutting down.")
+        await self._pass_slot(ref, timeout_s, tenant)
         host = await self.host(ref)
         while True:
             try:
                 await host.wait_ready(timeout_s, tenant=tenant)
                 self._crowded_until_s.pop(host.ref, None)
-                await self._confirm(host)
+                if host.probation is None:
+                    await self._confirm(host)
                 return host
             except DoesNotFit as e:
                 if not may_make_room:
@@ -151,6 +225,21 @@ class Pool:
                 if not await self.make_room(host, missing_bytes=e.missing_bytes):
                     self._note_crowded(host, missing_bytes=e.missing_bytes)
                     raise
+
+    async def _pass_slot(self, ref: str, timeout_s: float, tenant: str) -> None:
+        """Wait while a slot changes its version, as one of those whom the version that serves has room for.
+
+        Raises:
+            QueueFull: Too many wait.
+            ModelLoading: It took too long.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                while (serving := self.slots.get(ref)) is not None and not serving.is_open.is_set():
+                    with (await self.version(serving.digest, serving.name)).waiting(tenant):
+                        await serving.is_open.wait()
+        except TimeoutError as e:
+            raise ModelLoading(ref, retry_after_s=10) from e
 
     async def _confirm(self, host: ModelHost) -> None:
         """It serves: older releases of it are refused from now on."""
@@ -171,7 +260,7 @@ class Pool:
         """Unload the idle model that is worth the least, for another's sake. False where there is none, or where all of
         them together would not be enough."""
         pins = await asyncio.to_thread(self._store.pins)
-        idle = [h for h in self._hosts.values() if h is not keep and h.is_idle and h.ref not in pins]
+        idle = self._idle(but=keep, pins=pins)
         if not idle or sum(h.memory_bytes for h in idle) < missing_bytes:
             return False
         victim = min(idle, key=lambda h: h.worth())
@@ -179,12 +268,21 @@ class Pool:
         await victim.unload()
         return True
 
+    async def idle_bytes(self, *, but: ModelHost) -> int:
+        """What could be made free for a model."""
+        pins = await asyncio.to_thread(self._store.pins)
+        return sum(h.memory_bytes for h in self._idle(but=but, pins=pins))
+
+    def _idle(self, *, but: ModelHost, pins: Set[str]) -> list[ModelHost]:
+        others = (h for h in self._hosts.values() if h is not but and h not in self.spared)
+        return [h for h in others if h.is_idle and h.ref not in pins]
+
     async def unload_idle(self) -> None:
         """Unload what nobody used for as long as it is kept."""
         pins = await asyncio.to_thread(self._store.pins)
         for host in self.hosts():
             limit, unused_s = self.keep_alive_s(host), time.monotonic() - host.last_used
-            if 0 <= limit <= unused_s and host.is_idle and host.ref not in pins:
+            if 0 <= limit <= unused_s and host.is_idle and host.ref not in pins and host not in self.spared:
                 log.info("unloading %s: unused for %.0f s", host.ref, limit)
                 await host.unload()
 

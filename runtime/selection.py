@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from edge.errors import AdapterMismatch, EdgeError, InvalidRequest, ModelNotFound
 from edge.formats.gguf import read_gguf
 from edge.formats.lora import check_fits, read_lora
+from edge.store.digest import Digest
 from edge.store.models import ModelStore, StoredModel
 from runtime.adapters import adapter_set
 from runtime.request import Adapter, AdapterSet
@@ -26,6 +27,8 @@ class Selection:
     adapters: AdapterSet = ()
     name: str = ""
     """Of both together, as a request can name them."""
+    digest: Digest | None = None
+    """Of the version that the adapters were held against, where the name is that of a slot."""
 
 
 def short_name(adapter: StoredModel) -> str:
@@ -50,11 +53,12 @@ class Selector:
         self._verdicts: dict[tuple[str, str], str | None] = {}
         """Of an adapter's and a model's digest: why they do not go together, or None."""
 
-    def select(self, name: str, asked: Sequence[tuple[str, float]]) -> Selection:
+    def select(self, name: str, asked: Sequence[tuple[str, float]], *, serving: StoredModel | None = None) -> Selection:
         """The model that `name` begins with, and the adapters it goes on with, after those that are `asked`.
 
         Args:
             asked: Names of adapters, with their scales.
+            serving: What the name means, where it is that of a slot.
 
         Raises:
             ModelNotFound: The model or an adapter is not in the store.
@@ -62,11 +66,12 @@ class Selector:
         """
         base, *named = name.split(SEPARATOR)
         wanted = [(self._adapter(n), scale) for n, scale in [*asked, *((n, 1.0) for n in named)]]
-        model = self._store.get(base)
+        model = serving or self._store.get(base)
         for adapter, _ in wanted:
             self._check(adapter, model)
         full = combined_name(model, [adapter for adapter, _ in wanted])
-        return Selection(str(model.ref), adapter_set(_resident(a, scale) for a, scale in wanted), full)
+        adapters = adapter_set(_resident(a, scale) for a, scale in wanted)
+        return Selection(base, adapters, full, serving.digest) if serving else Selection(str(model.ref), adapters, full)
 
     def combinations(self, models: Sequence[StoredModel]) -> list[tuple[StoredModel, StoredModel]]:
         """Each model with each adapter that fits it."""

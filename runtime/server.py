@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import logging
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from edge.access.keys import read_keys
 from edge.config import Settings, is_loopback
-from edge.errors import ConfigError, EdgeError
+from edge.errors import ConfigError, EdgeError, StoreError
 from edge.store.models import ModelStore
 from runtime.logs import RecentLines
 from runtime.pool import Pool
@@ -103,6 +104,8 @@ async def _serve(
     waiting: WorkerProcess | None,
 ) -> None:
     pool = Pool(settings, store)
+    with contextlib.suppress(StoreError):  # told where the slots are taken up: runtime.activation
+        await asyncio.to_thread(pool.read_slots)
     if waiting is not None:
         await pool.preload(settings.default_model, waiting)
     front = await asyncio.to_thread(importlib.import_module, "runtime.front")  # 0.2 s, while the engine starts

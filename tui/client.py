@@ -55,6 +55,8 @@ from runtime.api.schema import (
     Problem,
     Setting,
     SettingList,
+    SlotInfo,
+    SlotList,
 )
 
 from .sse import Event, EventParser, InvalidReply
@@ -284,6 +286,26 @@ class RuntimeClient:
     async def unpin(self, ref: str) -> ModelInfo:
         """Let a model go again."""
         return await self._call("POST", "/edge/v1/models/unpin", ModelInfo, {"model": ref})
+
+    async def slots(self) -> list[SlotInfo]:
+        """The slots and the versions in them."""
+        return (await self._call("GET", "/edge/v1/slots", SlotList)).slots
+
+    async def activate(self, slot: str, ref: str, *, trial_s: float, within_s: float | None = None) -> SlotInfo:
+        """Put a model into a slot; returns when it serves."""
+        body = {"model": ref, "trial_s": trial_s, "within_s": within_s}
+        return await self._call(
+            "POST", f"/edge/v1/slots/{quote(slot, safe='')}/activate", SlotInfo, body, LOAD_TIMEOUT_S
+        )
+
+    async def roll_back(self, slot: str) -> SlotInfo:
+        """Have the version of a slot that was before serve again."""
+        path = f"/edge/v1/slots/{quote(slot, safe='')}/rollback"
+        return await self._call("POST", path, SlotInfo, None, LOAD_TIMEOUT_S)
+
+    async def remove_slot(self, slot: str) -> None:
+        """Forget a slot."""
+        await self._reply("DELETE", f"/edge/v1/slots/{quote(slot, safe='')}")
 
     async def explain(self, ref: str) -> Explanation:
         """Why a model is served as it is."""

@@ -147,6 +147,19 @@ class ModelStore:
             case None:
                 raise ModelNotFound(str(ref), known=[str(known) for known in self.refs()])
 
+    def version(self, digest: Digest, name: str) -> StoredModel:
+        """One version of a model, by the digest of its manifest and the name that it had: that may lead to another one
+        by now, or nowhere.
+
+        Raises:
+            InvalidModelFile: Its manifest is damaged.
+            StoreError: It, or one of its files, is missing or of the wrong size.
+        """
+        path = self.blobs.path(digest)
+        with translated(path, "Looking at"):
+            size_bytes = path.stat().st_size
+        return self._open(ModelRef.parse(name), Descriptor(media_type=MANIFEST_TYPE, digest=digest, size=size_bytes))
+
     def refs(self) -> Sequence[ModelRef]:
         """Every name there is, of whole models and damaged ones."""
         return sorted(self._entries())

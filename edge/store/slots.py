@@ -20,15 +20,47 @@ SLOTS_NAME = "slots.json"
 _HINT = "Put a copy of it back, or take it away and activate the models again: edge activate MODEL."
 
 
+class Trial(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A version that is to prove itself."""
+
+    candidate: Digest
+    trial_s: float
+    """How long it has to serve without a crash."""
+    served_s: float = 0.0
+    """How long it did before the appliance was last stopped in order."""
+    num_starts: int = 0
+    """Loads that were begun for it, each counted before it began."""
+    is_open: bool = False
+    """One was begun, and nobody wrote yet what came of it."""
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What came of the last change."""
+
+    digest: Digest
+    outcome: Literal["confirmed", "rolled_back", "withdrawn"]
+    """Withdrawn is what somebody asked to go."""
+    reason: str = ""
+    """Why it went."""
+    time_s: float = 0.0
+    """Unix time, by a clock that may be wrong: for people."""
+
+
 class Slot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The versions of one slot, as digests of their manifests."""
 
     current: Digest | None = None
+    """The one that serves, or that serves again where the trial fails."""
     previous: Digest | None = None
+    trial: Trial | None = None
+    names: dict[str, str] = {}
+    """The names under which versions came here, by digest: a name may lead to another one by now."""
+    last: Verdict | None = None
 
     def digests(self) -> Iterator[Digest]:
         """Every version whose bytes must stay."""
-        yield from (digest for digest in (self.current, self.previous) if digest)
+        candidate = self.trial.candidate if self.trial else None
+        yield from (digest for digest in (self.current, self.previous, candidate) if digest)
 
 
 ChangeSlots = Callable[[Mapping[str, Slot]], Mapping[str, Slot]]

@@ -23,6 +23,7 @@ from runtime.api import (
     ollama_models,
     openai,
     openai_responses,
+    slots,
     tokens,
 )
 from runtime.api.access import needs
@@ -38,7 +39,7 @@ from runtime.api.schema import ModelInfo
 
 PARTS = (
     openai, completions, openai_responses, anthropic, tokens, embeddings, moderations, batches, ollama, ollama_models,
-    admin, keys, docs,
+    admin, slots, keys, docs,
 )  # fmt: skip
 HEALTH_S = 1.0
 PROMETHEUS_TYPE = "text/plain; version=0.0.4"

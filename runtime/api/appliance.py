@@ -37,6 +37,7 @@ from edge.telemetry.service import Telemetry
 from edge.telemetry.span import Operation, RequestRecord
 from edge.trust.policy import check_source
 from runtime import wire
+from runtime.activation import Activation
 from runtime.api import sse
 from runtime.api.access import Access, Caller
 from runtime.api.responses import ClientClosed
@@ -96,6 +97,7 @@ class Appliance:
         self.telemetry = telemetry
         self.logs = logs
         self.pool = pool
+        self.activation = Activation(settings, store, pool)
         self.access = Access(settings)
         self.responses = ResponseStore(settings.responses_db, limit_bytes=settings.responses_bytes)
         self.jobs = Jobs(self._job_changed)
@@ -113,7 +115,9 @@ class Appliance:
         self.logs.on_lines = lambda lines: self._watchers and loop.call_soon_threadsafe(self._logged, lines)
         psutil.cpu_percent()
         self._add_gauges()
-        await asyncio.gather(asyncio.to_thread(self.access.start), asyncio.to_thread(self.telemetry.start))
+        await asyncio.gather(
+            asyncio.to_thread(self.access.start), asyncio.to_thread(self.telemetry.start), self.activation.start()
+        )
         self._tasks = [
             asyncio.create_task(self._broadcast(), name="status"),
             asyncio.create_task(self._keep_house(), name="housekeeping"),
@@ -148,6 +152,7 @@ class Appliance:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.jobs.close()
+        await self.activation.close()
         await self.pool.close()
         await self.access.close()
         await asyncio.to_thread(self.responses.close)
@@ -160,11 +165,13 @@ class Appliance:
         return await asyncio.to_thread(self.store.list)
 
     async def stored_model(self, ref: str) -> StoredModel:
-        """One of them.
+        """One of them, or the version that serves in a slot.
 
         Raises:
             ModelNotFound: There is none of that name.
         """
+        if ref in self.pool.slots:
+            return (await self.pool.host(ref)).model
         return await asyncio.to_thread(self.store.get, ref)
 
     async def check_allowed(self, limits: Limits, *names: str) -> None:
@@ -177,16 +184,22 @@ class Appliance:
         if not limits.models:
             return
         for name in (part for whole in names for part in whole.split(SEPARATOR)):
-            try:
-                ref = str(await asyncio.to_thread(self.store.resolve, name))
-            except ModelNotFound:
-                ref = ""
-            if not ref or not limits.may_use(ref):
+            if not await self._may_use(limits, name):
                 raise ModelNotFound(
                     name,
                     message=f"The model '{name[:200]}' is not in the store, or this key may not use it.",
                     hint="GET /v1/models lists what it may use.",
                 )
+
+    async def _may_use(self, limits: Limits, name: str) -> bool:
+        """Whether there is a model of that name that a key may use; or a slot, by its name or by that of the model in
+        it."""
+        if (serving := self.pool.slots.get(name)) is not None:
+            return limits.may_use(name) or limits.may_use(serving.name)
+        try:
+            return limits.may_use(str(await asyncio.to_thread(self.store.resolve, name)))
+        except ModelNotFound:
+            return False
 
     def check_target(self, limits: Limits, name: str) -> None:
         """See that a key may use what will have this name.
@@ -282,7 +295,7 @@ class Appliance:
 
     async def remove(self, ref: str) -> None:
         """Unload a model and take it out of the store."""
-        model = await self.stored_model(ref)
+        model = await asyncio.to_thread(self.store.get, ref)
         await asyncio.to_thread(self.store.remove, str(model.ref))
         await self.pool.forget(str(model.ref))
         await asyncio.to_thread(self.store.collect)
@@ -460,6 +473,7 @@ class Appliance:
             for m in models
             if m.draft_problem is not None
         ]
+        alerts += self._slot_alerts()
         if num := self.pool.poison.num_refused:
             what = f"requests that ended the engine twice are refused: {num}"
             alerts.append(Alert(level="warning", what=what, fix="edge replay"))
@@ -480,6 +494,16 @@ class Appliance:
         if not models:
             alerts.append(Alert(level="info", what="no models yet", fix=f"edge pull {self.settings.default_model}"))
         return alerts
+
+    def _slot_alerts(self) -> list[Alert]:
+        if (error := self.activation.error) is not None:
+            return [Alert(level="critical", what=f"no slot serves: {error}", fix="edge activate MODEL")]
+        failed = {n: s for n, s in self.activation.slots().items() if s.last and s.last.outcome == "rolled_back"}
+        return [
+            Alert(level="warning", what=f"{s.names.get(s.last.digest)} was taken out of the slot {n}: {s.last.reason}",
+                  fix="edge slots")
+            for n, s in failed.items() if s.last is not None
+        ]  # fmt: skip
 
     # ------------------------------------------------------------------ events
 

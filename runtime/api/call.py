@@ -166,6 +166,8 @@ class Call:
             selection.model, timeout_s=wait_s, tenant=self.caller.id, may_make_room=not self.caller.is_background
         )
         self.load_s += time.perf_counter() - asked_for
+        if selection.digest not in (None, host.model.digest):
+            raise WorkerDied(host.ref, reason="another version took its place")
         self._adopt(host, selection)
         params = self.body.params(host.model.details.sampling)
         if params.seed is not None:

@@ -180,7 +180,8 @@ async def _loaded(http: HttpRequest, name: str, operation: Operation) -> ModelHo
     """The host of a model, which is loaded for it."""
     appliance, limits = appliance_of(http.app.state), caller_of(http.scope).limits
     await appliance.check_allowed(limits, name)
-    ref = await appliance.check_purpose((await appliance.pool.select(name, ())).model, operation, limits)
+    ref = (await appliance.pool.select(name, ())).model
+    await appliance.check_purpose(ref, operation, limits)
     return await until_disconnect(http.receive, appliance.pool.ready(ref))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -10,13 +11,14 @@ import msgspec
 from litestar import Response, get, post
 from litestar.datastructures import State
 
+from edge.access.keys import Limits
 from edge.errors import EdgeError
 from edge.store.models import StoredModel
 from edge.telemetry.span import Operation
 from runtime import wire
 from runtime.api import sse
 from runtime.api.access import needs
-from runtime.api.appliance import appliance_of
+from runtime.api.appliance import Appliance, appliance_of
 from runtime.api.call import Call, HttpRequest, Steps, merged, start_all, usage_of
 from runtime.api.describe import EVENTS, exchanges
 from runtime.api.errors import fault_of
@@ -362,13 +364,30 @@ async def chat_completions(request: HttpRequest, state: State) -> Response[ChatC
 
 @get("/v1/models", opt=needs("key"))
 async def list_models(request: HttpRequest, state: State) -> Models:
-    """The models of the store that the key may use, also with each adapter that fits. Listing loads nothing."""
+    """The models of the store that the key may use, also with each adapter that fits, and the slots. Listing loads
+    nothing."""
     appliance, limits = appliance_of(state), caller_of(request.scope).limits
     stored = [m for m in await appliance.stored_models() if limits.may_use(str(m.ref))]
     pairs = await appliance.pool.combinations(stored)
     models = await asyncio.to_thread(lambda: [_model(m) for m in stored if not m.is_adapter])
     models += await asyncio.to_thread(lambda: [_adapted(base, adapter) for base, adapter in pairs])
+    models += await _slots(appliance, limits)
     return Models(data=models, first_id=models[0].id if models else None, last_id=models[-1].id if models else None)
+
+
+async def _slots(appliance: Appliance, limits: Limits) -> list[Model]:
+    """The slots, as models whose parent is the version that serves there."""
+    found: list[Model] = []
+    for name, serving in sorted(appliance.pool.slots.items()):
+        with contextlib.suppress(EdgeError):  # a version whose bytes are gone or damaged is no model
+            if limits.may_use(name) or limits.may_use(serving.name):
+                stored = (await appliance.pool.host(name)).model
+                found.append(_in_slot(name, await asyncio.to_thread(_model, stored)))
+    return found
+
+
+def _in_slot(name: str, model: Model) -> Model:
+    return msgspec.structs.replace(model, id=name, parent=model.id)
 
 
 def _model(stored: StoredModel) -> Model:
@@ -392,6 +411,8 @@ async def get_model(request: HttpRequest, state: State, model_id: str) -> Model:
     stored = await appliance.stored_model(selection.model)
     await asyncio.to_thread(refuse_adapter, stored, appliance.store)
     model = await asyncio.to_thread(_model, stored)
+    if name in appliance.pool.slots:
+        return _in_slot(name, model)
     return msgspec.structs.replace(model, id=selection.name, parent=model.id) if selection.adapters else model
 
 

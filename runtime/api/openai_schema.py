@@ -483,7 +483,7 @@ class Model(msgspec.Struct, kw_only=True):
     capabilities: Sequence[str] = ()
     """What it does: ``completion``, with ``vision`` where it reads images; ``embedding``; ``rerank``."""
     parent: str | msgspec.UnsetType = msgspec.UNSET
-    """Of a model with an adapter: the model."""
+    """Of a model with an adapter: the model; of a slot: the one that serves there."""
     type: str = "model"
     """This and what follows is for Anthropic's clients."""
     display_name: str = ""

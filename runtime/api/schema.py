@@ -105,6 +105,60 @@ class PinnedPrefixList(msgspec.Struct, kw_only=True):
     prefixes: list[PinnedPrefix]
 
 
+class ActivateRequest(msgspec.Struct, kw_only=True):
+    """A model for a slot."""
+
+    model: Annotated[str, msgspec.Meta(max_length=400)]
+    trial_s: Annotated[float, msgspec.Meta(ge=0, le=30 * 86400)] | None = None
+    """How long it has to serve without a crash until it stays; 600 where it is not given."""
+    within_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] | None = None
+    """In which it has to answer its golden prompts; what its package says, or 30, where it is not given (10 where the other
+    version had to make room)."""
+
+
+class SlotVersion(msgspec.Struct, kw_only=True):
+    """A version of a model in a slot."""
+
+    ref: str
+    """The name under which it came there; that may lead to another version by now."""
+    digest: str
+
+
+class SlotVerdict(msgspec.Struct, kw_only=True):
+    """What came of the last change of a slot."""
+
+    outcome: Literal["confirmed", "rolled_back", "withdrawn"]
+    """It stayed; failed; or somebody asked it to go."""
+    ref: str
+    digest: str
+    reason: str | None
+    age_s: float
+    """By the device's clock, which may have been wrong then."""
+
+
+class SlotInfo(msgspec.Struct, kw_only=True):
+    """A name that requests can use for a model, behind which versions take turns."""
+
+    name: str
+    state: Literal["empty", "serving", "checking", "trial"]
+    """While a version is `checking`, the one before serves."""
+    serves: str | None
+    """The model that answers now."""
+    current: SlotVersion | None
+    """The last one that was confirmed."""
+    previous: SlotVersion | None
+    candidate: SlotVersion | None
+    """The one on its way."""
+    trial_s: float | None
+    served_s: float | None
+    """How much of its trial is over."""
+    last: SlotVerdict | None
+
+
+class SlotList(msgspec.Struct, kw_only=True):
+    slots: list[SlotInfo]
+
+
 class PullRequest(msgspec.Struct, kw_only=True):
     source: Annotated[str, msgspec.Meta(min_length=1, max_length=2048)]
     """A catalog name, or ``hf://``, ``pypi://``, ``https://`` or a file's path."""

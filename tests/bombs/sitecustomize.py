@@ -10,6 +10,7 @@ import os
 import struct
 import sys
 import time
+from collections.abc import Callable
 
 if "runtime.start" in sys.orig_argv:
     import numpy as np
@@ -69,3 +70,38 @@ if "runtime.start" in sys.orig_argv:
         _encode(self, tile)
 
     LlamaVision.read, LlamaVision.encode = _harmful_read, _harmful_encode
+
+    # A model whose name begins with `sick` is: `sick:load-abort`, `sick:load-hang`, `sick:slow`, and from its 21st step
+    # on `sick:abort`, `sick:hang` and `sick:nan`.
+    from runtime import wire
+    from runtime.worker import Worker
+
+    _serve = Worker.serve
+    _steps = 0
+
+    def _sick_serve(self: Worker, load: wire.Load) -> None:
+        name, _, harm = load.ref.partition(":")
+        if name == "sick":
+            if harm == "load-abort":
+                os.abort()
+            if harm == "load-hang":
+                time.sleep(1000)
+            LlamaBackend.decode = _sick_decode(harm)
+        _serve(self, load)
+
+    def _sick_decode(harm: str) -> Callable[[LlamaBackend, Batch], NDArray[np.float32]]:
+        def decode(self: LlamaBackend, batch: Batch) -> NDArray[np.float32]:
+            global _steps
+            _steps += 1
+            if harm == "slow":
+                time.sleep(0.7)
+            if _steps > 20 and harm == "abort":
+                os.abort()
+            if _steps > 20 and harm == "hang":
+                time.sleep(1000)
+            scores = _harmful_decode(self, batch)
+            return scores * np.float32("nan") if _steps > 20 and harm == "nan" else scores
+
+        return decode
+
+    Worker.serve = _sick_serve

@@ -22,7 +22,7 @@ from tests.runtime.test_access import app_of
 pytestmark = pytest.mark.filterwarnings("ignore::litestar.exceptions.LitestarDeprecationWarning")
 WITHOUT_BODY = {
     "POST /edge/v1/jobs/{job_id}/cancel", "POST /edge/v1/telemetry/flush", "POST /v1/responses/{response_id}/cancel",
-    "POST /v1/batches/{batch_id}/cancel",
+    "POST /v1/batches/{batch_id}/cancel", "POST /edge/v1/slots/{slot}/rollback",
 }  # fmt: skip
 
 
