@@ -118,7 +118,7 @@ class Activation:
         return self._attempts.get(name)
 
     async def start(self) -> None:
-        """Take up what the last run left: a trial that was cut off is reverted; one that was stopped in order goes on."""
+        """Take up what the last run left: a trial that was cut off is reverted, one that was paused goes on."""
         try:
             self._slots = await asyncio.to_thread(self._recover)
         except StoreError as e:

@@ -23,9 +23,7 @@ ANSWER_TOKENS = 4
 BEAT_S = 5.0
 
 
-async def prove(
-    host: ModelHost, slot: str, goldens: Goldens | None, *, within_s: float | None, is_alone: bool
-) -> None:
+async def prove(host: ModelHost, slot: str, goldens: Goldens | None, *, within_s: float | None, is_alone: bool) -> None:
     """See that a loaded model answers as it should, in the time and memory that it may take.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from pathlib import Path
@@ -42,11 +43,10 @@ class Duration(click.ParamType[float]):
 
 def complete_slots(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Shell completion: the slots of the store."""
-    try:
-        names = ModelStore(settings_from().store_dir).slots()
-    except EdgeError:
-        names = {}
-    return [CompletionItem(name) for name in sorted({*names, *_SLOT_OF.values()}) if name.startswith(incomplete)]
+    names = {*_SLOT_OF.values()}
+    with contextlib.suppress(EdgeError):  # a shell that completes has no place for an error
+        names |= set(ModelStore(settings_from().store_dir).slots())
+    return [CompletionItem(name) for name in sorted(names) if name.startswith(incomplete)]
 
 
 @click.command("activate")

@@ -112,8 +112,8 @@ class ActivateRequest(msgspec.Struct, kw_only=True):
     trial_s: Annotated[float, msgspec.Meta(ge=0, le=30 * 86400)] | None = None
     """How long it has to serve without a crash until it stays; 600 where it is not given."""
     within_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] | None = None
-    """In which it has to answer its golden prompts; what its package says, or 30, where it is not given (10 where the other
-    version had to make room)."""
+    """In which it has to answer its golden prompts. Where it is not given: what its package says, or 30; 10 where the
+    other version had to make room."""
 
 
 class SlotVersion(msgspec.Struct, kw_only=True):

@@ -10,7 +10,6 @@ import os
 import struct
 import sys
 import time
-from collections.abc import Callable
 
 if "runtime.start" in sys.orig_argv:
     import numpy as np
@@ -86,22 +85,23 @@ if "runtime.start" in sys.orig_argv:
                 os.abort()
             if harm == "load-hang":
                 time.sleep(1000)
-            LlamaBackend.decode = _sick_decode(harm)
+            _sickness.append(harm)
+            LlamaBackend.decode = _sick_decode
         _serve(self, load)
 
-    def _sick_decode(harm: str) -> Callable[[LlamaBackend, Batch], NDArray[np.float32]]:
-        def decode(self: LlamaBackend, batch: Batch) -> NDArray[np.float32]:
-            global _steps
-            _steps += 1
-            if harm == "slow":
-                time.sleep(0.7)
-            if _steps > 20 and harm == "abort":
-                os.abort()
-            if _steps > 20 and harm == "hang":
-                time.sleep(1000)
-            scores = _harmful_decode(self, batch)
-            return scores * np.float32("nan") if _steps > 20 and harm == "nan" else scores
+    _sickness: list[str] = []
 
-        return decode
+    def _sick_decode(self: LlamaBackend, batch: Batch) -> NDArray[np.float32]:
+        global _steps
+        _steps += 1
+        (harm,) = _sickness
+        if harm == "slow":
+            time.sleep(0.7)
+        if _steps > 20 and harm == "abort":
+            os.abort()
+        if _steps > 20 and harm == "hang":
+            time.sleep(1000)
+        scores = _harmful_decode(self, batch)
+        return scores * np.float32("nan") if _steps > 20 and harm == "nan" else scores
 
     Worker.serve = _sick_serve

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -90,7 +91,7 @@ class Clients:
     def longest_gap_s(self) -> float:
         """In which nobody had an answer."""
         times = [self.began, *(at for at, _ in self.answered), self.ended]
-        return max(b - a for a, b in zip(times, times[1:], strict=False))
+        return max(b - a for a, b in pairwise(times))
 
     def models(self) -> set[str]:
         """Who answered."""
@@ -169,7 +170,7 @@ def test_a_version_that_does_not_prove_itself_never_serves(
     assert clients.longest_gap_s() < GAP_S
 
 
-@pytest.mark.parametrize("harm", ["abort", "nan", "hang"])
+@pytest.mark.parametrize("harm", ["abort", "hang", pytest.param("nan", marks=pytest.mark.soak)])
 def test_a_version_that_fails_on_trial_is_replaced_and_its_requests_are_answered(
     sick: RunningAppliance, harm: str
 ) -> None:
@@ -198,7 +199,8 @@ def test_a_version_that_is_stopped_on_trial_is_replaced(sick: RunningAppliance) 
 def test_a_version_that_proves_itself_stays_and_the_one_before_can_be_had_back(sick: RunningAppliance) -> None:
     with sick.client() as http:
         on_trial = activate(http, "good:v3", trial_s=600).json()
-        assert (on_trial["state"], on_trial["serves"], on_trial["current"]["ref"]) == ("trial", "good:v3", DEFAULT_MODEL)
+        assert (on_trial["state"], on_trial["serves"]) == ("trial", "good:v3")
+        assert on_trial["current"]["ref"] == DEFAULT_MODEL
         assert http.post(CHAT, json=chat_body("Hi", model="chat", max_tokens=1)).json()["model"] == "good:v3"
         withdrawn = http.post("/edge/v1/slots/chat/rollback").json()
         assert (withdrawn["serves"], withdrawn["last"]["outcome"]) == (DEFAULT_MODEL, "withdrawn")
@@ -211,6 +213,7 @@ def test_a_version_that_proves_itself_stays_and_the_one_before_can_be_had_back(s
         assert listed["chat"]["parent"] == http.get("/v1/models/chat").json()["parent"] == DEFAULT_MODEL
 
 
+@pytest.mark.soak
 def test_a_stream_that_had_begun_on_trial_ends_with_an_error_and_is_no_lie(sick: RunningAppliance) -> None:
     with sick.client() as http:
         before = set(sick.worker_pids())
