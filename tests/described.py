@@ -18,8 +18,9 @@ class Described:
     def operation(self, method: str, path: str) -> dict[str, Any]:
         """What is said of a request; nothing where there is no such route."""
         paths: dict[str, dict[str, Any]] = self.document["paths"]
-        fits = [item for known, item in paths.items() if re.fullmatch(re.sub(r"\{.*?\}", ".+", known), path)]
-        found: dict[str, Any] = paths.get(path, fits[0] if fits else {}).get(method.lower(), {})
+        fits = [known for known in paths if re.fullmatch(re.sub(r"\{.*?\}", ".+", known), path)]
+        closest = max(fits, key=len, default="")  # a parameter may have slashes
+        found: dict[str, Any] = paths.get(path, paths.get(closest, {})).get(method.lower(), {})
         return found
 
     def check(self, reply: httpx.Response) -> None:
