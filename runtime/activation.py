@@ -31,6 +31,7 @@ from edge.store import activation as decide
 from edge.store.goldens import goldens_of
 from edge.store.models import ModelStore, StoredModel
 from edge.store.slots import Slot
+from edge.trust.policy import admit
 from runtime.host import ModelHost
 from runtime.pool import READY_WAIT_S, Pool, Serving, serving_of
 from runtime.proof import prove
@@ -152,14 +153,18 @@ class Activation:
             return
         await self._begin(name, host, trial_s=trial.trial_s, served_s=trial.served_s, within_s=None)
 
-    async def activate(self, name: str, ref: str, *, trial_s: float = TRIAL_S, within_s: float | None = None) -> None:
+    async def activate(
+        self, name: str, ref: str, *, trial_s: float = TRIAL_S, within_s: float | None = None, force: bool = False
+    ) -> None:
         """Put a version into a slot; returns when it serves. Goes on where nobody waits any more.
 
         Args:
             trial_s: How long it has to serve without a crash before the version before it is let go.
             within_s: In which it has to answer its golden prompts.
+            force: Take a release that is older than one that was confirmed here.
 
         Raises:
+            Untrusted: The trust policy refuses it.
             InvalidRequest: It is no name of a slot, or another kind of model serves there.
             SlotBusy: Another version is being loaded for it.
             ActivationFailed: It did not prove itself; what served before serves.
@@ -170,6 +175,7 @@ class Activation:
                 f"{name[:64]!r} is no name of a slot.", field="slot", hint="Lower-case letters and digits, as in chat."
             )
         model = await asyncio.to_thread(self._candidate, ref)
+        await asyncio.to_thread(admit, self._store, model.digest, model.ref, self._settings, force=force)
         with self._alone(name):
             if name in self._attempts:
                 await self._withdraw(name, "another version was activated")
@@ -197,10 +203,14 @@ class Activation:
                 field="model", hint="Take another slot: --slot NAME.",
             )  # fmt: skip
 
-    async def roll_back(self, name: str) -> None:
+    async def roll_back(self, name: str, *, force: bool = False) -> None:
         """Have the version before serve again; one on trial goes.
 
+        Args:
+            force: Also where the version before is an older release than one that was confirmed here.
+
         Raises:
+            Untrusted: The trust policy refuses the version before.
             SlotNotFound: There is no such slot.
             SlotBusy: A version is being loaded for it.
             InvalidRequest: There is no version before.
@@ -211,20 +221,22 @@ class Activation:
             if name in self._attempts:
                 await self._withdraw(name, ASKED)
             else:
-                await self._swap(name)
+                await self._swap(name, force=force)
 
-    async def _swap(self, name: str) -> None:
+    async def _swap(self, name: str, *, force: bool) -> None:
         slot = self._slot(name)
         decide.swapped(slot, ASKED, now_s=time.time())
         assert slot.previous is not None
-        host = await self._pool.version(slot.previous, slot.names.get(slot.previous, name))
+        before = slot.names.get(slot.previous, name)
+        await asyncio.to_thread(admit, self._store, slot.previous, before, self._settings, force=force)
+        host = await self._pool.version(slot.previous, before)
         old = self._pool.slots[name]
         beside = await self._pool.version(old.digest, old.name)
         try:
             with self._spared(host):
                 await self._load(host, old, beside)
             await self._change(name, lambda now: decide.swapped(now, ASKED, now_s=time.time()))
-            self._pool.slots[name] = Serving.of(slot.previous, slot.names.get(slot.previous, name))
+            self._pool.slots[name] = Serving.of(slot.previous, before)
         finally:
             old.is_open.set()
         self._retire(beside)

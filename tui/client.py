@@ -291,16 +291,17 @@ class RuntimeClient:
         """The slots and the versions in them."""
         return (await self._call("GET", "/edge/v1/slots", SlotList)).slots
 
-    async def activate(self, slot: str, ref: str, *, trial_s: float, within_s: float | None = None) -> SlotInfo:
+    async def activate(
+        self, slot: str, ref: str, *, trial_s: float, within_s: float | None = None, force: bool = False
+    ) -> SlotInfo:
         """Put a model into a slot; returns when it serves."""
-        body = {"model": ref, "trial_s": trial_s, "within_s": within_s}
-        return await self._call(
-            "POST", f"/edge/v1/slots/{quote(slot, safe='')}/activate", SlotInfo, body, LOAD_TIMEOUT_S
-        )
+        body = {"model": ref, "trial_s": trial_s, "within_s": within_s, "force": force}
+        path = f"/edge/v1/slots/{quote(slot, safe='')}/activate"
+        return await self._call("POST", path, SlotInfo, body, LOAD_TIMEOUT_S)
 
-    async def roll_back(self, slot: str) -> SlotInfo:
+    async def roll_back(self, slot: str, *, force: bool = False) -> SlotInfo:
         """Have the version of a slot that was before serve again."""
-        path = f"/edge/v1/slots/{quote(slot, safe='')}/rollback"
+        path = f"/edge/v1/slots/{quote(slot, safe='')}/rollback{'?force=true' if force else ''}"
         return await self._call("POST", path, SlotInfo, None, LOAD_TIMEOUT_S)
 
     async def remove_slot(self, slot: str) -> None:

@@ -56,10 +56,11 @@ def complete_slots(ctx: click.Context, param: click.Parameter, incomplete: str) 
     "--trial", type=Duration(), default=600.0, show_default="10m", help="Without a crash for so long, it stays."
 )
 @click.option("--within", type=Duration(), help="Time for its golden prompts (as its package says, or 30s).")
+@click.option("--force", is_flag=True, help="Take a release that is older than one that was confirmed here.")
 @json_option
 @connection_options
 def activate(
-    model: str, slot: str | None, trial: float, within: float | None, as_json: bool, url: str | None,
+    model: str, slot: str | None, trial: float, within: float | None, force: bool, as_json: bool, url: str | None,
     socket: Path | None,
 ) -> None:  # fmt: skip
     """Put MODEL into a slot: requests that name the slot (`"model": "chat"`) are answered by it.
@@ -78,7 +79,7 @@ def activate(
 
     async def work(client: RuntimeClient) -> SlotInfo:
         name = slot or await _slot_for(client, model)
-        return await client.activate(name, model, trial_s=trial, within_s=within)
+        return await client.activate(name, model, trial_s=trial, within_s=within, force=force)
 
     info = with_client(address_of(url, socket), work)
     print_json(info) if as_json else click.echo(_sentence(info))
@@ -91,9 +92,10 @@ async def _slot_for(client: RuntimeClient, model: str) -> str:
 
 @click.command("rollback")
 @click.argument("slot", default="chat", shell_complete=complete_slots)
+@click.option("--force", is_flag=True, help="Also to a release that is older than one that was confirmed here.")
 @json_option
 @connection_options
-def rollback(slot: str, as_json: bool, url: str | None, socket: Path | None) -> None:
+def rollback(slot: str, force: bool, as_json: bool, url: str | None, socket: Path | None) -> None:
     """Have the version of SLOT that was before serve again (chat, if no slot is named).
 
     A version on trial goes. A confirmed one and the one before it change places, so a second rollback undoes the first.
@@ -103,7 +105,7 @@ def rollback(slot: str, as_json: bool, url: str | None, socket: Path | None) -> 
       edge rollback
       edge rollback embed
     """
-    info = with_client(address_of(url, socket), lambda client: client.roll_back(slot))
+    info = with_client(address_of(url, socket), lambda client: client.roll_back(slot, force=force))
     print_json(info) if as_json else click.echo(_sentence(info))
 
 

@@ -114,6 +114,8 @@ class ActivateRequest(msgspec.Struct, kw_only=True):
     within_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] | None = None
     """In which it has to answer its golden prompts. Where it is not given: what its package says, or 30; 10 where the
     other version had to make room."""
+    force: bool = False
+    """Take a release that is older than one that was confirmed here; for keys with the scope `admin`."""
 
 
 class SlotVersion(msgspec.Struct, kw_only=True):

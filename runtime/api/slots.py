@@ -20,7 +20,7 @@ from runtime.api.guard import caller_of
 from runtime.api.parsing import parse_body
 from runtime.api.schema import ActivateRequest, SlotInfo, SlotList, SlotVerdict, SlotVersion
 
-CHANGING = (*OPERATING, errors.SlotNotFound, errors.SlotBusy, errors.ActivationFailed)
+CHANGING = (*OPERATING, errors.Untrusted, errors.SlotNotFound, errors.SlotBusy, errors.ActivationFailed)
 
 
 @get("/edge/v1/slots", opt=needs("view"))
@@ -46,17 +46,21 @@ async def activate(request: HttpRequest, state: State, slot: str) -> SlotInfo:
     trial_s = TRIAL_S if body.trial_s is None else body.trial_s
     async with act(request, "slot.activate", f"{slot[:64]} {body.model}", on=body.model):
         await _check_slot(request, slot)
-        await appliance.activation.activate(slot, body.model, trial_s=trial_s, within_s=body.within_s)
+        _check_force(request, force=body.force)
+        await appliance.activation.activate(
+            slot, body.model, trial_s=trial_s, within_s=body.within_s, force=body.force
+        )  # fmt: skip
     return _info(appliance, slot)
 
 
 @post("/edge/v1/slots/{slot:str}/rollback", opt=needs("operate") | exchanges(errors=CHANGING), status_code=200)
-async def roll_back(request: HttpRequest, state: State, slot: str) -> SlotInfo:
+async def roll_back(request: HttpRequest, state: State, slot: str, force: bool = False) -> SlotInfo:
     """Have the version before serve again; answers when it does. A version on trial goes."""
     appliance = appliance_of(state)
     async with act(request, "slot.rollback", slot[:64]):
         await _check_slot(request, slot)
-        await appliance.activation.roll_back(slot)
+        _check_force(request, force=force)
+        await appliance.activation.roll_back(slot, force=force)
     return _info(appliance, slot)
 
 
@@ -76,6 +80,12 @@ async def _check_slot(request: HttpRequest, slot: str) -> None:
         await appliance.check_allowed(limits, slot)
     elif limits.models and not limits.may_use(slot):
         raise errors.SlotNotFound(slot, known=())
+
+
+def _check_force(request: HttpRequest, *, force: bool) -> None:
+    """To lower what releases are accepted is for who may do everything."""
+    if force:
+        caller_of(request.scope).check("admin")
 
 
 def _info(appliance: Appliance, name: str) -> SlotInfo:
