@@ -156,6 +156,10 @@ def judge(store: ModelStore, manifest_digest: Digest, ref: str | ModelRef | None
         StoreError: The store's list cannot be read.
     """
     case = _Case(store, manifest_digest, str(ref or ""), trust)
+    if (why := trust.revoked.get(manifest_digest)) is not None:
+        reason = f"this release of it is revoked{f' ({why})' if why else ''}"
+        error = ReleaseRevoked(case.shown, reason, hint="Get a newer release.")
+        return Verdict("untrusted", error.reason, error=error)
     descriptors = store.referrers(manifest_digest, SIGNATURE_TYPE)[:MAX_SIGNATURES]
     verdicts = [case.verdict(descriptor) for descriptor in descriptors]
     if not verdicts:
@@ -165,8 +169,7 @@ def judge(store: ModelStore, manifest_digest: Digest, ref: str | ModelRef | None
 
 
 _RANKS: list[type[object]] = [
-    type(None), KeyRevoked, ReleaseRevoked, ReleaseTooOld, SignedForOtherName, SignatureMismatch, SignatureInvalid,
-    KeyNotTrusted,
+    type(None), KeyRevoked, ReleaseTooOld, SignedForOtherName, SignatureMismatch, SignatureInvalid, KeyNotTrusted,
 ]  # fmt: skip
 """Of several signatures the good one of the highest release counts, else the one that says most."""
 _AGAIN = "Fetch it again from who makes it: what is here was changed, or is damaged."
@@ -287,9 +290,6 @@ class _Case:
     def _check_claim(self, claim: Claim | None) -> None:
         if claim is None:
             return
-        if (why := self.trust.revoked.get(self.digest)) is not None:
-            reason = f"this release of it is revoked{f' ({why})' if why else ''}"
-            raise ReleaseRevoked(self.shown, reason, hint="Get a newer release.")
         if self.name and self.name != claim.name and not self.name.endswith(f"/{claim.name}"):
             raise SignedForOtherName(
                 self.shown,

@@ -30,6 +30,11 @@ _HASHES: Mapping[str, type[hashes.HashAlgorithm]] = {
 }  # fmt: skip
 """The curves that model-signing signs with, and the hash that goes with each."""
 _MAX_CHAIN = 8
+_UNREADABLE = (
+    ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion, x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)  # fmt: skip
+"""What `cryptography` raises at certificates that break their format; they have no base class of their own."""
 
 
 class BadSignature(Exception):
@@ -122,7 +127,7 @@ def _foreign_certificates() -> Generator[None]:
     """Certificates are parsed piece by piece, when they are asked; any piece may prove broken."""
     try:
         yield
-    except (ValueError, UnsupportedAlgorithm, x509.DuplicateExtension) as e:
+    except _UNREADABLE as e:
         raise InvalidModelFile("The signature", "a certificate in it cannot be read") from e
 
 
