@@ -34,7 +34,7 @@ from edge.store.fetch import pull as pull_model
 from edge.store.models import StoredModel
 from edge.store.network import Network
 from edge.store.sources import without_query
-from edge.trust.policy import check_source
+from edge.trust.policy import admit, check_source
 
 
 def complete_sources(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -50,6 +50,7 @@ def complete_sources(_ctx: click.Context, _param: click.Parameter, incomplete: s
 @click.option("--projector", metavar="SOURCE", help="What lets the model see images (mmproj), a GGUF as well.")
 @click.option("--sha256", metavar="HEX", help="What the model file must be; anything else is refused.")
 @click.option("--dry-run", is_flag=True, help="Say what would be fetched, and fetch nothing.")
+@click.option("--force", is_flag=True, help="Take an older signed release than was confirmed here.")
 @pace_options
 @store_option
 @json_option
@@ -63,6 +64,7 @@ def pull(
     dry_run: bool,
     rate: str,
     window: str,
+    force: bool,
     store_dir: Path | None,
     as_json: bool,
 ) -> None:
@@ -108,11 +110,13 @@ def pull(
             raise click.UsageError("--dry-run looks at one file: try it with each.")
         show_plan(plan(store, source, name=name, sha256=sha256, network=network), as_json=as_json)
         return
-    check_source(source, settings_from())
+    settings = settings_from()
+    check_source(source, settings)
     with progress_on_stderr() as report:
         model = pull_model(
             store, source, name=name, sha256=sha256, projector=projector, converter=convert_checkpoint,
             network=network, progress=report,
+            admit=lambda digest, ref: admit(store, digest, ref, settings, force=force),
         )  # fmt: skip
     note("model.pull", f"{without_query(source)} {model.ref}", store_dir=store_dir)
     _show_pulled(model, as_json=as_json)

@@ -95,7 +95,8 @@ def pull(
         network: How other machines are reached; by default as the environment says. Where it has `private_hosts`, URLs
             and registries are of the internet and of these hosts only; hub and package index are where the device's
             own settings say.
-        admit: Looks at what came from a registry before its name becomes visible, and raises to refuse it.
+        admit: Looks at what a registry has, its manifest and what is attached being in the store, before the files are
+            fetched; raises to refuse it.
         progress: Called often, from this thread.
         cancelled: Asked often; once it is true the pull stops, and a later one goes on from there.
 

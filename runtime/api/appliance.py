@@ -35,7 +35,7 @@ from edge.store.sources import FileSource, parse_source, without_query
 from edge.telemetry.host import temperature_c
 from edge.telemetry.service import Telemetry
 from edge.telemetry.span import Operation, RequestRecord
-from edge.trust.policy import check_source
+from edge.trust.policy import admit, check_source
 from runtime import wire
 from runtime.activation import Activation
 from runtime.api import sse
@@ -377,6 +377,7 @@ class Appliance:
             model = pull(
                 self.store, request.source, name=request.name, network=network, progress=report,
                 cancelled=control.is_cancelled,
+                admit=lambda digest, ref: admit(self.store, digest, ref, self.settings),
             )  # fmt: skip
             return f"{model.ref} is in the store"
 

@@ -120,7 +120,7 @@ def pull_artifact(
     attached to it; of anything else a package is made.
 
     Args:
-        admit: Looks at the manifest and what is attached before the name becomes visible, and raises to refuse it.
+        admit: Looks at the manifest and what is attached before the files are fetched, and raises to refuse it.
 
     Raises:
         SourceUnavailable: Neither the registry nor a mirror of it can be reached or has it.
@@ -137,7 +137,10 @@ def pull_artifact(
         control.report(0, None, f"asking {source.host}")
         document = pull.document()
         ref = ref_of(source, name)
-        return _adopt(pull, document, ref, admit) if is_model_pack(document) else _package(pull, document, ref)
+        if is_model_pack(document):
+            return _adopt(pull, document, ref, admit)
+        admit(document.digest, ref)  # nothing is attached to what is not kept as it is, so a policy finds it unsigned
+        return _package(pull, document, ref)
 
 
 def ref_of(source: RegistrySource, name: str | None) -> ModelRef:
@@ -154,10 +157,10 @@ def _adopt(pull: _Pull, document: Document, ref: ModelRef, admit: Admit) -> Stor
     manifest = Manifest.parse(document.data, what=f"The manifest of {pull.source}")
     with pull.store.lease(document.digest):
         pull.store.keep_manifest(document.data)
-        _complete(pull, manifest)
         for descriptor in _attached(pull, document.digest):
             _attach(pull, descriptor)
-        admit(document.digest, ref)
+        admit(document.digest, ref)  # before the weights: who is not let in costs no gigabytes
+        _complete(pull, manifest)
         return pull.store.add_manifest(ref, document.data)
 
 
