@@ -21,10 +21,12 @@ MAX_HEADER_BYTES = 256 << 20
 MAX_STRING_BYTES = 8 << 20
 MAX_KEY_BYTES = 1024
 MAX_KEYS = 8192
-MAX_TENSORS = 1 << 17
+MAX_TENSORS = 1 << 16
 MAX_ARRAY_ITEMS = 4 << 20
 """Over all arrays of a file. The largest vocabularies shipped (262,144 tokens with merges, scores and types) have
-about 1.3 million."""
+about 1.3 million, of which 0.8 million are texts."""
+MAX_ARRAY_TEXTS = 2 << 20
+"""Of them; as many take half a second and 130 MB."""
 MAX_TENSOR_NAME_BYTES = 63
 """GGML_MAX_NAME of ggml.h, less the closing zero."""
 MAX_DIMENSIONS = 4
@@ -208,7 +210,7 @@ class _Reader:
         self.what = what
         self.size = file.seek(0, 2)
         self.offset = file.seek(0)
-        self.array_items = 0
+        self.array_items = self.array_texts = 0
 
     def fail(self, reason: str) -> InvalidModelFile:
         return InvalidModelFile(self.what, reason)
@@ -274,7 +276,19 @@ class _Reader:
     def _strings(self, count: int, naming: str) -> list[str]:
         if count * 8 > self.size - self.offset:
             raise self.fail(f"{naming} has {count:,} strings and the file no room for them")
-        return [self.string_bytes(naming, MAX_STRING_BYTES).decode("utf-8", "surrogateescape") for _ in range(count)]
+        self.array_texts += count
+        if self.array_texts > MAX_ARRAY_TEXTS:
+            raise self.fail(f"{naming} has {count:,} strings; a file may have {MAX_ARRAY_TEXTS:,}")
+        read, texts = self._file.read, list[str]()
+        end, at = min(self.size, MAX_HEADER_BYTES), self.offset
+        for _ in range(count):  # as `string_bytes`, in half the time
+            length = int.from_bytes(read(8), "little")
+            at += 8 + length
+            if length > MAX_STRING_BYTES or at > end:
+                raise self.fail(f"{naming} has a string of {length:,} bytes that ends past the file or the bounds")
+            texts.append(read(length).decode("utf-8", "surrogateescape"))
+        self.offset = at
+        return texts
 
     def value(self, naming: str, *, only: int | None) -> GgufValue:
         code = self.u32(naming)
@@ -358,7 +372,7 @@ def _alignment(reader: _Reader, metadata: Mapping[str, GgufValue]) -> int:
 
 # Upper bounds a little above what any model of the families served has; llama.cpp allocates by these.
 _COUNT_LIMITS = {
-    "block_count": 4096,
+    "block_count": 512,  # LLAMA_MAX_LAYERS, at which it aborts
     "embedding_length": 1 << 20,
     "attention.head_count": 1 << 14,
     "context_length": 1 << 31,
@@ -381,6 +395,9 @@ def _check_metadata(reader: _Reader, metadata: Mapping[str, GgufValue]) -> None:
 
 def _check_vocabulary(reader: _Reader, metadata: Mapping[str, GgufValue]) -> None:
     # llama.cpp once cast these arrays unchecked (its advisories of 2025 and 2026); loaders other than ours still do.
+    merges = metadata.get("tokenizer.ggml.merges")
+    if merges is not None and not _is_list_of(merges, str):
+        raise reader.fail("'tokenizer.ggml.merges' is no array of strings")
     tokens = metadata.get("tokenizer.ggml.tokens")
     if tokens is None:
         return

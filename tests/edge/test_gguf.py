@@ -114,6 +114,13 @@ REFUSED = {
     "nested array": (with_key("x", array(9, [])), "array of the unknown type 9"),
     "array too long for the file": (with_key("x", Raw(9, struct.pack("<IQ", 4, 1 << 21))), "wants 8,388,608 bytes"),
     "more strings than bytes": (with_key("x", Raw(9, struct.pack("<IQ", 8, 1 << 21))), "no room for them"),
+    "strings past the end": (with_key("x", Raw(9, struct.pack("<IQQ", 8, 1, 9000))), "a string of 9,000 bytes"),
+    "too many strings": (
+        with_key("x", Raw(9, struct.pack("<IQ", 8, (2 << 20) + 1) + bytes((16 << 20) + 8))),
+        "may have 2,097,152",
+    ),
+    "merges of numbers": (with_key("tokenizer.ggml.merges", array(4, [bytes(4)])), "no array of strings"),
+    "many layers": (with_key("llama.block_count", 513), "whole number up to 512"),
     "too many items": (with_key("x", Raw(9, struct.pack("<IQ", 0, 1 << 40))), "may have 4,194,304"),
     "text that is not UTF-8": (with_key("x", Raw(8, string(b"\xff"))), "not UTF-8"),
     "alignment of 3": (with_key("general.alignment", 3), "no power of two"),
