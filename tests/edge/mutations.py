@@ -14,12 +14,14 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
 
 from edge.errors import EdgeError
-from tests.edge.mutated import MAX_CPU_S, OUTSIDE, Kind, kind_of
+from tests.edge import mutated_files, mutated_stores
+from tests.edge.mutators import MAX_CPU_S, OUTSIDE, Kind
 
 MAX_GROWTH_BYTES = 128 << 20
 """Of the address space, beyond what the process has after reading sound inputs."""
@@ -27,6 +29,17 @@ _HANG_S = 60
 """On the wall: past it the process is ended."""
 _CHANGES = {"os.rename": 2, "os.link": 2, "os.symlink": 2, "os.mkdir": 1, "os.remove": 1, "os.truncate": 1}
 """Audited events that change the disk, and how many paths they name first."""
+
+
+KINDS: Mapping[str, Callable[[Path], Kind]] = {
+    "gguf": lambda _: mutated_files.gguf(),
+    "safetensors": lambda _: mutated_files.safetensors(),
+    "onnx": lambda _: mutated_files.onnx(),
+    "template": lambda _: mutated_files.template(),
+    "manifest": mutated_stores.manifest,
+    "tar": mutated_stores.tar,
+}
+"""Each gets a directory of its own."""
 
 
 class Tally(msgspec.Struct):
@@ -45,7 +58,7 @@ class Tally(msgspec.Struct):
 def run(name: str, first: int, count: int, folder: Path) -> Tally:
     """Feed the inputs from `first` on. Limits this process: call it in one of its own."""
     (folder / "store").mkdir()
-    kind, tally, path = kind_of(name, folder), Tally(name), folder / "input"
+    kind, tally, path = KINDS[name](folder / "store"), Tally(name), folder / "input"
     for data in kind.sound[:8]:
         path.write_bytes(data)
         assert kind.feed(data, path), "a sound input is refused"

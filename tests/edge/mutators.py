@@ -1,11 +1,13 @@
-"""Changes to bytes, JSON and protobuf trees that parsers trip over. Each draws from a generator that it is given."""
+"""Kinds of input, and changes to bytes, JSON and protobuf trees that parsers trip over."""
 
 from __future__ import annotations
 
 import json
 import random
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 from tests.edge.onnx_files import Field, Message, varint
@@ -19,6 +21,23 @@ TEXTS = [
     "", "\0", "..", "../../outside", "/etc/passwd", "a\\..\\b", "\ud800", "\x1b[2J", "a" * 5000, "\U0001f99c" * 300,
     "sha256:" + "0" * 64, "sha256:../../../outside", "-1", "1e999", "NaN", "application/vnd.oci.image.index.v1+json",
 ]  # fmt: skip
+MAX_CPU_S = 1.0
+"""For one input."""
+OUTSIDE = 99
+"""Exit code of a child that would have written outside the store."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of input."""
+
+    sound: Sequence[bytes]
+    """Inputs that are taken."""
+    mutate: Callable[[random.Random], bytes]
+    feed: Callable[[bytes, Path], bool]
+    """Reads an input, which also lies at the path, and gives whether it was taken. May raise `EdgeError`."""
+    forks: bool = False
+    """Each input is read in a process of its own."""
 
 
 def mutate_bytes(rng: random.Random, data: bytes, others: Sequence[bytes], *, within: int = 0) -> bytes:

@@ -12,8 +12,8 @@ import pytest
 
 from tests.edge.mutations import Tally
 
-SHORT = {"gguf": 500, "safetensors": 500, "onnx": 500, "manifest": 60, "template": 40}
-LONG = {"gguf": 30_000, "safetensors": 20_000, "onnx": 30_000, "manifest": 8_000, "template": 8_000}
+SHORT = {"gguf": 500, "safetensors": 500, "onnx": 500, "manifest": 60, "template": 40, "tar": 60}
+LONG = {"gguf": 30_000, "safetensors": 20_000, "onnx": 30_000, "manifest": 8_000, "template": 8_000, "tar": 8_000}
 PART = 4_000
 ROOT = Path(__file__).parent.parent.parent
 

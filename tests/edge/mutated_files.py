@@ -1,63 +1,33 @@
-"""Kinds of foreign input: sound ones, how they are mutated, and what reads them."""
+"""Files of models that are mutated, and chat templates."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
-import shutil
 import signal
 import struct
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import msgspec
-
-from edge.errors import EdgeError
-from edge.store.models import ModelStore
 from edge.store.scan import scan
 from tests.edge.gguf_files import METADATA, TENSORS, Raw, Tensor, array, gguf_bytes, string, strings
-from tests.edge.mutators import NUMBERS, TEXTS, dumped, mutate_bytes, mutate_json, mutate_message
+from tests.edge.mutators import (
+    MAX_CPU_S,
+    NUMBERS,
+    OUTSIDE,
+    TEXTS,
+    Kind,
+    dumped,
+    mutate_bytes,
+    mutate_json,
+    mutate_message,
+)
 from tests.edge.onnx_files import encode, external, model, small_graph, tensor, varint
-from tests.edge.store_support import NoSync, add_model
 
-MAX_CPU_S = 1.0
-OUTSIDE = 99
-"""Exit code of a child that would have written outside the store."""
 _HANG_S = 30
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One kind of input."""
-
-    sound: Sequence[bytes]
-    """Inputs that are taken."""
-    mutate: Callable[[random.Random], bytes]
-    feed: Callable[[bytes, Path], bool]
-    """Reads an input, which also lies at the path, and gives whether it was taken. May raise `EdgeError`."""
-    forks: bool = False
-    """Each input is read in a process of its own."""
-
-
-def kind_of(name: str, folder: Path) -> Kind:
-    """The kind of that name; what it needs on the disk lies in `folder` / ``store``."""
-    match name:
-        case "gguf":
-            return _gguf()
-        case "safetensors":
-            return _safetensors()
-        case "onnx":
-            return _onnx()
-        case "template":
-            return _template()
-        case "manifest":
-            return _manifest(folder / "store")
-        case _:
-            raise ValueError(name)
 
 
 def _scanning(name: str) -> Callable[[bytes, Path], bool]:
@@ -68,7 +38,7 @@ def _scanning(name: str) -> Callable[[bytes, Path], bool]:
     return feed
 
 
-def _gguf() -> Kind:
+def gguf() -> Kind:
     blocks = [(12, 288), (30, 1024)]
     many = [Tensor(f"blk.{i}.weight", (256, 2), code, size) for i, (code, size) in enumerate(blocks)]
     more = {"llama.block_count": 2, "llama.rope": 0.5, "split.count": 1, "a": strings(["a", "bc"] * 20)}
@@ -117,7 +87,7 @@ def _odd_tensor(rng: random.Random) -> Tensor:
     return Tensor(name, shape, rng.randrange(50), rng.choice([0, 4, 36, 4096]), offset)
 
 
-def _safetensors() -> Kind:
+def safetensors() -> Kind:
     sizes = {"BF16": 2, "F32": 4, "I64": 8, "U8": 1, "F16": 2}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
@@ -140,7 +110,7 @@ def _safetensors() -> Kind:
     return Kind([sound], mutate, _scanning("a.safetensors"))
 
 
-def _onnx() -> Kind:
+def onnx() -> Kind:
     numbers, texts = tensor("w", [3], 7, (7, varint(5) * 3)), tensor("q", [2], 8, (6, "a"), (6, "b"))
     trees = [model(small_graph()), model(small_graph(numbers, texts), (14, [(1, "a"), (2, "b")]))]
     sound = [encode(tree) for tree in trees]
@@ -173,7 +143,7 @@ _SNIPPETS = [
 ]  # fmt: skip
 
 
-def _template() -> Kind:
+def template() -> Kind:
     from runtime.template_check import UNFIT, main
 
     folder = Path(__file__).parent.parent / "goldens" / "templates"
@@ -216,88 +186,3 @@ def _become_trial(main: Callable[[], None], path: Path) -> NoReturn:
         code = int(e.code or 0)
     finally:
         os._exit(code)
-
-
-def _manifest(folder: Path) -> Kind:
-    """Documents of a store: the name of one, the end of a line, and its bytes."""
-    root = folder / "sound"
-    store = ModelStore(root, files=NoSync())
-    weights = folder / "weights.gguf"
-    for name, fill in (("sound", b"\1"), ("other", b"\2")):
-        weights.write_bytes(gguf_bytes(fill=fill))
-        add_model(store, name, weights)
-    found, other = store.get("sound"), store.get("other").digest
-    documents: Mapping[str, object] = {
-        "index.json": json.loads((root / "index.json").read_bytes()),
-        "manifest": json.loads(found.manifest.encode()),
-        "config": json.loads(found.config.encode()),
-        "pins.json": ["sound:latest"],
-        "drafts.json": {"sound:latest": "sound:latest"},
-    }
-    names = ["manifest", "manifest", "manifest", *documents]
-
-    def mutate(rng: random.Random) -> bytes:
-        name = rng.choice(names)
-        return name.encode() + b"\n" + dumped(rng, mutate_json(rng, documents[name]))
-
-    def feed(data: bytes, path: Path) -> bool:
-        tried = folder / "tried"
-        shutil.rmtree(tried, ignore_errors=True)
-        shutil.copytree(root, tried)
-        store = ModelStore(tried, files=NoSync())
-        name, _, document = data.partition(b"\n")
-        is_named = not _is_refused(lambda: _put_in(store, name.decode(), document))
-        refused = [_is_refused(step) for step in _uses(store)]
-        if name != b"index.json":
-            assert store.get("other").digest == other, "another model was changed"
-            assert all(check.is_good for check in store.verify("other")), "another model was damaged"
-        return is_named and not any(refused)
-
-    sound = [name.encode() + b"\n" + json.dumps(document).encode() for name, document in documents.items()]
-    return Kind(sound, mutate, feed)
-
-
-def _put_in(store: ModelStore, name: str, document: bytes) -> None:
-    """Make a document the store's own, as if its digest had been right."""
-    if name.endswith(".json"):
-        (store.root / name).write_bytes(document)
-        return
-    manifest = store.get("sound").manifest
-    if name == "config":
-        descriptor = msgspec.structs.replace(manifest.config, digest=store.blobs.put(document), size=len(document))
-        document = msgspec.structs.replace(manifest, config=descriptor).encode()
-    store.add_manifest("came", document)
-    _point(store, document)
-
-
-def _point(store: ModelStore, manifest: bytes) -> None:
-    index = store.root / "index.json"
-    listed: dict[str, Any] = json.loads(index.read_bytes())
-    digest = str(store.blobs.put(manifest))
-    for entry in listed["manifests"]:
-        if entry["annotations"].get("org.opencontainers.image.ref.name") == "sound:latest":
-            entry |= {"digest": digest, "size": len(manifest)}
-    index.write_text(json.dumps(listed))
-
-
-def _uses(store: ModelStore) -> Sequence[Callable[[], object]]:
-    """What an appliance does with its models."""
-
-    def look() -> None:
-        for found in store.list():
-            _ = (found.details, found.kind, found.capabilities, found.size_bytes, found.projector, found.report)
-            _ = found.weights
-
-    return [
-        look, store.damaged, store.pins, store.drafts, store.slots, lambda: store.get("sound"),
-        lambda: store.verify("sound"), lambda: store.copy("sound", "copy"), store.collect,
-        lambda: store.remove("sound"), store.collect,
-    ]  # fmt: skip
-
-
-def _is_refused(step: Callable[[], object]) -> bool:
-    try:
-        step()
-    except EdgeError:
-        return True
-    return False
