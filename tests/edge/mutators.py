@@ -125,7 +125,7 @@ def dumped(rng: random.Random, document: object) -> bytes:
     """JSON, now and then as no writer would have it."""
     text = json.dumps(document, ensure_ascii=rng.random() < 0.5, separators=(",", ":"))
     depth = rng.choice([600, 3000, 100_000])
-    data = text.replace(f'"{_DEEP}"', "[" * depth + "]" * depth).encode("utf-8", "surrogatepass")
+    data = text.replace(f'"{_DEEP}"', "[" * depth + "]" * depth, 3).encode("utf-8", "surrogatepass")
     return mutate_bytes(rng, data, [data]) if rng.random() < 0.2 else data
 
 
