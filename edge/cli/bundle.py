@@ -18,7 +18,7 @@ from edge.cli.notes import note
 from edge.cli.options import complete_models, how_to_ask, human_size, json_option, open_store, plain, store_option
 from edge.cli.pull import progress_on_stderr
 from edge.config import Settings
-from edge.errors import EdgeError, ReleaseTooOld
+from edge.errors import ConfigError, EdgeError, ReleaseTooOld
 from edge.store.bundle import Bundle
 from edge.store.digest import Digest
 from edge.store.exporting import ExportPlan, plan_export
@@ -169,7 +169,10 @@ def _verdicts(bundle: Bundle, plan: ImportPlan, settings: Settings) -> Sequence[
     """What the signatures in the bundle are worth here. Nothing of it comes into the store."""
     if settings.trust == "off":
         return [Verdict("off", "the trust policy is off") for _ in plan.models]
-    trust = TrustFiles.of(settings).load()
+    try:
+        trust = TrustFiles.of(settings).load()
+    except ConfigError as e:  # refused where the policy is enforced, and only there
+        return [Verdict("untrusted", e.message, error=e) for _ in plan.models]
     with tempfile.TemporaryDirectory(prefix="slm-edge-import-") as directory:
         scratch = ModelStore(Path(directory))
         for planned in plan.models:

@@ -312,8 +312,11 @@ class BlobStore:
             StoreError: The directory cannot be written, or the other process kept it for an hour.
         """
         self.files.make_dir(self.ingest_dir)
-        name = hashlib.sha256(key.encode()).hexdigest()[:32]
-        return Partial(self.ingest_dir / f"{name}.partial", self.files, self._lists, self.room, before_poll=before_poll)
+        return Partial(self.partial_path(key), self.files, self._lists, self.room, before_poll=before_poll)
+
+    def partial_path(self, key: str) -> Path:
+        """Where the partial for `key` is, or would be."""
+        return self.ingest_dir / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.partial"
 
     def copy_in(self, source: Path, partial: Partial, *, before_chunk: Callable[[], None] | None = None) -> Staged:
         """Copy a file's bytes into a partial, from the start.

@@ -216,7 +216,8 @@ class Bundle:
     def _document(self, member: TarMember) -> bytes:
         self._documents_bytes += member.size_bytes
         if member.size_bytes > MAX_DOCUMENT_BYTES or self._documents_bytes > MAX_DOCUMENTS_BYTES:
-            raise InvalidModelFile(self.path.name, f"it has more than {MAX_DOCUMENTS_BYTES:,} bytes of documents")
+            bounds = f"{MAX_DOCUMENT_BYTES:,} bytes in one document, or {MAX_DOCUMENTS_BYTES:,} in all"
+            raise InvalidModelFile(self.path.name, f"it has more than {bounds}")
         with self._reading():
             return os.pread(self._file.fileno(), member.size_bytes, member.offset)
 

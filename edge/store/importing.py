@@ -9,13 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from edge.errors import DigestMismatch, InvalidModelFile, InvalidReference, ModelNotFound, StoreError
+from edge.errors import (
+    DigestMismatch,
+    EdgeError,
+    InvalidModelFile,
+    InvalidReference,
+    ModelNotFound,
+    SourceUnavailable,
+    StoreError,
+)
 
 from .blobs import Partial, Staged
 from .bundle import Attached, Bundle, BundledModel
 from .digest import Digest
 from .manifest import Descriptor, ModelRef
 from .models import ModelStore, StoredModel
+from .room import size_of
 from .transfer import Progress, free_bytes, require_room
 
 Admit = Callable[[ModelStore, Digest, ModelRef], object]
@@ -69,8 +78,9 @@ def plan_import(
     if rename and len(chosen) != 1:
         raise InvalidReference(f"{len(chosen)} models cannot all be named '{rename}'.", hint="Name one of them.")
     models = [_planned(store, bundle, model, _name_of(bundle, model, rename)) for model in chosen]
-    missing = {blob.digest: blob.size for planned in models for blob in planned.missing}
-    return ImportPlan(models, sum(missing.values()), free_bytes(store.blobs))
+    missing = {blob.digest: blob for planned in models for blob in planned.missing}
+    copied_bytes = sum(_left_bytes(store, blob) for blob in missing.values())
+    return ImportPlan(models, copied_bytes, free_bytes(store.blobs))
 
 
 def _chosen(bundle: Bundle, names: Sequence[str]) -> Sequence[BundledModel]:
@@ -100,6 +110,15 @@ def _planned(store: ModelStore, bundle: Bundle, model: BundledModel, ref: ModelR
     missing = list({blob.digest: blob for blob in needs}.values())
     bundle.check_has(missing)
     return PlannedModel(ref, model, missing, _digest_of(store, ref))
+
+
+def _key(blob: Descriptor) -> str:
+    """Of the partial. Where the bytes come from does not matter: what one source began another one can end."""
+    return f"blob {blob.digest}"
+
+
+def _left_bytes(store: ModelStore, blob: Descriptor) -> int:
+    return max(0, blob.size - size_of(store.blobs.partial_path(_key(blob))))
 
 
 def _digest_of(store: ModelStore, ref: ModelRef) -> Digest | None:
@@ -132,11 +151,23 @@ def import_models(
         DiskFull: It does not fit on the disk.
         StoreError: The store cannot be written.
     """
+    require_room(store.blobs, plan.copied_bytes)
     for planned in plan.models:
         yield _import(store, bundle, planned, admit, progress)
 
 
 def _import(
+    store: ModelStore, bundle: Bundle, planned: PlannedModel, admit: Admit, progress: Callable[[Progress], None]
+) -> StoredModel:
+    try:
+        return _brought_in(store, bundle, planned, admit, progress)
+    except EdgeError as e:
+        if not isinstance(e, (SourceUnavailable, StoreError)):
+            store.collect()  # what is refused does not stay on the disk; what may go on later does
+        raise
+
+
+def _brought_in(
     store: ModelStore, bundle: Bundle, planned: PlannedModel, admit: Admit, progress: Callable[[Progress], None]
 ) -> StoredModel:
     model, copy = planned.model, _Copy(store, bundle, progress)
@@ -189,7 +220,7 @@ class _Copy:
             self._progress(Progress(done_bytes + blob_bytes, total_bytes, what))
 
         for blob in needed.values():
-            with self._store.blobs.ingest(f"blob {blob.digest}") as partial:
+            with self._store.blobs.ingest(_key(blob)) as partial:
                 self._one(blob, partial, report)
             done_bytes += blob.size
 

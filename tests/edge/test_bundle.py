@@ -156,7 +156,6 @@ def test_who_is_not_admitted_is_refused_before_the_files_are_copied(store: Model
         taken(device, exported(store, "one"), admit=refuse)
     assert seen == [(1, False)]
     assert device.list() == []
-    device.collect()
     assert list(device.blobs.digests()) == []
 
 
@@ -227,8 +226,10 @@ def test_what_does_not_fit_is_refused_beforehand(store: ModelStore, tmp_path: Pa
     with pytest.raises(DiskFull, match="Make room on the medium"):
         exported(small, "one")
     path = exported(store, "one")
+    full = ModelStore(tmp_path / "device", files=SmallDisk())
     with pytest.raises(DiskFull, match="edge rm"):
-        taken(ModelStore(tmp_path / "device", files=SmallDisk()), path)
+        taken(full, path)
+    assert list(full.blobs.digests()) == []
     assert ModelStore(tmp_path / "device").list() == []
 
 
@@ -339,7 +340,7 @@ HOSTILE: Mapping[str, tuple[Callable[[Files], Files], str]] = {
     "a newer layout": (lambda f: f | {"oci-layout": b'{"imageLayoutVersion":"2.0.0"}'}, "version '2.0.0'"),
     "no JSON": (lambda f: f | {"index.json": b"{"}, "index.json of bad.tar is refused"),
     "deep JSON": (lambda f: f | {"index.json": b'{"a":' + b"[" * 100_000}, "index.json of bad.tar is refused"),
-    "a long index": (lambda f: f | {"index.json": b" " * (5 << 20)}, "bytes of documents"),
+    "a long index": (lambda f: f | {"index.json": b" " * (5 << 20)}, "8,388,608 in all"),
     "many entries": (lambda f: with_index(f, manifests=[entry(f)] * 1025), "more than 1,024 references"),
     "the same name twice": (lambda f: with_index(f, manifests=[entry(f)] * 2), "have the same name"),
     "an absent manifest": (lambda f: without(f, f"blobs/sha256/{document(f, 'manifest')}"), "it lacks the blob"),
@@ -383,6 +384,7 @@ def test_what_is_hostile_is_refused_and_leaves_nothing(name: str, store: ModelSt
         taken(device, bad)
     assert reason in str(refused.value)
     assert device.list() == []
+    assert list(device.blobs.digests()) == []
     assert all(path.is_relative_to(device.root) for path in set(tmp_path.rglob("*")) - before)
 
 
@@ -391,7 +393,7 @@ def test_documents_are_bounded_together(store: ModelStore, tmp_path: Path) -> No
     name, bad = document(files, "manifest"), tmp_path / "bad.tar"
     files = with_blob(files, name, files[f"blobs/sha256/{name}"] + b" " * (3 << 20))
     files = with_index(files, manifests=[entry(files, annotations={}) for _ in range(4)])
-    with pytest.raises(InvalidModelFile, match=f"more than {MAX_DOCUMENTS_BYTES:,} bytes of documents"):
+    with pytest.raises(InvalidModelFile, match=f"{MAX_DOCUMENTS_BYTES:,} in all"):
         Bundle(write_bundle(bad, files))
 
 
@@ -455,6 +457,8 @@ def test_a_container_image_travels_and_is_not_imported(store: ModelStore, tmp_pa
         export(store, plan)
     with Bundle(path) as bundle:
         assert [(i.name, i.size_bytes) for i in bundle.images] == [("localhost/slm-edge:1", len(config) + len(layer))]
+    found = json.loads(skopeo("inspect", f"oci-archive:{path}:localhost/slm-edge:1"))
+    assert (found["Architecture"], len(found["Layers"])) == ("amd64", 1)
     taken(device, path)
     assert digest_bytes(layer) not in set(device.blobs.digests())
 

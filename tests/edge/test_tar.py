@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import tarfile
@@ -52,6 +53,17 @@ def test_what_gnu_tar_writes_of_a_directory_is_read(tmp_path: Path) -> None:
     for form in ("gnu", "posix", "ustar"):
         subprocess.run([tar, "-cf", made, f"--format={form}", "-C", tmp_path / "layout", "."], check=True, timeout=30)
         assert contents(made.read_bytes(), tmp_path) == FILES
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_file_beyond_8_gib_is_found(tar_format: int, tmp_path: Path) -> None:
+    path, entry = tmp_path / "large.tar", tarfile.TarInfo("weights")
+    entry.size = 9 << 30
+    begin = entry.tobuf(tar_format)
+    path.write_bytes(begin)
+    os.truncate(path, len(begin) + entry.size + len(END))
+    with path.open("rb", buffering=0) as file:
+        assert read_tar(file, what="large.tar") == {"weights": TarMember("weights", len(begin), 9 << 30)}
 
 
 def header(name: str = "file", *, kind: bytes = b"0", size: int = 0, link: str = "") -> bytes:
