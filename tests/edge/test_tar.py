@@ -8,6 +8,7 @@ import subprocess
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -56,7 +57,7 @@ def test_what_gnu_tar_writes_of_a_directory_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_a_file_beyond_8_gib_is_found(tar_format: int, tmp_path: Path) -> None:
+def test_a_file_beyond_8_gib_is_found(tar_format: Literal[1, 2], tmp_path: Path) -> None:
     path, entry = tmp_path / "large.tar", tarfile.TarInfo("weights")
     entry.size = 9 << 30
     begin = entry.tobuf(tar_format)
