@@ -17,6 +17,7 @@ from edge.errors import (
 )
 from edge.formats.gguf import read_gguf
 from edge.store import http
+from edge.store.delta import DELTA_TYPE, attach_delta
 from edge.store.details import details_of
 from edge.store.digest import Digest
 from edge.store.fetch import plan, pull
@@ -305,6 +306,30 @@ def test_what_is_attached_travels_with_the_model(
     assert seen == [2], "looked at before it is visible"
     assert bom in other.referrers(model.digest, kinds[0])
     assert_sound(other.root)
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_what_a_delta_makes_is_not_fetched(
+    store: ModelStore, other: ModelStore, wire: Wire, registry: Registry, tmp_path: Path, is_damaged: bool
+) -> None:
+    pushed(store, wire.host)
+    pull(other, f"oci://{wire.host}/{REPO}:q8")
+    path = tmp_path / "next.gguf"
+    path.write_bytes(MODEL[:-3000] + bytes(3000))
+    base = store.get("tiny:q8")
+    new = store.add("tiny:next", [PackageFile(path, "tiny.gguf")], base.details)
+    attach_delta(store, base, new, IDLE)
+    (attached,) = store.referrers(new.digest, DELTA_TYPE)
+    (layer,) = store.read_referrer(attached).layers
+    push(store, "tiny:next", RegistrySource(wire.host, REPO), network=Network(), control=IDLE)
+    if is_damaged:
+        flip(registry.blob(layer.digest), layer.size // 2)
+    before = wire.down_bytes
+    model = pull(other, f"oci://{wire.host}/{REPO}:next")
+    fetched_bytes = wire.down_bytes - before - model.manifest.config.size
+    assert fetched_bytes == (layer.size + len(MODEL) if is_damaged else layer.size)
+    assert model.weights.read_bytes() == path.read_bytes()
+    assert len(assert_sound(other.root)) == 2
 
 
 class Refused(EdgeError):

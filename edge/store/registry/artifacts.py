@@ -27,6 +27,8 @@ DOCKER_PROJECTOR_TYPE = "application/vnd.docker.ai.mmproj"
 DOCKER_LICENSE_TYPE = "application/vnd.docker.ai.license"
 DOCKER_TEMPLATE_TYPE = "application/vnd.docker.ai.chat.template.jinja"
 _OLLAMA = "application/vnd.ollama.image."
+_ORAS_FILE = "application/vnd.oci.image.layer.v1.tar"
+"""What the oras command calls a file, packed or not, unless it is told."""
 _MAX_LAYERS = 256
 _PACKED = re.compile(r"[.+](?:tar|gzip|zstd)\b")
 
@@ -113,7 +115,8 @@ def parts_of(document: Document, *, what: str) -> Sequence[Part]:
 def _part(layer: Descriptor) -> Part | None:
     name = PurePosixPath(layer.filepath).name
     role = _ROLES.get(layer.media_type)
-    if name.lower().endswith(".gguf") and not _PACKED.search(layer.media_type) and role in (None, "weights"):
+    is_packed = layer.media_type != _ORAS_FILE and _PACKED.search(layer.media_type)
+    if name.lower().endswith(".gguf") and not is_packed and role in (None, "weights"):
         return Part("projector" if name.lower().startswith("mmproj") else "weights", layer, name)
     if role == "weights" and name:
         return None  # weights in another format

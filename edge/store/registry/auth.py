@@ -10,7 +10,7 @@ import base64
 import binascii
 import re
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ class RegistryAuth(httpx.Auth):
             request.headers["Authorization"] = self._header
         response = yield request
         if response.status_code == 401 and self._is_own(response.url):
-            read_bounded(response, _MAX_TOKEN_BYTES)  # so that the connection can be used again
+            _bound(response)
             yield from self._answer(request, response)
 
     def _is_own(self, url: httpx.URL) -> bool:
@@ -146,17 +146,44 @@ def _basic(credentials: tuple[str, str]) -> str:
 
 def _read_token(response: httpx.Response) -> _Token:
     host = response.url.host
+    _bound(response)
     if response.status_code != 200:
-        response.close()
         raise SourceUnavailable(f"{host} gives no token ({response.status_code}).", hint=HINT)
     try:
-        token = msgspec.json.decode(read_bounded(response, _MAX_TOKEN_BYTES), type=_Token)
+        token = msgspec.json.decode(response.read(), type=_Token)
     except msgspec.MsgspecError as e:
         raise SourceUnavailable(f"{host} gives something else than a token: {e}.") from e
     text = token.token or token.access_token
     if not text or not all("!" <= c <= "~" for c in text):
         raise SourceUnavailable(f"{host} gives a token that is none.")
     return token
+
+
+class _Bounded(httpx.SyncByteStream):
+    """The body of an answer, up to a limit."""
+
+    def __init__(self, body: httpx.SyncByteStream, host: str) -> None:
+        self._body = body
+        self._host = host
+
+    @override
+    def __iter__(self) -> Iterator[bytes]:
+        left = _MAX_TOKEN_BYTES
+        for chunk in self._body:
+            left -= len(chunk)
+            if left < 0:
+                raise SourceUnavailable(f"{self._host} answers a question of who asks with more than it needs.")
+            yield chunk
+
+    @override
+    def close(self) -> None:
+        self._body.close()
+
+
+def _bound(response: httpx.Response) -> None:
+    """The library reads answers to a challenge by itself, and whole."""
+    if isinstance(response.stream, httpx.SyncByteStream):
+        response.stream = _Bounded(response.stream, response.url.host)
 
 
 def read_bounded(response: httpx.Response, limit: int) -> bytes:

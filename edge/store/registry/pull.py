@@ -11,6 +11,7 @@ from edge.errors import DigestMismatch, InvalidModelFile, InvalidReference, Sour
 from edge.formats.gguf import read_gguf
 
 from ..blobs import Staged
+from ..delta import DELTA_TYPE, delta_for, rebuilt
 from ..details import Sampling, details_of
 from ..digest import Digest
 from ..manifest import DOC_TYPE, WEIGHT_TYPE, Descriptor, Manifest, ModelRef, Referrer
@@ -24,9 +25,6 @@ from .client import Document, RegistryClient, clients_of, first_of
 _MAX_TEXT_BYTES = 1 << 20
 _MAX_REFERRER_BYTES = 64 << 20
 """Of the files of one thing that is attached to a model; what is larger is left where it is."""
-_TRIES = 3
-_REFERRERS_LEFT = frozenset({"application/vnd.slm-edge.delta.v1"})
-"""Of no use to who has the whole model."""
 log = logging.getLogger("edge.store")
 
 Admit = Callable[[Digest, ModelRef], object]
@@ -157,31 +155,49 @@ def _adopt(pull: _Pull, document: Document, ref: ModelRef, admit: Admit) -> Stor
     manifest = Manifest.parse(document.data, what=f"The manifest of {pull.source}")
     with pull.store.lease(document.digest):
         pull.store.keep_manifest(document.data)
-        for descriptor in _attached(pull, document.digest):
-            _attach(pull, descriptor)
+        attached = first_of(pull.clients, lambda client: client.referrers(pull.source.repository, document.digest))
+        for descriptor in attached:
+            if descriptor.artifact_type != DELTA_TYPE:
+                _attach(pull, descriptor)
         admit(document.digest, ref)  # before the weights: who is not let in costs no gigabytes
-        _complete(pull, manifest)
+        _complete(pull, manifest, attached)
         return pull.store.add_manifest(ref, document.data)
 
 
-def _complete(pull: _Pull, manifest: Manifest | Referrer) -> None:
-    """Have every blob of a manifest in the store. Those that are there are hashed: pulling is how people mend."""
+def _complete(pull: _Pull, manifest: Manifest | Referrer, attached: Sequence[Descriptor] = ()) -> None:
+    """Have every blob of a manifest in the store. Those that are there are hashed: pulling is how people mend. What a
+    delta makes of other blobs here is not fetched."""
     blobs = {blob.digest: blob for blob in (manifest.config, *manifest.layers)}
     missing = [blob for blob in blobs.values() if not pull.store.has_sound(blob.digest)]
     require_room(pull.store.blobs, sum(blob.size for blob in missing))
     for blob in missing:
+        delta = delta_for(blob, attached, pull.store.blobs)
+        if delta is not None and _is_rebuilt(pull, blob, delta):
+            continue
         with pull.fetched(blob, blob.filepath or "its config", _check) as staged:
             pull.store.keep(staged)
+
+
+def _is_rebuilt(pull: _Pull, blob: Descriptor, delta: Descriptor) -> bool:
+    """Make a blob of a delta and of what is here. One that is damaged, or cannot be had, is no reason to fail."""
+    name = blob.filepath or "its weights"
+    try:
+        (layer,) = Referrer.parse(pull.manifest(delta.digest).data).layers
+        with (
+            pull.fetched(layer, f"what is new in {name}", lambda _file, _name: None) as file,
+            rebuilt(file.path, pull.store.blobs, blob, pull.control) as staged,
+        ):
+            _check(staged, name)
+            pull.store.keep(staged)
+            return True
+    except (DigestMismatch, InvalidModelFile, SourceUnavailable, ValueError) as e:
+        log.warning("%s is fetched whole, its delta is of no use: %s", name, e)
+        return False
 
 
 def _check(staged: Staged, name: str) -> None:
     if name.lower().endswith(".gguf"):
         read_gguf(staged.path, what=name)
-
-
-def _attached(pull: _Pull, subject: Digest) -> Sequence[Descriptor]:
-    found = first_of(pull.clients, lambda client: client.referrers(pull.source.repository, subject))
-    return [entry for entry in found if entry.artifact_type not in _REFERRERS_LEFT]
 
 
 def _attach(pull: _Pull, descriptor: Descriptor) -> None:

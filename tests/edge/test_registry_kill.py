@@ -1,0 +1,123 @@
+"""`edge push` and `edge pull` killed with SIGKILL at random moments: no byte is sent or fetched twice."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import threading
+import time
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+from edge.formats.gguf import read_gguf
+from edge.store.details import details_of
+from edge.store.models import ModelStore, PackageFile
+from edge.store.registry.client import UPLOAD_BYTES
+from tests.edge.edge_command import Edge, edge_at
+from tests.edge.gguf_files import sized_gguf
+from tests.edge.registries import PIECE_BYTES, Registry, Wire, docker_registry, wire_to
+from tests.edge.store_support import assert_sound
+
+MODEL = sized_gguf(200_000)
+"""51 MB: several requests of an upload."""
+REPO = "models/big"
+KILLS = 4
+
+
+class Tap:
+    """Lets so many pieces pass, then says that it is dry and holds the rest."""
+
+    def __init__(self) -> None:
+        self._allowed = threading.Semaphore(0)
+        self.is_dry = threading.Event()
+
+    def take(self) -> None:
+        if not self._allowed.acquire(blocking=False):
+            self.is_dry.set()
+            self._allowed.acquire(timeout=60)
+
+    def open(self, pieces: int) -> None:
+        self.is_dry.clear()
+        self._allowed.release(pieces)
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Generator[Registry]:
+    with docker_registry(tmp_path / "registry") as found:
+        yield found
+
+
+@pytest.fixture
+def wire(registry: Registry) -> Generator[Wire]:
+    with wire_to(registry.port) as found:
+        yield found
+
+
+@pytest.fixture
+def edge(tmp_path: Path) -> Edge:
+    """With the model ``big:latest``."""
+    found, path = edge_at(tmp_path / "home"), tmp_path / "big.gguf"
+    path.write_bytes(MODEL)
+    ModelStore(found.store).add("big", [PackageFile(path, "big.gguf", move=True)], details_of(read_gguf(path)))
+    return found
+
+
+def killed(process: subprocess.Popen[str]) -> None:
+    with process:
+        process.kill()
+
+
+def test_kills_in_the_middle_of_a_push_cost_no_byte(edge: Edge, wire: Wire) -> None:
+    rng, target = random.Random(5), f"oci://{wire.host}/{REPO}:v1"
+    model = ModelStore(edge.store).get("big")
+    for _ in range(KILLS):
+        tap = Tap()
+        wire.before_up = tap.take
+        process = edge.start("push", "big", target)
+        tap.open(rng.randrange(8, UPLOAD_BYTES // PIECE_BYTES * 3 // 2))
+        assert tap.is_dry.wait(60)
+        killed(process)
+        tap.open(1 << 20)
+    wire.before_up = lambda: None
+    done = edge.run("push", "big", target)
+    assert done.returncode == 0, done.stderr
+    assert wire.up_bytes == model.size_bytes + model.manifest.config.size
+    num_sessions = len(wire.requests("POST", "/blobs/uploads/"))
+    assert num_sessions == 2, "one for each blob: none was begun anew"
+
+
+def test_kills_in_the_middle_of_a_pull_cost_only_what_was_on_its_way(edge: Edge, wire: Wire, tmp_path: Path) -> None:
+    rng, source = random.Random(6), f"oci://{wire.host}/{REPO}:v1"
+    assert edge.run("push", "big", source).returncode == 0
+    device, sizes = edge_at(tmp_path / "device"), [0]
+    for _ in range(KILLS):
+        tap = Tap()
+        wire.before_down = tap.take
+        process = device.start("pull", source)
+        tap.open(rng.randrange(40, 120))
+        assert tap.is_dry.wait(60)
+        wait_until_longer(device, sizes[-1])
+        killed(process)
+        tap.open(1 << 20)
+        assert assert_sound(device.store) == []
+        sizes.append(kept_bytes(device))
+    assert sizes == sorted(sizes)
+    wire.before_down = lambda: None
+    before = wire.down_bytes
+    done = device.run("pull", source)
+    assert done.returncode == 0, done.stderr
+    assert wire.down_bytes - before == len(MODEL) - sizes[-1]
+    assert [str(model.ref) for model in assert_sound(device.store)] == ["big:v1"]
+
+
+def kept_bytes(edge: Edge) -> int:
+    return sum(path.stat().st_size for path in edge.store.glob("ingest/*.partial"))
+
+
+def wait_until_longer(edge: Edge, size_bytes: int) -> None:
+    deadline = time.monotonic() + 30
+    while kept_bytes(edge) <= size_bytes:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
