@@ -272,9 +272,11 @@ def _fetcher_of(source: Source, entry: CatalogEntry | None, network: Network, co
             raise InvalidReference(f"{source} is a whole package.", hint=f"Pull it by itself: edge pull {source}.")
         case PackageSource() if entry:
             sizes = (entry.container_size_bytes, entry.size_bytes)
-            return PackageFetcher(source, entry.container_digest, *sizes, title=entry.title, converter=converter)
+            return PackageFetcher(
+                source, entry.container_digest, *sizes, title=entry.title, converter=converter, network=network
+            )
         case PackageSource():
-            return PackageFetcher(source, converter=converter)
+            return PackageFetcher(source, converter=converter, network=network)
         case HttpSource():
             return HttpFetcher.of(source, network)
         case FileSource():

@@ -129,7 +129,7 @@ def retried(
                 what = "cannot be reached" if isinstance(e, httpx.ConnectError) else "stopped answering"
                 raise SourceUnavailable(
                     f"{urlsplit(url).netloc} {what}: {root_cause(e)}.",
-                    hint="Check the network and pull again to continue.",
+                    hint="Check the network and try again: what was done is kept.",
                 ) from e
             control.pause(_BACKOFF_S * 2 ** (failed - 1))
         except (httpx.InvalidURL, httpx.TooManyRedirects, httpx.DecodingError) as e:

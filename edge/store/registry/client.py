@@ -495,6 +495,7 @@ def first_of(clients: Sequence[RegistryClient], ask: Callable[[RegistryClient], 
         try:
             return ask(client)
         except (SourceUnavailable, DigestMismatch) as e:
-            log.warning("%s: %s", client.host, e.message)
+            if len(clients) > 1:
+                log.warning("%s: %s", client.host, e.message)
             failures.append(e)
     raise failures[0]

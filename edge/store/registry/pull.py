@@ -107,7 +107,8 @@ def plan_artifact(store: ModelStore, source: RegistrySource, *, name: str | None
         manifest = Manifest.parse(document.data, what=str(source))
         blobs, is_present = manifest.layers, not store.blob_needs(manifest)
     else:
-        blobs, is_present = [part.descriptor for part in parts_of(document, what=str(source))], False
+        blobs = [part.descriptor for part in parts_of(document, what=str(source))]
+        is_present = all(store.blobs.has(blob.digest) for blob in blobs)
     return ArtifactPlan(found, ref_of(source, name), sum(blob.size for blob in blobs), is_present)
 
 
