@@ -133,7 +133,8 @@ def retried(
                 ) from e
             control.pause(_BACKOFF_S * 2 ** (failed - 1))
         except (httpx.InvalidURL, httpx.TooManyRedirects, httpx.DecodingError) as e:
-            raise SourceUnavailable(f"The source cannot be used: {e}.") from e
+            reason = str(e).rstrip(".")
+            raise SourceUnavailable(f"{urlsplit(url).netloc} cannot be used: {reason}.") from e
 
 
 @dataclass(frozen=True, slots=True)
