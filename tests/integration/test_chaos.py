@@ -74,7 +74,7 @@ def test_a_short_chaos(chaotic: RunningAppliance, gateway: GatewayProcess) -> No
 def test_a_long_chaos(chaotic: RunningAppliance, gateway: GatewayProcess) -> None:
     seconds = float(os.environ.get("EDGE_CHAOS_S", "1800"))
     seed = int(os.environ.get("EDGE_CHAOS_SEED", "7"))
-    warm_s = max(30.0, min(120.0, seconds / 6))  # until caches and states are as full as they get
+    warm_s = max(30.0, min(300.0, seconds / 6))  # until caches and states are as full as they get
     figures = run_chaos(
         chaotic, gateway, num_clients=16, warm_s=warm_s, chaos_s=seconds, pause_s=(4.0, 12.0), bombs=BOMBS, seed=seed,
         use_all_cells=True,
