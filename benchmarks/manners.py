@@ -27,8 +27,8 @@ from .workloads import sentence
 MODEL = "smollm2:135m-instruct"
 CONTEXT_TOKENS = 8192
 OUT_TOKENS = 32
-BLOCK = 5
-"""Requests of a block."""
+BLOCK = 40
+"""Requests of a block: some ten seconds, for a client that never reads is a normal one until buffers are full."""
 MOST = 1.5
 """What is allowed: half as much again."""
 _HALF_HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: loc"

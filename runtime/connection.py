@@ -47,7 +47,7 @@ MAX_UNREAD_BYTES = 64 << 10
 """Of a body that nobody wants; one that has more to come is not waited for: its connection closes."""
 MIN_BYTES = 8 << 10
 """What has to go on in `stall_s`, in or out: a quarter of what a radio link of 9,600 bit/s carries."""
-WRITE_BUFFER_BYTES = 64 << 10
+WRITE_BUFFER_BYTES = 16 << 10
 LINGER_S = 5.0
 """How long a connection that was closed here may still send what nobody reads."""
 

@@ -236,6 +236,10 @@ class Engine:
         """Drop a request before the next step. Nothing more comes for it; unknown ones are ignored."""
         self._inbox.put(self._drop, request_id)
 
+    def hold(self, request_id: RequestId, *, is_held: bool) -> None:
+        """Compute no more of a request, since nobody reads its answer, or go on with it; unknown ones are ignored."""
+        self._inbox.put(self._scheduler.hold, request_id, is_held=is_held)
+
     def ask_pins(self, answer: PinsAnswer, *, remove: str = "") -> None:
         """Tell what is pinned, on the engine's thread, after `remove` was let go."""
         self._inbox.put(self._tell_pins, answer, remove)
@@ -264,10 +268,10 @@ class Engine:
             elif self._steps % STEPS_PER_CHORE == 0:
                 next(chores, None)
             if not self.advance() and self._scheduler.has_work:
-                self._wait_for_disk()
+                self._wait_for_others()
 
-    def _wait_for_disk(self) -> None:
-        """Who waits for a state to be read is all there is. A slow disk is no hanging step."""
+    def _wait_for_others(self) -> None:
+        """Who waits for a state to be read, or for a reader, is all there is. A slow disk is no hanging step."""
         self._guard.idle()
         self._inbox.take(0.1)
 

@@ -13,6 +13,9 @@ SILENCE_S = 15.0
 """A stream that is silent for so long gets a sign of life: proxies and clients cut silent connections."""
 MAX_HELD_BYTES = 4 << 20
 """Of an answer that its reader has not taken yet: some ten thousand tokens."""
+HELD_PIECES = 32
+"""Of an answer that its reader has not taken yet: the engine waits for it. No reader that takes what it can is so far
+behind for long, and between two looks of the event loop come a few."""
 _PIECE_BYTES, _LOGPROB_BYTES = 300, 100
 """About what a piece takes, and each probability in it."""
 
@@ -46,11 +49,18 @@ def _rebuilt(kind: type[EdgeError], f: wire.Failed) -> EdgeError:
 class Generation:
     """One request on its way through a worker: an iterator of what each step gave it.
 
-    Holds what its reader has not taken yet, so a slow one never holds the engine; one that falls `MAX_HELD_BYTES`
-    behind loses the rest of the answer.
+    Holds what its reader has not taken yet. The engine computes nothing for one who is `HELD_PIECES` behind until he
+    has taken it; one that falls `MAX_HELD_BYTES` behind all the same loses the rest of the answer.
+
+    Args:
+        cancel: Has the engine drop the request of this id.
+        hold: Has it compute nothing of it, or go on.
     """
 
-    def __init__(self, message: wire.Ask, cancel: Callable[[int], None], *, tenant: str = "") -> None:
+    def __init__(
+        self, message: wire.Ask, cancel: Callable[[int], None], hold: Callable[[int, bool], None] = lambda _, __: None,
+        *, tenant: str = "",
+    ) -> None:  # fmt: skip
         self.id = message.id
         self.message = message
         self.tenant = tenant
@@ -58,7 +68,9 @@ class Generation:
         """Tokens of the answer that arrived."""
         self.expiry: asyncio.TimerHandle | None = None
         """Ends it at its deadline."""
-        self._cancel = cancel
+        self.is_held = False
+        """Whether the engine waits for its reader."""
+        self._cancel, self._hold = cancel, hold
         self._pieces: list[wire.Piece] = []
         self._held_bytes = 0
         self._error: EdgeError | None = None
@@ -75,9 +87,15 @@ class Generation:
         self._held_bytes += _size_bytes(piece)
         self._done = self._done or piece.finish_reason is not None
         self._notify()
+        if len(self._pieces) >= HELD_PIECES and not (self.is_held or self._done):
+            self._set_held(is_held=True)
         if self._held_bytes > MAX_HELD_BYTES and not self._done:
             self._cancel(self.id)
             self.fail(errors.SlowReader())
+
+    def _set_held(self, *, is_held: bool) -> None:
+        self.is_held = is_held
+        self._hold(self.id, is_held)
 
     def fail(self, error: EdgeError) -> None:
         """End with an error, after what came before it."""
@@ -111,6 +129,8 @@ class Generation:
                     await self._wake
                 pieces, self._pieces = self._pieces, []
                 self._held_bytes = 0
+                if self.is_held and not self._done:
+                    self._set_held(is_held=False)
                 if pieces or not self._done:
                     yield pieces
                 if self._done and not self._pieces:

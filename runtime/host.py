@@ -400,7 +400,7 @@ class ModelHost:
         self._touch(uses=1)
         if not self._generations:
             self._last_progress = self.last_used  # the clock of a hang starts with work
-        generation = Generation(message, self._cancel, tenant=tenant)
+        generation = Generation(message, self._cancel, self._set_held, tenant=tenant)
         error = DeadlineExceeded(timeout_s=allowed_s)
         generation.expiry = asyncio.get_running_loop().call_later(timeout_s, partial(self._expire, generation, error))
         self._generations[message.id] = generation
@@ -666,7 +666,7 @@ class ModelHost:
             return f"a step was not done in {limit:.0f} s"
         if doing.text_began and now - doing.text_began > ACCEPT_S:
             return f"a prompt was not prepared in {ACCEPT_S:.0f} s"
-        if self._generations and quiet > SILENCE_S:
+        if quiet > SILENCE_S and not all(g.is_held for g in self._generations.values()):
             return f"no step in {SILENCE_S:.0f} s"
         return None
 
@@ -706,6 +706,10 @@ class ModelHost:
         if (generation := self._take(request_id)) is not None:
             self._leaving[request_id] = generation
         self._send(wire.Cancel(request_id))
+
+    def _set_held(self, request_id: int, is_held: bool) -> None:
+        self._last_progress = time.monotonic()  # none was expected while nobody read
+        self._send(wire.Hold(request_id, is_held))
 
     def _take(self, request_id: int) -> Generation | None:
         """Let go of a request: it is over."""

@@ -24,6 +24,8 @@ PEER_SHARE = 4
 """One address of another machine, or one /64 of IPv6, may have this part of the connections."""
 SEND_BUFFER_BYTES = 128 << 10
 """Of the kernel's for each connection, which would grow to megabytes of an answer that nobody reads."""
+UNSENT_BYTES = 16 << 10
+"""Of these, what may wait for the peer to take what was sent before: so it is soon known that nobody reads."""
 MAX_ACCEPTED = 64
 """Connections taken before others are served again."""
 MAX_LEAVING, LEAVING_S = 32, 1.0
@@ -77,6 +79,8 @@ class Listener:
         """Turned away, the oldest first."""
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # of those that it accepts
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         self._open()
 
     def _open(self) -> None:

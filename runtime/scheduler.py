@@ -134,6 +134,12 @@ class Scheduler:
                 return sequence
         return None
 
+    def hold(self, request_id: RequestId, *, is_held: bool) -> None:
+        """Compute nothing of a sequence, since nobody reads its answer, or go on with it. An unknown one is ignored."""
+        for sequence in self.sequences():
+            if sequence.request.id == request_id:
+                sequence.is_held = is_held
+
     def retire(self, sequence: Sequence, *, reason: FinishReason | None) -> None:
         """End a sequence, finished or cancelled."""
         if sequence.slot is not None:
@@ -169,7 +175,8 @@ class Scheduler:
         if self.running:
             self.cache.trim_idle()
         self._relieve()
-        self._adapters = self._turns.choose((s.request.adapters, s.request.priority) for s in self.running)
+        wanted = ((s.request.adapters, s.request.priority) for s in self.running if not s.is_held)
+        self._adapters = self._turns.choose(wanted)
         if guess is not None:
             guess(self._in_turn())
         chunks = self._decode_chunks()
@@ -190,7 +197,7 @@ class Scheduler:
 
     def _in_turn(self) -> list[Sequence]:
         """The running sequences that this step may compute."""
-        return [s for s in self.running if s.request.adapters == self._adapters]
+        return [s for s in self.running if s.request.adapters == self._adapters and not s.is_held]
 
     def update(self, chunk: Chunk, *, num_rejected: int = 0) -> None:
         """Book a chunk as computed; the cells of its last `num_rejected` tokens, which were guessed wrong, are cut."""
@@ -213,7 +220,7 @@ class Scheduler:
     def _admit(self) -> None:
         if not self.waiting or not self._may_admit():
             return
-        candidates = sorted(self.waiting, key=self._turn, reverse=True)
+        candidates = sorted((s for s in self.waiting if not s.is_held), key=self._turn, reverse=True)
         while candidates and self._may_admit():
             sequence = candidates.pop()
             if self._must_wait(sequence):
@@ -224,8 +231,8 @@ class Scheduler:
             candidates.sort(key=self._turn, reverse=True)
 
     def _may_admit(self) -> bool:
-        """Whether a slot is free, or one might be taken from a lower class."""
-        if len(self.running) < self.limits.num_slots:
+        """Whether a slot is free, or one might be taken from a lower class or from who does not read."""
+        if len(self.running) < self.limits.num_slots or any(s.is_held for s in self.running):
             return True
         return min(s.request.priority for s in self.waiting) < max(s.request.priority for s in self.running)
 
@@ -247,7 +254,8 @@ class Scheduler:
         sequence.num_charged = num_charged
 
     def _place_or_take(self, sequence: Sequence) -> bool:
-        """Place a sequence, if need be where one of a lower class stands that has had its share."""
+        """Place a sequence, if need be where one stands that nobody reads, or one of a lower class that has had its
+        share."""
         while len(self.running) >= self.limits.num_slots or not self._place(sequence):
             victim = max(self.running, key=lambda s: s.rank, default=None)
             if victim is None or not self._gives_way(victim, sequence):
@@ -256,14 +264,17 @@ class Scheduler:
         return True
 
     def _gives_way(self, victim: Sequence, sequence: Sequence) -> bool:
+        if victim.is_held:
+            return True
         low, high = victim.request.priority, sequence.request.priority
         lead = TAKE_AFTER_TOKENS * CLASS_RATIO**low
-        return victim.rank[0] > high and self._classes.time(low) >= self._classes.time(high) + lead
+        return victim.priority > high and self._classes.time(low) >= self._classes.time(high) + lead
 
     def _must_wait(self, sequence: Sequence) -> bool:
         """Whether a prefix is on its way that the sequence would otherwise compute; not from one who may starve."""
         priority = sequence.request.priority
-        return self.cache.must_wait(sequence, (r for r in self.running if r.request.priority <= priority))
+        readers = (r for r in self.running if r.request.priority <= priority and not r.is_held)
+        return self.cache.must_wait(sequence, readers)
 
     def _place(self, sequence: Sequence) -> bool:
         slot = self.cache.place(sequence, cells=self._cells_to_grow(sequence))
@@ -317,7 +328,7 @@ class Scheduler:
     # ------------------------------------------------------------------ chunks
 
     def _relieve(self) -> None:
-        """Where the cells do not reach, the youngest of the lowest class gives way."""
+        """Where the cells do not reach, one that nobody reads gives way, or the youngest of the lowest class."""
         while not self.cache.make_room(0, keep=set()) and len(self.running) > 1:
             self._preempt(max(self.running, key=lambda s: s.rank))
 

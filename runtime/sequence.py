@@ -40,6 +40,7 @@ class Sequence:
             steps end at them.
         num_charged: Tokens whose computing its tenant has paid for; ahead of `num_computed` while a prompt is read.
         num_scored: Tokens of prompt after which the scores were reported, for who asked for them.
+        is_held: Whether it waits for its reader: no step computes it, and it gives way before all others.
     """
 
     request: Request
@@ -56,6 +57,7 @@ class Sequence:
     checkpoints: set[int] = field(default_factory=set[int])
     num_charged: int = 0
     num_scored: int = 0
+    is_held: bool = False
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
@@ -69,9 +71,14 @@ class Sequence:
         return len(self.tokens) - len(self.request.prompt)
 
     @property
-    def rank(self) -> tuple[int, int]:
+    def priority(self) -> int:
+        """Its class, or a higher one after it gave way often."""
+        return max(0, self.request.priority - self.num_preemptions // GAVE_WAY_ENOUGH)
+
+    @property
+    def rank(self) -> tuple[bool, int, int]:
         """Who gives way first: the greatest."""
-        return max(0, self.request.priority - self.num_preemptions // GAVE_WAY_ENOUGH), self.arrival
+        return self.is_held, self.priority, self.arrival
 
     @property
     def num_pending(self) -> int:

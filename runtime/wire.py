@@ -137,6 +137,13 @@ class Cancel(Message, frozen=True):
     id: int
 
 
+class Hold(Message, frozen=True):
+    """Compute no more of a request until told to go on: its answer is not being read."""
+
+    id: int
+    is_held: bool
+
+
 class AskPins(Message, frozen=True):
     """Tell what is pinned, after `remove`, where it is given, was let go."""
 
@@ -327,7 +334,7 @@ class Heartbeat(Message, frozen=True):
 
 Ask = Generate | Embed | Render | Spell
 """What can be asked of a model."""
-ToWorker = Load | Ask | Cancel | AskPins | Stop
+ToWorker = Load | Ask | Cancel | Hold | AskPins | Stop
 ToFront = Loading | Ready | Step | Pins | Heartbeat
 
 _encoder = msgspec.msgpack.Encoder()

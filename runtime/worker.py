@@ -586,6 +586,9 @@ class Worker:
                 case wire.Cancel():
                     self._sink.drop(message.id)
                     self._serving.cancel(RequestId(message.id))
+                case wire.Hold():
+                    if isinstance(self._serving, Engine):
+                        self._serving.hold(RequestId(message.id), is_held=message.is_held)
                 case wire.AskPins():
                     self._ask_pins(message)
                 case wire.Stop():

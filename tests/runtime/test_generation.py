@@ -11,7 +11,7 @@ import pytest
 
 from edge.errors import DoesNotFit, EdgeError, QueueFull, SlowReader, WorkerDied
 from runtime import wire
-from runtime.generation import Generation
+from runtime.generation import HELD_PIECES, Generation
 from runtime.request import SamplingParams, TokenLogprob
 
 
@@ -105,3 +105,22 @@ def test_who_reads_may_read_for_ever() -> None:
         return num_read
 
     assert asyncio.run(keep_up()) == 40_000
+
+
+def test_the_engine_waits_for_who_does_not_read_and_goes_on_when_he_does() -> None:
+    async def stall() -> list[tuple[int, bool]]:
+        told: list[tuple[int, bool]] = []
+        message = wire.Generate(1, None, "Hi", SamplingParams(), 4, [])
+        generation = Generation(message, lambda _: None, lambda i, is_held: told.append((i, is_held)))
+        for i in range(3 * HELD_PIECES):
+            generation.push(piece(i + 1))
+        assert generation.is_held
+        steps = generation.steps()
+        await anext(steps)
+        assert not generation.is_held
+        for i in range(HELD_PIECES):
+            generation.push(piece(i + 1, finish=i == HELD_PIECES - 1))
+        await anext(steps)
+        return told
+
+    assert asyncio.run(stall()) == [(1, True), (1, False)], "what is over needs nobody to wait"

@@ -32,7 +32,8 @@ GREEDY = SamplingParams(temperature=0)
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request, the step before which it comes, and the step before which its client leaves, if it does."""
+    """A request, the step before which it comes, that before which its client leaves, if it does, and those between
+    which nobody reads its answer."""
 
     at: int
     prompt: tuple[int, ...]
@@ -41,6 +42,7 @@ class Arrival:
     priority: int = 0
     tenant: str = ""
     weight: float = 1.0
+    held: tuple[int, int] | None = None
 
     def request(self, number: int) -> Request:
         return Request(
@@ -61,8 +63,9 @@ def arrivals(draw: st.DrawFn) -> Arrival:
     leaves = draw(st.one_of(st.none(), st.integers(at, at + 30)))
     tenant = draw(st.sampled_from("abc"))
     weight = draw(st.sampled_from([0.25, 1.0, 3.0]))
+    held = draw(st.one_of(st.none(), st.tuples(st.integers(at + 1, at + 20), st.integers(at + 21, at + 40))))
     return Arrival(
-        at, (*family[:shared], *own), draw(st.integers(1, 30)), leaves, draw(st.integers(0, 2)), tenant, weight
+        at, (*family[:shared], *own), draw(st.integers(1, 30)), leaves, draw(st.integers(0, 2)), tenant, weight, held
     )
 
 
@@ -137,6 +140,8 @@ def live(
                 engine.submit(a.request(i))
             if a.leaves_at == now:
                 engine.cancel(RequestId(i))
+            if a.held and now in a.held:
+                engine.hold(RequestId(i), is_held=now == a.held[0])
         computed = engine.advance()
         worked = now % 3 == 0 and drive.work()
         if not computed and not worked and now > 80 and now % 3 == 0:
@@ -481,3 +486,25 @@ def test_a_sequence_beyond_its_checkpoints_goes_on() -> None:
     assert sequence.before_checkpoint(9) == 3
     sequence.num_computed = 6
     assert sequence.before_checkpoint(3) == 3
+
+
+def test_an_answer_that_nobody_reads_costs_no_steps_and_gives_its_slot_to_who_waits() -> None:
+    backend = ScriptedBackend(capabilities(slots=1, cells=400, step=64, states=5000))
+    engine = Engine(backend, sink := CollectingSink(), max_queue=10, clock=backend.clock)
+    unread, other = RequestId(1), RequestId(2)
+    engine.submit(Request(unread, tuple(range(1, 40)), 20, GREEDY))
+    for _ in range(5):
+        engine.advance()
+    engine.hold(unread, is_held=True)
+    so_far = sink.last[unread].num_output
+    assert not engine.advance()
+    engine.submit(Request(other, tuple(range(50, 90)), 5, GREEDY))
+    while engine.advance():
+        pass
+    assert sink.last[other].finish_reason is not None
+    assert sink.last[unread].num_output == so_far < 20
+    engine.hold(unread, is_held=False)
+    while engine.advance():
+        pass
+    assert sink.last[unread].num_output == 20
+    assert backend.num_computed <= 39 + 20 + 40 + 5 + 1, "it went on from its saved state"
