@@ -39,6 +39,8 @@ from .manifest import (
 
 MAX_ENTRIES = 1024
 """Of the list of references."""
+MAX_ATTACHED = 64
+"""To one model. They stay in the store's list with it, which may not become too long to be read."""
 MAX_DOCUMENTS_BYTES = 8 << 20
 """Of all manifests and configs that are parsed; a model has about 2 kB of them."""
 LAYOUT_NAME, INDEX_NAME = "oci-layout", "index.json"
@@ -173,7 +175,7 @@ class Bundle:
     def _read_entries(self) -> tuple[Sequence[BundledModel], Sequence[BundledImage]]:
         models: list[BundledModel] = []
         images: list[BundledImage] = []
-        attached: dict[Digest, list[Attached]] = {}
+        attached: dict[Digest, dict[Digest, Attached]] = {}
         for entry in self.index.manifests:
             name = entry.annotations.get(REF_NAME, "")
             if entry.media_type != MANIFEST_TYPE:
@@ -183,7 +185,7 @@ class Bundle:
             found = decode(data, _AnyManifest, what=f"The manifest {entry.digest}")
             if found.subject is not None:
                 referrer = Referrer.parse(data, what=f"The manifest {entry.digest}")
-                attached.setdefault(found.subject.digest, []).append(Attached(entry, data, referrer))
+                attached.setdefault(found.subject.digest, {})[entry.digest] = Attached(entry, data, referrer)
             elif found.artifact_type == ARTIFACT_TYPE:
                 models.append(self._model(_ref_of(name), entry.digest, data))
             else:
@@ -193,7 +195,10 @@ class Bundle:
         names = [model.ref for model in models if model.ref]
         if len(set(names)) != len(names):
             raise InvalidModelFile(self.path.name, "two models in it have the same name")
-        return [replace(model, attached=list(_attached_to(model.digest, attached))) for model in models], images
+        whole = [replace(model, attached=list(_attached_to(model.digest, attached))) for model in models]
+        if any(len(model.attached) > MAX_ATTACHED for model in whole):
+            raise InvalidModelFile(self.path.name, f"it attaches more than {MAX_ATTACHED} things to a model")
+        return whole, images
 
     def _model(self, ref: ModelRef | None, digest: Digest, data: bytes) -> BundledModel:
         what = str(ref or digest)
@@ -277,12 +282,12 @@ class Bundle:
         self.close()
 
 
-def _attached_to(subject: Digest, attached: dict[Digest, list[Attached]]) -> Iterator[Attached]:
+def _attached_to(subject: Digest, attached: dict[Digest, dict[Digest, Attached]]) -> Iterator[Attached]:
     """What is attached to a manifest, and to that in turn, as a signature is to a list of parts."""
-    pending = attached.pop(subject, [])
+    pending = [*attached.get(subject, {}).values()]
     while pending:
         yield (found := pending.pop(0))
-        pending += attached.pop(found.descriptor.digest, [])
+        pending += attached.get(found.descriptor.digest, {}).values()
 
 
 def _ref_of(name: str) -> ModelRef | None:

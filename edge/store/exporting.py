@@ -154,8 +154,8 @@ def _read_back(partial: Path, plan: ExportPlan, progress: Callable[[Progress], N
                 if hashed.digest() != digest:
                     raise DigestMismatch(str(partial), expected=digest, actual=hashed.digest())
     except (DigestMismatch, InvalidModelFile) as e:
-        hint = "The medium is damaged, or smaller than it says. Take another one."
-        raise StoreError(f"{partial} gives back other bytes than were written to it.", hint=hint) from e
+        hint = "If it says nothing of a bound, the medium is damaged or smaller than it says. Take another one."
+        raise StoreError(f"{partial} does not read back as it was written: {e.message}", hint=hint) from e
 
 
 class _Writer:

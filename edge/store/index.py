@@ -59,10 +59,14 @@ def with_entry(index: Index, ref: ModelRef, entry: Descriptor | None, *, added: 
 
 
 def with_referrer(index: Index, found: Descriptor, subject: Digest) -> Index:
-    """The index with a manifest that is attached to another one, and has no name."""
-    others = [entry for entry in index.manifests if entry.digest != found.digest or REF_NAME in entry.annotations]
+    """The index with a manifest that is attached to another one, and has no name. One that is there keeps its place:
+    who looks at a bounded number of them sees the oldest, whatever is attached later."""
     entry = msgspec.structs.replace(found, annotations={SUBJECT: subject})
-    return msgspec.structs.replace(index, manifests=[*others, entry])
+    kept = [
+        entry if known.digest == found.digest and REF_NAME not in known.annotations else known
+        for known in index.manifests
+    ]
+    return msgspec.structs.replace(index, manifests=kept if entry in kept else [*kept, entry])
 
 
 def manifest_descriptor(digest: Digest, size_bytes: int, artifact_type: str | None) -> Descriptor:

@@ -159,6 +159,37 @@ def test_who_is_not_admitted_is_refused_before_the_files_are_copied(store: Model
     assert list(device.blobs.digests()) == []
 
 
+def test_what_is_attached_comes_with_each_name(store: ModelStore, tmp_path: Path) -> None:
+    store.copy("one", "another:f32")
+    device = empty(tmp_path)
+    taken(device, exported(store, "one", "another"), "another:f32")
+    assert len(device.referrers(device.get("another").digest)) == 1
+
+
+def test_what_is_attached_later_stands_behind_what_is_there(store: ModelStore, tmp_path: Path) -> None:
+    digest, device = store.get("one").digest, empty(tmp_path)
+    taken(device, exported(store, "one"))
+    [good] = device.referrers(digest)
+    for number in range(3):
+        other = ModelStore(tmp_path / f"other-{number}", files=NoSync())
+        add_model(other, "one:f32", tmp_path / "one.gguf")
+        for more in range(20):
+            _attached(other, digest, SIGNATURE, f"{number} {more}".encode())
+        taken(other, exported(store, "one"))
+        taken(device, exported(other, "one", to="other.tar"))
+    found = device.referrers(digest)
+    assert (found[0], len(found)) == (good, 61)
+
+
+def test_what_is_attached_to_one_model_is_bounded(store: ModelStore, tmp_path: Path) -> None:
+    for number in range(65):
+        _attached(store, store.get("two").digest, SIGNATURE, str(number).encode())
+    with pytest.raises(InvalidModelFile, match="more than 64 things"):
+        Bundle(write_bundle(tmp_path / "many.tar", layout_of(store)))
+    with pytest.raises(StoreError, match="more than 64 things"):
+        exported(store, "two")
+
+
 @dataclass
 class CountingFileOps(NoSync):
     """Counts what is written, and changes a byte of what comes after `spoil_at`."""
@@ -196,7 +227,7 @@ def test_the_rest_of_another_export_is_overwritten(store: ModelStore, tmp_path: 
 def test_a_medium_that_gives_back_other_bytes_is_told(store: ModelStore, tmp_path: Path) -> None:
     for spoil_at in (100, 520, 20_000):
         bad = ModelStore(store.root, files=CountingFileOps(spoil_at=spoil_at))
-        with pytest.raises(StoreError, match="gives back other bytes"):
+        with pytest.raises(StoreError, match="does not read back as it was written"):
             exported(bad, "one")
         assert not (tmp_path / "stick.tar").exists()
     exported(store, "one")
