@@ -85,7 +85,7 @@ def test_a_long_chaos(chaotic: RunningAppliance, gateway: GatewayProcess) -> Non
     assert figures["broken laws"] == []
     for what in ("front in MiB", "healthy worker in MiB", "harmed worker in MiB"):
         before, after = figures[what]
-        assert abs(after - before) <= 0.05 * before, what
+        assert after - before <= 0.05 * before, what  # a harmed worker is a new one, which may have less
 
 
 def run_chaos(
