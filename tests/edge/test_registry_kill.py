@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import subprocess
 import threading
 import time
@@ -23,7 +24,6 @@ from tests.edge.store_support import assert_sound
 MODEL = sized_gguf(200_000)
 """51 MB: several requests of an upload."""
 REPO = "models/big"
-KILLS = 4
 
 
 class Tap:
@@ -37,6 +37,15 @@ class Tap:
         if not self._allowed.acquire(blocking=False):
             self.is_dry.set()
             self._allowed.acquire(timeout=60)
+
+    def wait(self, process: subprocess.Popen[str]) -> bool:
+        """Whether it ran dry, rather than that the process came to its end."""
+        deadline = time.monotonic() + 60
+        while not self.is_dry.wait(0.01):
+            if process.poll() is not None:
+                return False
+            assert time.monotonic() < deadline
+        return True
 
     def open(self, pieces: int) -> None:
         self.is_dry.clear()
@@ -69,16 +78,17 @@ def killed(process: subprocess.Popen[str]) -> None:
         process.kill()
 
 
-def test_kills_in_the_middle_of_a_push_cost_no_byte(edge: Edge, wire: Wire) -> None:
-    rng, target = random.Random(5), f"oci://{wire.host}/{REPO}:v1"
+def push_with_kills(edge: Edge, wire: Wire, *, kills: int, seed: int) -> None:
+    """Each kill comes while the registry reads a request; the last push goes through."""
+    rng, target = random.Random(seed), f"oci://{wire.host}/{REPO}:v1"
     model = ModelStore(edge.store).get("big")
-    for _ in range(KILLS):
+    for _ in range(kills):
         tap = Tap()
         wire.before_up = tap.take
         process = edge.start("push", "big", target)
-        tap.open(rng.randrange(8, UPLOAD_BYTES // PIECE_BYTES * 3 // 2))
-        assert tap.is_dry.wait(60)
-        killed(process)
+        tap.open(rng.randrange(8, 3 * UPLOAD_BYTES * 6 // kills // PIECE_BYTES // 2))
+        if tap.wait(process):
+            killed(process)
         tap.open(1 << 20)
     wire.before_up = lambda: None
     done = edge.run("push", "big", target)
@@ -88,16 +98,17 @@ def test_kills_in_the_middle_of_a_push_cost_no_byte(edge: Edge, wire: Wire) -> N
     assert num_sessions == 2, "one for each blob: none was begun anew"
 
 
-def test_kills_in_the_middle_of_a_pull_cost_only_what_was_on_its_way(edge: Edge, wire: Wire, tmp_path: Path) -> None:
-    rng, source = random.Random(6), f"oci://{wire.host}/{REPO}:v1"
+def pull_with_kills(edge: Edge, wire: Wire, device: Edge, *, kills: int, seed: int) -> None:
+    """Each kill comes while the registry sends; the last pull fetches what was not written, and nothing else."""
+    rng, source = random.Random(seed), f"oci://{wire.host}/{REPO}:v1"
     assert edge.run("push", "big", source).returncode == 0
-    device, sizes = edge_at(tmp_path / "device"), [0]
-    for _ in range(KILLS):
+    sizes = [0]
+    for _ in range(kills):
         tap = Tap()
         wire.before_down = tap.take
         process = device.start("pull", source)
-        tap.open(rng.randrange(40, 120))
-        assert tap.is_dry.wait(60)
+        tap.open(rng.randrange(20, 600 // kills))
+        assert tap.wait(process)
         wait_until_longer(device, sizes[-1])
         killed(process)
         tap.open(1 << 20)
@@ -110,6 +121,39 @@ def test_kills_in_the_middle_of_a_pull_cost_only_what_was_on_its_way(edge: Edge,
     assert done.returncode == 0, done.stderr
     assert wire.down_bytes - before == len(MODEL) - sizes[-1]
     assert [str(model.ref) for model in assert_sound(device.store)] == ["big:v1"]
+
+
+def test_kills_in_the_middle_of_a_push_cost_no_byte(edge: Edge, wire: Wire) -> None:
+    push_with_kills(edge, wire, kills=3, seed=5)
+
+
+def test_kills_in_the_middle_of_a_pull_cost_only_what_was_on_its_way(edge: Edge, wire: Wire, tmp_path: Path) -> None:
+    pull_with_kills(edge, wire, edge_at(tmp_path / "device"), kills=3, seed=6)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(10))
+def test_many_kills_cost_no_byte(edge: Edge, wire: Wire, tmp_path: Path, seed: int) -> None:
+    push_with_kills(edge, wire, kills=10, seed=seed)
+    pull_with_kills(edge, wire, edge_at(tmp_path / "device"), kills=10, seed=seed)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_push_that_is_stopped_ends_its_request_first(edge: Edge, wire: Wire, how: signal.Signals) -> None:
+    target, tap = f"oci://{wire.host}/{REPO}:v1", Tap()
+    wire.before_up = tap.take
+    with edge.start("push", "big", target) as process:
+        tap.open(200)
+        assert tap.wait(process)
+        process.send_signal(how)
+        tap.open(1 << 20)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "The push was cancelled." in told
+    assert wire.up_bytes % UPLOAD_BYTES < PIECE_BYTES, "whole requests, and the config"
+    wire.before_up = lambda: None
+    assert edge.run("push", "big", target).returncode == 0
+    assert len(wire.requests("POST", "/blobs/uploads/")) == 2
 
 
 def kept_bytes(edge: Edge) -> int:
