@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,18 @@ def test_what_is_there_is_neither_sent_nor_fetched_again(store: ModelStore, othe
     pull(other, f"{source}@{first.target.digest}", name="mine:v1")
     assert wire.down_bytes == before
     assert [str(model.ref) for model in assert_sound(other.root)] == ["mine:v1", "tiny:q8"]
+
+
+def test_two_pulls_at_once_fetch_it_once(store: ModelStore, wire: Wire, tmp_path: Path) -> None:
+    sent_bytes = pushed(store, wire.host).sent_bytes
+
+    def fetch(name: str) -> StoredModel:
+        return pull(ModelStore(tmp_path / "other"), f"oci://{wire.host}/{REPO}:q8", name=name)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert len(list(pool.map(fetch, ("a", "b")))) == 2
+    assert wire.down_bytes == sent_bytes
+    assert [str(model.ref) for model in assert_sound(tmp_path / "other")] == ["a:latest", "b:latest"]
 
 
 def test_a_damaged_blob_of_the_store_is_mended_by_a_pull(store: ModelStore, wire: Wire) -> None:

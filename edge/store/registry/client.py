@@ -137,8 +137,8 @@ class RegistryClient:
         answer = self._asked("GET", url, headers={"Accept": _ACCEPT}, limit=MAX_DOCUMENT_BYTES)
         self.check(answer, f"{repo}:{reference}")
         document = Document(answer.data, answer.media_type, digest_bytes(answer.data))
-        stated = reference if ":" in reference else answer.headers.get("Docker-Content-Digest", document.digest)
-        if stated != document.digest:
+        stated = reference if ":" in reference else answer.headers.get("Docker-Content-Digest", "")
+        if stated.startswith("sha256:") and stated != document.digest:
             raise DigestMismatch(f"The manifest of {self.host}/{repo}", expected=stated, actual=document.digest)
         return document
 
@@ -148,14 +148,7 @@ class RegistryClient:
         Raises:
             SourceUnavailable: The registry cannot be reached, or refuses.
         """
-        return self._has(self._at(repo, f"blobs/{digest}"), repo)
-
-    def has_manifest(self, repo: str, digest: Digest) -> bool:
-        """The same of a manifest."""
-        return self._has(self._at(repo, f"manifests/{digest}"), repo)
-
-    def _has(self, url: str, repo: str) -> bool:
-        answer = self._asked("HEAD", url, headers={"Accept": _ACCEPT})
+        answer = self._asked("HEAD", self._at(repo, f"blobs/{digest}"))
         if answer.status == 404:
             return False
         self.check(answer, repo)
@@ -212,9 +205,8 @@ class RegistryClient:
         answer = self._asked(
             "GET", self._at(repo, f"referrers/{digest}"), headers={"Accept": INDEX_TYPE}, limit=MAX_DOCUMENT_BYTES
         )
-        if answer.status == 200 and answer.media_type == INDEX_TYPE:
-            return decode(answer.data, Index, what="The list of referrers").manifests[:_MAX_REFERRERS]
-        index = self._fallback(repo, digest)
+        is_told = answer.status == 200 and answer.media_type == INDEX_TYPE
+        index = self._index_of(answer) if is_told else self._fallback(repo, digest)
         return index.manifests[:_MAX_REFERRERS] if index else []
 
     def _fallback(self, repo: str, digest: Digest) -> Index | None:
@@ -223,7 +215,13 @@ class RegistryClient:
         if answer.status == 404:
             return None
         self.check(answer, repo)
-        return decode(answer.data, Index, what="The list of referrers")
+        return self._index_of(answer)
+
+    def _index_of(self, answer: Answer) -> Index:
+        try:
+            return decode(answer.data, Index, what="The list of referrers")
+        except InvalidModelFile as e:
+            raise SourceUnavailable(f"{self.host} lists what is attached in a way that cannot be read.") from e
 
     # ------------------------------------------------------------------ writing
 
@@ -311,11 +309,10 @@ class RegistryClient:
     def _asked(
         self, method: str, url: str, *, headers: Mapping[str, str] | None = None, content: bytes = b"", limit: int = 0
     ) -> Answer:
-        def attempt() -> Answer:
-            self._network.pace.admit(self._control)
-            return self.send(method, url, headers=headers or {}, content=content, limit=limit)
-
-        return retried(self.url, self._control, attempt, tries=self._tries)
+        return retried(
+            self.url, self._control, tries=self._tries,
+            attempt=lambda: self.send(method, url, headers=headers or {}, content=content, limit=limit),
+        )  # fmt: skip
 
     def send(
         self, method: str, url: str, *, headers: Mapping[str, str], content: bytes = b"", limit: int = 0

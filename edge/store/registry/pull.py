@@ -82,12 +82,14 @@ class _Pull:
                     partial.restart()
                     raise
 
-            staged = first_of(self.clients, attempt)
+            is_here = self.store.has_sound(blob.digest)  # somebody else fetched it, while this one waited
+            here = Staged(self.store.blobs.path(blob.digest), blob.digest, blob.size)
+            staged = here if is_here else first_of(self.clients, attempt)
             try:
                 self.control.report(blob.size, blob.size, f"checking {name}")
                 check(staged, name)
                 yield staged
-            except InvalidModelFile:
+            except (DigestMismatch, InvalidModelFile):
                 partial.discard()
                 raise
             partial.discard()
