@@ -6,12 +6,14 @@ import shutil
 from pathlib import Path
 
 from edge.errors import DigestMismatch
+from edge.store.exporting import attached_to
 from edge.store.manifest import ARTIFACT_TYPE, INDEX_TYPE, LAYOUT, MANIFEST_TYPE, REF_NAME, Descriptor, Index, encode
 from edge.store.models import ModelStore
 
 
 def write_seed(store: ModelStore, ref: str, directory: Path) -> str:
-    """Copy one model of `store` into a new layout, readable by any user, and check every byte; its full name.
+    """Copy one model of `store`, and what is attached to it as its signature, into a new layout, readable by any user,
+    and check every byte; its full name.
 
     The same model gives the same bytes, so the layer of an image does too.
 
@@ -22,7 +24,10 @@ def write_seed(store: ModelStore, ref: str, directory: Path) -> str:
     model = store.get(ref)
     blobs = directory / "blobs" / "sha256"
     blobs.mkdir(parents=True)
-    for digest in sorted({model.digest, model.manifest.config.digest, *(file.digest for file in model.files)}):
+    attached = list(attached_to(store, model.digest))
+    documents = [model.manifest, *(referrer for _, referrer in attached)]
+    files = {blob.digest for document in documents for blob in (document.config, *document.layers)}
+    for digest in sorted({model.digest, *(found.digest for found, _ in attached)} | files):
         shutil.copyfile(store.blobs.path(digest), blobs / digest.hex)
     entry = Descriptor(
         media_type=MANIFEST_TYPE,
@@ -32,7 +37,8 @@ def write_seed(store: ModelStore, ref: str, directory: Path) -> str:
         annotations={REF_NAME: str(model.ref)},
     )
     (directory / "oci-layout").write_bytes(LAYOUT)
-    (directory / "index.json").write_bytes(encode(Index(schema_version=2, media_type=INDEX_TYPE, manifests=[entry])))
+    index = Index(schema_version=2, media_type=INDEX_TYPE, manifests=[entry, *(found for found, _ in attached)])
+    (directory / "index.json").write_bytes(encode(index))
     for path in (directory, *directory.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
     for check in ModelStore(directory).verify(model.ref):

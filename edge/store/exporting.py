@@ -75,7 +75,7 @@ def plan_export(store: ModelStore, refs: Sequence[str], path: Path, *, image: Bu
     entries: list[Descriptor] = []
     blobs: dict[Digest, _Part] = {}
     for model in models:
-        found = [(_described(store, model), model.manifest), *_attached_to(store, model.digest)]
+        found = [(_described(store, model), model.manifest), *attached_to(store, model.digest)]
         entries += [descriptor for descriptor, _ in found]
         for descriptor, document in found:
             named = (descriptor, document.config, *document.layers)
@@ -196,7 +196,7 @@ def _described(store: ModelStore, model: StoredModel) -> Descriptor:
     return msgspec.structs.replace(found, annotations={REF_NAME: str(model.ref)})
 
 
-def _attached_to(store: ModelStore, subject: Digest) -> Iterator[tuple[Descriptor, Referrer]]:
+def attached_to(store: ModelStore, subject: Digest) -> Iterator[tuple[Descriptor, Referrer]]:
     """What is attached to a manifest, and to that in turn."""
     pending = [subject]
     while pending:
