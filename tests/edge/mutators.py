@@ -89,8 +89,8 @@ def _with_changed_node(rng: random.Random, value: object) -> object:
     if isinstance(value, list) and value and rng.random() < 0.85:
         items = cast("list[object]", value)
         at = rng.randrange(len(items))
-        if rng.random() < 0.2:
-            return items + [items[at]] * rng.choice([1, 5, 3000])
+        if rng.random() < 0.2 and len(json.dumps(items)) < 10_000:
+            return items + [items[at]] * rng.choice([1, 5, 300])
         items[at] = _with_changed_node(rng, items[at])
         return items
     return rng.choice([_nested(rng, cast("object", value)), rng.choice(_PLAIN), rng.choice(NUMBERS), rng.choice(TEXTS)])
