@@ -1,8 +1,9 @@
-"""What the appliance does with models that changed on the disk after they were let in."""
+"""What the appliance does with models that it should not have been given."""
 
 from __future__ import annotations
 
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from edge.formats.gguf import read_gguf
 from edge.store.details import details_of
 from edge.store.models import ModelStore, PackageFile
 from runtime.pool import Pool
-from tests.support import DEFAULT_MODEL, SEED
+from tests.runtime.tiny_models import make_tiny
+from tests.support import DEFAULT_MODEL, SEED, chat_body, run_edge, running_appliance
 
 
 async def test_a_template_that_was_swapped_on_the_disk_is_not_rendered(home: Path, tmp_path: Path) -> None:
@@ -33,3 +35,20 @@ async def test_a_template_that_was_swapped_on_the_disk_is_not_rendered(home: Pat
             await pool.ready("swapped")
     finally:
         await pool.close()
+
+
+def test_a_model_that_native_code_aborts_at_costs_its_worker(home: Path, tmp_path: Path) -> None:
+    path = make_tiny(tmp_path / "odd.gguf", "qwen2")
+    data = path.read_bytes()
+    key = b"qwen2.rope.dimension_count"
+    at = data.index(key) + len(key) + 4
+    path.write_bytes(data[:at] + struct.pack("<I", 7) + data[at + 4 :])  # odd, which ggml asserts it is not
+    assert run_edge("pull", str(path), "--name", "odd", home=home).returncode == 0, "the scan lets it pass"
+    with running_appliance(home) as appliance, appliance.client() as http:
+        assert http.post("/v1/chat/completions", json=chat_body("Hi", max_tokens=2)).status_code == 200
+        workers = appliance.worker_pids()
+        reply = http.post("/v1/chat/completions", json=chat_body("Hi", model="odd", max_tokens=2))
+        assert reply.status_code >= 500, reply.text
+        assert http.get("/livez").status_code == 200
+        assert http.post("/v1/chat/completions", json=chat_body("Hi", max_tokens=2)).status_code == 200
+        assert set(workers) <= set(appliance.worker_pids()), "the other model's worker goes on"
