@@ -12,7 +12,7 @@ import pytest
 
 from tests.edge.mutations import Tally
 
-SHORT = {"gguf": 500, "safetensors": 500, "onnx": 500, "manifest": 60, "template": 40, "tar": 60}
+SHORT = {"gguf": 500, "safetensors": 500, "onnx": 500, "manifest": 60, "template": 24, "tar": 60}
 LONG = {"gguf": 32_000, "safetensors": 20_000, "onnx": 32_000, "manifest": 8_000, "template": 6_000, "tar": 8_000}
 PART = 4_000  # inputs of one process
 ROOT = Path(__file__).parent.parent.parent
