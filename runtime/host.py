@@ -457,8 +457,9 @@ class ModelHost:
         finally:
             self._held.close()
             self._drop_box()
-            if self._waiting_process is not None:
-                self._waiting_process.discard()
+            waiting, self._waiting_process = self._waiting_process, None
+            if waiting is not None:  # once: the number of its file may be a client's by the next time
+                waiting.discard()
             if stop.is_set():  # here, and not where it was asked for: by then it may be loading again
                 self._fail_all(self._unloaded())
                 self._set_state("unloaded")

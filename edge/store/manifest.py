@@ -262,7 +262,8 @@ def decode(data: bytes, kind: type[_T], *, what: str) -> _T:
     try:
         return msgspec.json.decode(data, type=kind, dec_hook=_decode_digest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
-        raise InvalidModelFile(what, str(e).rstrip(".") or "nested too deeply") from e
+        reason = "".join(c if c.isprintable() else "?" for c in str(e)[:300])  # it may repeat what was sent
+        raise InvalidModelFile(what, reason.rstrip(".") or "nested too deeply") from e
 
 
 def encode(document: msgspec.Struct) -> bytes:

@@ -142,6 +142,11 @@ class TrustFiles:
             StoreError: It cannot be read or written.
         """
         read = _key_in(source, is_installed=False)
+        if read.authority is not None and not _vouches(read.authority):
+            raise ConfigError(
+                f"{source} is the certificate of one who vouches for nobody.",
+                hint="Add the certificate of its authority.",
+            )
         name = name or source.stem
         if not _NAME.fullmatch(name):
             raise ConfigError(
@@ -152,7 +157,7 @@ class TrustFiles:
             if path.exists() and _key_in(path, is_installed=False).id != read.id:
                 hint = f"Take --name, or first: edge trust remove {name}."
                 raise ConfigError(f"There is another key named {name!r}.", hint=hint)
-            write_file(self._files, path, _read(source))
+            write_file(self._files, path, _pem_of(read))  # not the file, which may hold more, such as a private key
         return _key_in(path, is_installed=False)
 
     def remove(self, name: str) -> TrustedKey:
@@ -183,7 +188,7 @@ class TrustFiles:
             KeyNotFound: It is none of these.
         """
         subject = what if _is_subject(what) else self._id_of(what)
-        words = " ".join("".join(c for c in reason if c.isprintable()).split())[:200]
+        words = " ".join("".join(c for c in reason if c.isprintable() and c != "#").split())[:200]
         with self._changing():
             path = self._own / REVOKED_NAME
             lines = _read(path).decode("utf-8") if path.exists() else ""
@@ -266,6 +271,24 @@ def _key_in(path: Path, *, is_installed: bool) -> TrustedKey:
             hint="It takes the PEM file of a public key on P-256, P-384 or P-521, or of an authority's certificate.",
         ) from e
     return TrustedKey(key_id(key), path.stem, path, is_installed, key=key)
+
+
+def _vouches(certificate: x509.Certificate) -> bool:
+    from cryptography import x509
+
+    try:
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except (x509.ExtensionNotFound, ValueError):
+        return False
+
+
+def _pem_of(key: TrustedKey) -> bytes:
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    if key.authority is not None:
+        return key.authority.public_bytes(Encoding.PEM)
+    assert key.key is not None
+    return key.key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 def _first_line(error: Exception) -> str:

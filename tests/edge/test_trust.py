@@ -449,6 +449,24 @@ def test_a_key_of_a_kind_that_signs_nothing_is_not_added(plant: Plant) -> None:
         plant.trust.add(make_pair(plant.root, "second").public, name="plant")
 
 
+def test_only_what_is_public_is_kept_of_an_authoritys_file(plant: Plant) -> None:
+    root = make_holder(plant.root, "root", is_authority=True)
+    both = plant.root / "both.pem"
+    both.write_bytes(root.pair.private.read_bytes() + root.path.read_bytes())
+    assert b"PRIVATE" not in plant.trust.add(both).path.read_bytes()
+    leaf = make_holder(plant.root, "leaf", by=root)
+    with pytest.raises(ConfigError, match="vouches for nobody"):
+        plant.trust.add(leaf.path)
+
+
+def test_what_a_strangers_signature_says_reaches_no_terminal(plant: Plant) -> None:
+    bad = b'{"mediaType": "application/vnd.dev.sigstore.bundle.v0.3+json", "\\u001b[31m": 1}'
+    model = plant.attach(plant.add(), bad)
+    assert plant.refusal(model).message.isprintable()
+    plant.trust.revoke("plant", reason="stolen\n\x1b[31m # by whom?")
+    assert list(plant.trust.load().revoked.values()) == ["stolen[31m by whom?"]
+
+
 # ---------------------------------------------------------------- signing
 
 
