@@ -398,7 +398,8 @@ class Appliance:
             raise Forbidden(
                 f"'{request.source[:200]}' is neither in the catalog nor on the network, and files of this device are "
                 "pulled by programs that run on it.",
-                hint="Name hf://OWNER/REPO/FILE.gguf or https://HOST/FILE.gguf, or run on the device: edge pull FILE.",
+                hint="Name hf://OWNER/REPO/FILE.gguf, oci://HOST/NAME:TAG or https://HOST/FILE.gguf, or run on the "
+                "device: edge pull FILE.",
             )
         name = request.name or (str(known[0]) if known else "")
         if caller.limits.models and not name:

@@ -160,7 +160,7 @@ async def copy(request: HttpRequest, state: State) -> None:
 async def push(request: HttpRequest) -> OllamaError:
     """Models are not pushed to Ollama's registry."""
     parse_body(await request.body(), OllamaPullRequest)
-    return OllamaError(error="Pushing is not supported by this version. edge show NAME --json has each file's path.")
+    return OllamaError(error="Models are not pushed over the API. On the device: edge push NAME oci://HOST/NAME.")
 
 
 @post("/api/pull", opt=needs("operate") | exchanges(OllamaPullRequest, streams=NDJSON), status_code=200)
@@ -202,7 +202,7 @@ def source_of(name: str) -> tuple[str, str | None]:
             return _of_hub(name, name.removeprefix(hub))
     if in_catalog(name) is None and isinstance(parse_source(name), FileSource):
         names = ", ".join(str(known) for known in catalog())
-        hint = f"To be had: {names}; hf://OWNER/REPO/FILE.gguf, https://HOST/FILE.gguf."
+        hint = f"To be had: {names}; hf://OWNER/REPO/FILE.gguf, oci://HOST/NAME:TAG, https://HOST/FILE.gguf."
         raise ModelNotFound(name, message=f"There is no model '{name[:200]}' to pull.", hint=hint)
     return name, None
 

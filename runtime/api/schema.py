@@ -163,7 +163,7 @@ class SlotList(msgspec.Struct, kw_only=True):
 
 class PullRequest(msgspec.Struct, kw_only=True):
     source: Annotated[str, msgspec.Meta(min_length=1, max_length=2048)]
-    """A catalog name, or ``hf://``, ``pypi://``, ``https://`` or a file's path."""
+    """A catalog name, or ``hf://``, ``oci://``, ``pypi://``, ``https://`` or a file's path."""
     name: Annotated[str, msgspec.Meta(max_length=400)] | None = None
 
 
