@@ -5,14 +5,19 @@ A home is a directory with a store in it; beside the homes lies `inputs`, which 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge.store.bundle import Bundle
 from edge.store.digest import Digest
+from edge.store.exporting import export, plan_export
 from edge.store.fetch import pull
 from edge.store.files import FileOps
-from edge.store.models import ModelStore
+from edge.store.importing import import_models, plan_import
+from edge.store.models import ModelStore, PackageFile
+from edge.store.slots import Slot
 from tests.edge.store_support import NoSync, add_model, assert_sound, write_gguf
 
 
@@ -36,9 +41,13 @@ def store_at(home: Path, files: FileOps | None = None, kind: type[ModelStore] = 
 def make_inputs(directory: Path) -> None:
     """What operations take models from."""
     inputs = directory / "inputs"
-    for number, name in enumerate("abc"):
+    for number, name in enumerate("abcd"):
         write_gguf(inputs / f"{name}.gguf", fill=bytes([number + 1]))
     add_model(ModelStore(inputs / "seed", files=NoSync()), "pinned", inputs / "c.gguf")
+    other = ModelStore(inputs / "other", files=NoSync())
+    model = add_model(other, "new", inputs / "a.gguf")
+    other.attach(model.digest, "application/x-note", [PackageFile(inputs / "d.gguf", "note")])
+    export(other, plan_export(other, ["new"], inputs / "stick.tar"))
 
 
 def input_of(store: ModelStore, name: str) -> Path:
@@ -49,23 +58,51 @@ def prepare(operation: Operation, home: Path) -> None:
     """A home in which the operation may begin."""
     store = store_at(home)
     store.pin("pinned")
+    pinned, previous = store.get("pinned").digest, add_model(store, "old", input_of(store, "d.gguf")).digest
+    store.write_slots(lambda _: {"embed": Slot(current=pinned, previous=previous)})
+    store.remove("old")
     operation.prepare(store)
 
 
-def kept_models(home: Path) -> Mapping[str, Digest]:
-    """What must outlive everything: pinned models, and what they are."""
+@dataclass(frozen=True)
+class Kept:
+    """What must outlive everything: pinned models by their names, and both versions of a slot that nobody changes."""
+
+    pinned: Mapping[str, Digest]
+    slot: Slot
+
+
+def kept_in(home: Path) -> Kept:
     store = store_at(home)
-    return {name: store.get(name).digest for name in store.pins()}
+    return Kept({name: store.get(name).digest for name in store.pins()}, store.slots()["embed"])
 
 
-def assert_law(home: Path, kept: Mapping[str, Digest]) -> None:
+def assert_law(home: Path, kept: Kept) -> None:
     """What holds at every moment: what is visible verifies, references lead somewhere, what is kept is there."""
     models = {str(model.ref): model.digest for model in assert_sound(home / "store")}
-    assert {name: models.get(name) for name in kept} == kept
-    assert store_at(home).pins() == set(kept)
+    store = store_at(home)
+    assert {name: models.get(name) for name in store.pins()} == kept.pinned
+    assert store.slots()["embed"] == kept.slot
+    _assert_references(store)
+    for slot in store.slots().values():
+        for digest in slot.digests():
+            _assert_manifest(store, digest)
 
 
-def assert_forward(operation: Operation, home: Path, kept: Mapping[str, Digest]) -> None:
+def _assert_references(store: ModelStore) -> None:
+    """Every entry of the list leads to a document, and that to blobs of the sizes that it names."""
+    for entry in json.loads((store.root / "index.json").read_bytes())["manifests"]:
+        _assert_manifest(store, Digest(entry["digest"]))
+
+
+def _assert_manifest(store: ModelStore, digest: Digest) -> None:
+    assert store.blobs.has_sound(digest)
+    document = json.loads(store.blobs.path(digest).read_bytes())
+    for blob in (document["config"], *document["layers"]):
+        assert store.blobs.has_sound(Digest(blob["digest"]))
+
+
+def assert_forward(operation: Operation, home: Path, kept: Kept) -> None:
     """The next run gets to the end, and leaves nothing behind."""
     operation.run(store_at(home))
     operation.done(store_at(home))
@@ -109,8 +146,14 @@ def _assert_models(*names: str) -> Callable[[ModelStore], None]:
 
 
 def _assert_clean(store: ModelStore) -> None:
-    """The pinned model's manifest, config and weights are all there is."""
-    assert len(list(store.blobs.digests())) == 3
+    """Manifest, config and weights of the pinned model and of the slot's other version are all there is."""
+    assert len(list(store.blobs.digests())) == 6
+
+
+def _import(store: ModelStore) -> None:
+    with Bundle(input_of(store, "stick.tar")) as bundle:
+        for model in import_models(store, bundle, plan_import(store, bundle)):
+            assert len(store.referrers(model.digest)) == 1
 
 
 OPERATIONS = {
@@ -140,6 +183,7 @@ OPERATIONS = {
             _remove_gone,
             _assert_models("pinned"),
         ),
+        Operation("import", _nothing, _import, _assert_models("new", "pinned")),
         Operation("collect", _litter, lambda store: store.collect(partial_age_s=-1e9), _assert_clean),
     )
 }

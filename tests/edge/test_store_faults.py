@@ -3,9 +3,11 @@ is lost, and the next run goes forward. Each planted fault is found, else the ha
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from tests.edge.fault_operations import (
     assert_forward,
     assert_law,
     input_of,
-    kept_models,
+    kept_in,
     make_inputs,
     prepare,
     store_at,
@@ -30,8 +32,6 @@ from tests.edge.fault_process import Victims
 from tests.edge.power_cut import Disk, RecordingFileOps, WithoutDirectorySync, WithoutFileSync, cuts, restore
 from tests.edge.store_support import Killed, KillingFileOps, NoSync, add_model, assert_sound, write_gguf
 
-SHORT_AND_LONG = [name if name == "pull" else pytest.param(name, marks=pytest.mark.soak) for name in OPERATIONS]
-"""Each operation: in the long run all, in every run the one that has most kinds of steps."""
 Broken = (AssertionError, EdgeError)
 """What a broken law shows itself as."""
 
@@ -60,56 +60,90 @@ class Stage:
         return home
 
 
-def every_death(stage: Stage, victims: Victims, *, plant: str = "") -> int:
-    """Kill before each step, look at what is left, and go on; gives how often.
+def every_death(stage: Stage, victims: Victims, *, plant: str = "", most: int = 1 << 30) -> int:
+    """Kill before each step (or `most` of them), look at what is left, and go on; gives how often.
 
     Raises:
         AssertionError, EdgeError: The law was broken.
     """
     name = stage.operation.name
     whole = stage.home("whole")
-    kept = kept_models(whole)
+    kept = kept_in(whole)
     steps = victims.run(name, whole, plant=plant).steps
     stage.operation.done(store_at(whole))
-    for number in reversed(range(len(steps))):
+    chosen = _spread(len(steps), most)
+    for number in chosen:
         home = stage.home("killed")
         assert victims.run(name, home, die_before=number, plant=plant).killed
         assert_law(home, kept)
         assert_forward(stage.operation, home, kept)
-    return len(steps)
+    return len(chosen)
 
 
-def every_cut(stage: Stage, ops: type[RecordingFileOps], *, per_step: int, plant: str = "") -> int:
-    """Cut the power behind each step, look at what is left, and go on; gives how often.
+def _spread(num_steps: int, most: int) -> Sequence[int]:
+    """The last steps first: what a fault planted early leads to shows late."""
+    return range(num_steps - 1, -1, -max(1, num_steps // most))
+
+
+def deaths_in_a_row(stage: Stage, victims: Victims, rng: random.Random) -> int:
+    """Kill at random, and each next run again, until one gets through; gives how often.
+
+    Raises:
+        AssertionError, EdgeError: The law was broken.
+    """
+    name, home = stage.operation.name, stage.home("row")
+    kept, num_deaths = kept_in(home), 0
+    num_steps = len(victims.run(name, stage.home("whole")).steps)
+    while num_deaths < 8 and victims.run(name, home, die_before=rng.randrange(num_steps)).killed:
+        num_deaths += 1
+        assert_law(home, kept)
+    assert_forward(stage.operation, home, kept)
+    return num_deaths
+
+
+def every_cut(
+    stage: Stage, ops: type[RecordingFileOps], *, per_step: int = 1, plant: str = "", most: int = 1 << 30
+) -> int:
+    """Cut the power behind each step (or `most` of them), look at what is left, and go on; gives how often.
 
     Raises:
         AssertionError, EdgeError: The law was broken.
     """
     home = stage.home("recorded")
-    kept, disk = kept_models(home), Disk.holding(home)
+    kept, disk = kept_in(home), Disk.holding(home)
     files = ops(home)
     stage.operation.run(store_at(home, files, STORES[plant]))
     states = list(cuts(disk, files.changes, random.Random(11), per_step=per_step))
-    for left in reversed(states):
+    chosen = _spread(len(states), most)
+    for number in chosen:
         cut = stage.directory / "cut"
         shutil.rmtree(cut, ignore_errors=True)
-        restore(left, old_root=home, new_root=cut)
+        restore(states[number], old_root=home, new_root=cut)
         assert_law(cut, kept)
         assert_forward(stage.operation, cut, kept)
-    return len(states)
+    return len(chosen)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_death_before_any_step(name: str, victims: Victims, tmp_path: Path) -> None:
-    assert every_death(Stage(tmp_path, OPERATIONS[name]), victims) > 5
+    assert every_death(Stage(tmp_path, OPERATIONS[name]), victims, most=8) >= 8
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_no_power_cut_breaks_the_store(name: str, tmp_path: Path) -> None:
-    assert every_cut(Stage(tmp_path, OPERATIONS[name]), RecordingFileOps, per_step=1) > 5
+    assert every_cut(Stage(tmp_path, OPERATIONS[name]), RecordingFileOps, most=8) >= 8
 
 
-@pytest.mark.parametrize("name", SHORT_AND_LONG)
+PUBLISHING = [
+    pytest.param(name, marks=() if name == "pull" else pytest.mark.soak) for name in ("pull", "add", "replace", "import")
+]
+    pytest.param(name, marks=() if name == "pull" else pytest.mark.soak)
+    for name in ("pull", "add", "replace", "import")
+]
+"""What writes references to new blobs: all of them in the long run, one in every run."""
+
+
+@pytest.mark.parametrize("name", PUBLISHING)
 def test_a_reference_before_its_blob_is_found(name: str, victims: Victims, tmp_path: Path) -> None:
     with pytest.raises(Broken):
         every_death(Stage(tmp_path, OPERATIONS[name]), victims, plant="reference first")
@@ -118,10 +152,28 @@ def test_a_reference_before_its_blob_is_found(name: str, victims: Victims, tmp_p
 
 
 @pytest.mark.parametrize("fault", [WithoutFileSync, WithoutDirectorySync])
-@pytest.mark.parametrize("name", SHORT_AND_LONG)
+@pytest.mark.parametrize("name", PUBLISHING)
 def test_a_forgotten_sync_is_found(name: str, fault: type[RecordingFileOps], tmp_path: Path) -> None:
     with pytest.raises(Broken):
         every_cut(Stage(tmp_path, OPERATIONS[name]), fault, per_step=5)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_every_step_of_every_operation(victims: Victims, tmp_path: Path) -> None:
+    """The long run; `EDGE_FAULTS_OUT` names a file for its counts."""
+    rng, counts = random.Random(7), dict[str, dict[str, int]]()
+    for name, operation in OPERATIONS.items():
+        stage = Stage(tmp_path / name, operation)
+        counts[name] = {
+            "deaths": every_death(stage, victims),
+            "deaths in a row": sum(deaths_in_a_row(stage, victims, rng) for _ in range(10)),
+            "cuts": every_cut(stage, RecordingFileOps, per_step=3),
+        }
+        shutil.rmtree(tmp_path / name)
+    if out := os.environ.get("EDGE_FAULTS_OUT"):
+        Path(out).write_text(json.dumps(counts, indent=2))
+    assert sum(sum(of.values()) for of in counts.values()) >= 500
 
 
 def test_death_while_seeding_leaves_a_sound_store(tmp_path: Path) -> None:
@@ -180,7 +232,7 @@ def every_meeting(
         _add("a")(store_at(home, MeanwhileFileOps(number, meanwhile=meanwhile), kind))
         if busy:
             other(store_at(home))
-        assert_law(home, kept_models(home))
+        assert_law(home, kept_in(home))
         assert {model.ref.name for model in store_at(home).list()} == names
     return len(complete.performed)
 
