@@ -135,8 +135,6 @@ def test_no_power_cut_breaks_the_store(name: str, tmp_path: Path) -> None:
 
 
 PUBLISHING = [
-    pytest.param(name, marks=() if name == "pull" else pytest.mark.soak) for name in ("pull", "add", "replace", "import")
-]
     pytest.param(name, marks=() if name == "pull" else pytest.mark.soak)
     for name in ("pull", "add", "replace", "import")
 ]
