@@ -10,15 +10,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge.store.activation import begun, confirmed, recovered
 from edge.store.bundle import Bundle
+from edge.store.delta import attach_delta
 from edge.store.digest import Digest
 from edge.store.exporting import export, plan_export
 from edge.store.fetch import pull
 from edge.store.files import FileOps
 from edge.store.importing import import_models, plan_import
 from edge.store.models import ModelStore, PackageFile
+from edge.store.network import Network
+from edge.store.registry.push import push
 from edge.store.slots import Slot
+from edge.store.sources import RegistrySource
+from edge.store.transfer import Control
 from tests.edge.store_support import NoSync, add_model, assert_sound, write_gguf
+
+IDLE = Control(lambda _: None, lambda: False)
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ class Operation:
     run: Callable[[ModelStore], object]
     done: Callable[[ModelStore], object]
     """Asserts what must be there once it ran to its end."""
+    needs_registry: bool = False
 
 
 def store_at(home: Path, files: FileOps | None = None, kind: type[ModelStore] = ModelStore) -> ModelStore:
@@ -38,8 +47,12 @@ def store_at(home: Path, files: FileOps | None = None, kind: type[ModelStore] = 
     return kind(home / "store", seed=home.parent / "inputs" / "seed", files=files or NoSync())
 
 
-def make_inputs(directory: Path) -> None:
-    """What operations take models from."""
+def make_inputs(directory: Path, registry: str) -> None:
+    """What operations take models from.
+
+    Args:
+        registry: Host and port of one, or nothing; it gets both versions of a model, and the delta between them.
+    """
     inputs = directory / "inputs"
     for number, name in enumerate("abcd"):
         write_gguf(inputs / f"{name}.gguf", fill=bytes([number + 1]))
@@ -48,6 +61,14 @@ def make_inputs(directory: Path) -> None:
     model = add_model(other, "new", inputs / "a.gguf")
     other.attach(model.digest, "application/x-note", [PackageFile(inputs / "d.gguf", "note")])
     export(other, plan_export(other, ["new"], inputs / "stick.tar"))
+    (inputs / "registry").write_text(registry)
+    first, second = write_gguf(inputs / "v1.gguf", num_rows=99), inputs / "v2.gguf"
+    second.write_bytes(first.read_bytes()[:-64] + b"\x07" * 64)
+    if registry:
+        versions = [add_model(other, f"new:{path.stem}", path) for path in (first, second)]
+        attach_delta(other, versions[0], versions[1], IDLE)
+        for version in versions:
+            push(other, str(version.ref), RegistrySource(registry, "models/source"), network=Network(), control=IDLE)
 
 
 def input_of(store: ModelStore, name: str) -> Path:
@@ -128,6 +149,60 @@ def _replace(store: ModelStore) -> None:
     store.collect()
 
 
+def _start_slot(store: ModelStore) -> None:
+    """A slot with one version, and the next one in the store."""
+    first = add_model(store, "v1", input_of(store, "v1.gguf"))
+    add_model(store, "v2", input_of(store, "v2.gguf"))
+    store.write_slots(lambda slots: {**slots, "chat": Slot(current=first.digest)})
+
+
+def _activate(store: ModelStore) -> None:
+    """What an appliance writes when it starts and when it activates a version; what it loads is not looked at here."""
+    candidate = store.get("v2").digest
+
+    def change(to: Callable[[Slot], Slot]) -> Slot:
+        return store.write_slots(lambda slots: {**slots, "chat": to(slots["chat"])})["chat"]
+
+    if change(lambda slot: recovered(slot, now_s=1.0)).current != candidate:
+        change(lambda slot: begun(slot, candidate, "v2:latest", trial_s=1.0))
+        store.collect()
+        change(lambda slot: confirmed(slot, now_s=2.0))
+    store.collect()
+
+
+def _is_activated(store: ModelStore) -> None:
+    slot = store.slots()["chat"]
+    assert (slot.current, slot.previous, slot.trial) == (store.get("v2").digest, store.get("v1").digest, None)
+
+
+def _registry_of(store: ModelStore, repository: str) -> RegistrySource:
+    return RegistrySource((store.root.parent.parent / "inputs" / "registry").read_text(), repository)
+
+
+def _push(store: ModelStore) -> None:
+    token = (store.root.parent / "token").read_text()
+    push(store, "new", _registry_of(store, f"models/{token}"), network=Network(), control=IDLE)
+
+
+def _is_pushed(store: ModelStore) -> None:
+    """Another device gets it whole."""
+    token = (store.root.parent / "token").read_text()
+    device = ModelStore(store.root.parent / "device", files=NoSync())
+    assert pull(device, str(_registry_of(store, f"models/{token}")), name="new").digest == store.get("new").digest
+    assert len(device.referrers(store.get("new").digest)) == 1
+    assert_sound(device.root)
+
+
+def _add_new_with_note(store: ModelStore) -> None:
+    model = add_model(store, "new", input_of(store, "a.gguf"))
+    store.attach(model.digest, "application/x-note", [PackageFile(input_of(store, "d.gguf"), "note")])
+
+
+def _update(store: ModelStore) -> None:
+    pull(store, f"{_registry_of(store, 'models/source')}:v2", name="new")
+    store.collect()
+
+
 def _litter(store: ModelStore) -> None:
     """Blobs that nothing refers to, and fetches that nobody takes up."""
     for name in ("a", "b"):
@@ -184,6 +259,15 @@ OPERATIONS = {
             _assert_models("pinned"),
         ),
         Operation("import", _nothing, _import, _assert_models("new", "pinned")),
+        Operation("activate", _start_slot, _activate, _is_activated),
+        Operation("push", _add_new_with_note, _push, _is_pushed, needs_registry=True),
+        Operation(
+            "pull by delta",
+            lambda store: add_model(store, "base", input_of(store, "v1.gguf")),
+            _update,
+            _assert_models("base", "new", "pinned"),
+            needs_registry=True,
+        ),
         Operation("collect", _litter, lambda store: store.collect(partial_age_s=-1e9), _assert_clean),
     )
 }

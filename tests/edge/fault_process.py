@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
 
+import httpx
 import msgspec
 from typing_extensions import override
 
@@ -80,8 +81,22 @@ class Victims:
         return outcome
 
 
+def _count_requests(files: KillingFileOps) -> None:
+    """What a registry is asked is a step, and another one is that it has answered."""
+    ask = httpx.HTTPTransport.handle_request
+
+    def handle_request(self: httpx.HTTPTransport, request: httpx.Request) -> httpx.Response:
+        files.step(request.method, Path(request.url.path))
+        response = ask(self, request)
+        files.step(str(response.status_code), Path(request.url.path))
+        return response
+
+    httpx.HTTPTransport.handle_request = handle_request
+
+
 def _do(order: Order) -> Sequence[str]:
     files = SigkillFileOps(order.die_before)
+    _count_requests(files)
     OPERATIONS[order.operation].run(store_at(Path(order.home), files, STORES[order.plant]))
     return files.performed
 

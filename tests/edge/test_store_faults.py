@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import secrets
 import shutil
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from tests.edge.fault_operations import (
 from tests.edge.fault_plants import STORES, Unlocked
 from tests.edge.fault_process import Victims
 from tests.edge.power_cut import Disk, RecordingFileOps, WithoutDirectorySync, WithoutFileSync, cuts, restore
+from tests.edge.registries import docker_registry
 from tests.edge.store_support import Killed, KillingFileOps, NoSync, add_model, assert_sound, write_gguf
 
 Broken = (AssertionError, EdgeError)
@@ -48,15 +50,17 @@ class Stage:
 
     directory: Path
     operation: Operation
+    registry: str = ""
 
     def home(self, name: str) -> Path:
         """A fresh home in the state that the operation begins in."""
         home, prepared = self.directory / name, self.directory / "prepared"
         if not prepared.exists():
-            make_inputs(self.directory)
+            make_inputs(self.directory, self.registry)
             prepare(self.operation, prepared)
         shutil.rmtree(home, ignore_errors=True)
         shutil.copytree(prepared, home)
+        (home / "token").write_text(secrets.token_hex(8))
         return home
 
 
@@ -124,14 +128,25 @@ def every_cut(
     return len(chosen)
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_death_before_any_step(name: str, victims: Victims, tmp_path: Path) -> None:
-    assert every_death(Stage(tmp_path, OPERATIONS[name]), victims, most=8) >= 8
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
+    with docker_registry(tmp_path_factory.mktemp("registry") / "data") as found:
+        yield found.host
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_no_power_cut_breaks_the_store(name: str, tmp_path: Path) -> None:
-    assert every_cut(Stage(tmp_path, OPERATIONS[name]), RecordingFileOps, most=8) >= 8
+@pytest.fixture(params=OPERATIONS)
+def stage(request: pytest.FixtureRequest, tmp_path: Path) -> Stage:
+    """Each operation."""
+    operation = OPERATIONS[request.param]
+    return Stage(tmp_path, operation, request.getfixturevalue("registry") if operation.needs_registry else "")
+
+
+def test_death_before_any_step(stage: Stage, victims: Victims) -> None:
+    assert every_death(stage, victims, most=6) >= 6
+
+
+def test_no_power_cut_breaks_the_store(stage: Stage) -> None:
+    assert every_cut(stage, RecordingFileOps, most=6) >= 6
 
 
 PUBLISHING = [
@@ -158,11 +173,11 @@ def test_a_forgotten_sync_is_found(name: str, fault: type[RecordingFileOps], tmp
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-def test_every_step_of_every_operation(victims: Victims, tmp_path: Path) -> None:
+def test_every_step_of_every_operation(victims: Victims, registry: str, tmp_path: Path) -> None:
     """The long run; `EDGE_FAULTS_OUT` names a file for its counts."""
     rng, counts = random.Random(7), dict[str, dict[str, int]]()
     for name, operation in OPERATIONS.items():
-        stage = Stage(tmp_path / name, operation)
+        stage = Stage(tmp_path / name, operation, registry)
         counts[name] = {
             "deaths": every_death(stage, victims),
             "deaths in a row": sum(deaths_in_a_row(stage, victims, rng) for _ in range(10)),
