@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from edge.cli.main import settings_from
-from edge.cli.models import ask_first, model_json, print_json
+from edge.cli.models import ask_first, model_json, print_json, print_table
 from edge.cli.notes import note
 from edge.cli.options import complete_models, how_to_ask, human_size, json_option, open_store, plain, store_option
 from edge.cli.pull import progress_on_stderr
@@ -201,11 +199,10 @@ def _show_plan(bundle: Bundle, plan: ImportPlan, verdicts: Sequence[Verdict], *,
             details.kind,
             human_size(planned.model.size_bytes),
             plain(details.license or "-"),
-            _signature(verdict),
+            plain(_signature(verdict)),
             "is there" if planned.is_present else "is replaced" if planned.before else "is new",
         )
-    # A pipe has no width; nothing may be cut off there.
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    print_table(table)
     for image in bundle.images:
         name = plain(image.name)
         click.echo(

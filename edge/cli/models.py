@@ -14,7 +14,7 @@ from rich.table import Table
 
 from edge.cli.main import settings_from
 from edge.cli.notes import note
-from edge.cli.options import complete_models, human_size, json_option, open_store, store_option
+from edge.cli.options import complete_models, human_size, json_option, open_store, plain, store_option
 from edge.cli.vouching import read_sbom, vouching
 from edge.errors import ConfigError, EdgeError
 from edge.store.details import QUANTIZED_FROM, short_count
@@ -100,14 +100,19 @@ def _print_table(models: Sequence[StoredModel]) -> None:
             str(model.ref),
             model.kind,
             human_size(model.size_bytes),
-            _type(model),
+            plain(_type(model)),
             "-" if model.num_parameters is None else short_count(model.num_parameters),
             "-" if model.context_tokens is None else f"{model.context_tokens:,}",
-            model.license or "-",
+            plain(model.license or "-"),
             _date(model.created),
         )
+    print_table(table)
+
+
+def print_table(table: Table) -> None:
+    """Print what may come from packages: what looks like markup is none."""
     # A pipe has no width; nothing may be cut off there.
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    Console(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False).print(table)
 
 
 def _type(model: StoredModel) -> str:
@@ -191,11 +196,12 @@ def show(ref: str, *, as_sbom: bool, store_dir: Path | None, as_json: bool) -> N
         "size": human_size(model.size_bytes),
     }
     for name, value in facts.items():
-        click.echo(f"{name:<13}{value or 'unknown'}")
+        click.echo(f"{name:<13}{plain(value or 'unknown')}")
     for file in model.files:
-        click.echo(f"\n{file.name} ({human_size(file.size_bytes)}, {file.media_type})\n  {file.digest}\n  {file.path}")
+        kind = plain(file.media_type)
+        click.echo(f"\n{file.name} ({human_size(file.size_bytes)}, {kind})\n  {file.digest}\n  {file.path}")
     if model.report is not None:
-        click.echo("\n" + "\n".join(_report_lines(model.report)))
+        click.echo("\n" + plain("\n".join(_report_lines(model.report)), keep="\n"))
 
 
 def _adapter_facts(model: StoredModel) -> dict[str, str | None]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
 from edge.cli.main import main
 from edge.store.models import ModelStore
+from edge.store.stored import PackageFile
 from tests.edge.edge_command import edge_at
 from tests.edge.store_support import add_model, write_gguf
 
@@ -124,6 +125,19 @@ def test_what_cannot_be_used_is_told(builder: Appliance, device: Appliance, tmp_
     ):
         ran = builder.run(*args)
         assert (ran.returncode, words in ran.stderr) == (code, True), ran.stderr
+
+
+def test_what_a_package_says_of_itself_does_nothing_to_the_terminal(
+    builder: Appliance, device: Appliance, tmp_path: Path
+) -> None:
+    store = ModelStore(builder.store)
+    details = replace(store.get("one").details, license="[/red]:boom:\x1b[2J", architecture="\x1b]0;x\x07")
+    store.add("one:f32", [PackageFile(tmp_path / "one.gguf", "one.gguf")], details)
+    stick = str(tmp_path / "stick.tar")
+    assert builder.run("export", "one", "-o", stick).returncode == 0
+    for args in (["import", stick, "--dry-run"], ["import", stick, "--yes"], ["list"], ["show", "one"]):
+        ran = device.run(*args)
+        assert (ran.returncode, "[/red]:boom:" in ran.stdout, "\x1b" in ran.stdout) == (0, True, False), ran
 
 
 def test_the_shell_completes_names(builder: Appliance, tmp_path: Path) -> None:
