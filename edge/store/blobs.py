@@ -84,20 +84,25 @@ class Partial:
         self._room = room
         self._claim: FileIO | None = None
         self._note_path = path.with_suffix(".json")
-        self._file = self._open_locked(before_poll)
+        # A lock of its own: the file itself is renamed away while its holder is not done with what lies beside it.
+        self._lock_path = path.with_suffix(".lock")
+        with ExitStack() as on_failure:
+            self._lock = on_failure.enter_context(self._take_lock(before_poll))
+            self._file = on_failure.enter_context(files.open_append(path))
+            on_failure.pop_all()
         self._hash = ChunkedHash()
         self._is_hashed = False
         self.note = self._read_note()
         self._drop_unsynced()
 
-    def _open_locked(self, before_poll: Callable[[], None] | None) -> FileIO:
+    def _take_lock(self, before_poll: Callable[[], None] | None) -> FileIO:
         busy = f"{self.path.name} is being fetched by another process."
         while True:
             with ExitStack() as on_failure:
-                file = on_failure.enter_context(self._files.open_append(self.path))
+                file = on_failure.enter_context(self._files.open_append(self._lock_path))
                 wait_for_lock(file, timeout_s=_LOCK_TIMEOUT_S, busy=busy, before_poll=before_poll)
-                # Else its holder published or discarded it while we waited, and we have a file without a name.
-                if _is_same_file(file.fileno(), self.path):
+                # Else its holder discarded it while we waited, and we have a file without a name.
+                if _is_same_file(file.fileno(), self._lock_path):
                     on_failure.pop_all()
                     return file
 
@@ -180,12 +185,12 @@ class Partial:
         return Digest(self.note.digest) if self.note.digest and not self.size_bytes else None
 
     def discard(self) -> None:
-        """Remove bytes, note and folder: after publishing, or when the bytes turned out wrong."""
+        """Remove bytes, note and folder: after publishing, or when the bytes turned out wrong. Close it then."""
         self._end_claim()
         self._files.remove_tree(self.folder)
         self._files.remove(self._note_path)
-        if _is_same_file(self._file.fileno(), self.path):
-            self._files.remove(self.path)
+        self._files.remove(self.path)
+        self._files.remove(self._lock_path)
 
     def close(self) -> None:
         """Let go of it; the bytes stay for a resumed fetch. Closing twice is fine."""
@@ -193,6 +198,7 @@ class Partial:
             self._end_claim()
         finally:
             self._file.close()
+            self._lock.close()
 
     def _end_claim(self) -> None:
         if self._claim is not None:
@@ -372,7 +378,7 @@ class BlobStore:
         freed = 0
         for name, paths in self._ingesting().items():
             if now - max(_mtime(path) for path in paths) >= min_age_s:
-                freed += self._remove_if_free(self.ingest_dir / f"{name}.partial", paths)
+                freed += self._remove_if_free(self.ingest_dir / f"{name}.lock", paths)
         return freed
 
     def _ingesting(self) -> dict[str, list[Path]]:
@@ -381,12 +387,12 @@ class BlobStore:
             found.setdefault(path.name.partition(".")[0], []).append(path)
         return found
 
-    def _remove_if_free(self, partial: Path, paths: Sequence[Path]) -> int:
-        with self.files.open_append(partial) as file:
-            if not try_lock(file):
+    def _remove_if_free(self, lock: Path, paths: Sequence[Path]) -> int:
+        with self.files.open_append(lock) as file:
+            if not try_lock(file) or not _is_same_file(file.fileno(), lock):
                 return 0
             freed = sum(size_of(path) for path in paths)
-            for path in (*paths, partial):
+            for path in (*(path for path in paths if path != lock), lock):
                 if path.is_dir():
                     self.files.remove_tree(path)
                 else:

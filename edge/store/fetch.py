@@ -153,6 +153,10 @@ def _projector(store: ModelStore, wanted: _Wanted, control: Control, stack: Exit
 def _got(store: ModelStore, wanted: _Wanted, control: Control, stack: ExitStack) -> tuple[PackageFile, Offer]:
     """A file, there for as long as the stack is open."""
     offer, present = _locate(store, wanted, control)
+    if present:
+        stack.enter_context(store.lease(present))
+        if not store.blobs.has(present):  # collected before it was leased
+            return _got(store, wanted, control, stack)
     getting = _in_store(store, offer, present) if present else _fetched(store, wanted, offer, control)
     file = stack.enter_context(getting)
     control.report(0, None, "checking the file")

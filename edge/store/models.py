@@ -245,9 +245,9 @@ class ModelStore:
             with self._lock():
                 self._publish(staged)
                 self._set_entry(ref, self._put_manifest(ref, layers, details))
-        for file in files:
-            if file.move and file.path.parent != self.blobs.blobs_dir:
-                self._files.remove(file.path)  # one that had to be copied; the others were renamed away
+        for file, item in zip(files, staged, strict=True):
+            if file.move and item.path != file.path:
+                self._files.remove(file.path)  # it had to be copied; the others were renamed away
         return self.get(ref)
 
     def _stage(self, file: PackageFile, stack: ExitStack) -> Staged:

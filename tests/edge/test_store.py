@@ -373,6 +373,24 @@ def test_a_partial_has_one_holder(tmp_path: Path) -> None:
         blobs.ingest("x", before_poll=give_up)
 
 
+def test_two_that_pull_the_same_file_do_not_take_it_from_each_other(tmp_path: Path, gguf: Path) -> None:
+    """The second begins its partial when the first has published its own, and is not done with what lies beside it."""
+    store = ModelStore(tmp_path / "store")
+    store.collect()
+    with store.blobs.ingest("same") as first:
+        staged = store.blobs.copy_in(gguf, first)
+        store.keep(staged)
+        with pytest.raises(InterruptedError), store.blobs.ingest("same", before_poll=_give_up):
+            pass
+        first.discard()
+    with store.blobs.ingest("same") as second:
+        assert second.size_bytes == 0
+
+
+def _give_up() -> None:
+    raise InterruptedError
+
+
 def test_collect_removes_what_nobody_fetches(tmp_path: Path) -> None:
     store = ModelStore(tmp_path / "store")
     store.collect()
@@ -384,4 +402,4 @@ def test_collect_removes_what_nobody_fetches(tmp_path: Path) -> None:
         left.close()
         assert store.collect().freed_bytes == 0, "it can still be resumed"
         assert store.collect(partial_age_s=0).freed_bytes == 10
-        assert list(store.blobs.ingest_dir.iterdir()) == [held.path]
+        assert {path.stem for path in store.blobs.ingest_dir.iterdir()} == {held.path.stem}

@@ -73,7 +73,7 @@ def test_writers_and_readers_at_once(tmp_path: Path) -> None:
 PLAYERS = 2
 
 
-@pytest.mark.parametrize("seconds", [6, pytest.param(300, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("seconds", [6, pytest.param(300, marks=[pytest.mark.soak, pytest.mark.timeout(500)])])
 def test_processes_that_pull_remove_collect_and_load_at_random(tmp_path: Path, seconds: int) -> None:
     root = tmp_path / "store"
     rows = {b"\x01": 4, b"\x02": 400, b"\x03": 20_000}  # the last has more than one piece
