@@ -254,6 +254,15 @@ def test_scopes_reach_so_far_and_no_further(guarded: RunningAppliance) -> None:
                 assert (status == 403) == (scope not in scopes), (role, scope, status)
 
 
+def test_who_operates_does_not_lower_what_releases_are_accepted(guarded: RunningAppliance) -> None:
+    _, key = make(guarded, scopes=ROLES["operator"])
+    with client(guarded, key) as http:
+        forced = {"model": DEFAULT_MODEL, "force": True}
+        assert http.post("/edge/v1/slots/x/activate", json=forced).status_code == 403
+        assert http.post("/edge/v1/slots/x/rollback", params={"force": "true"}).status_code == 403
+        assert http.get("/edge/v1/slots").json() == {"slots": []}
+
+
 def test_a_key_sees_and_asks_its_own_models_only(guarded: RunningAppliance) -> None:
     _, none = make(guarded, models=("other:*",))
     _, some = make(guarded, models=("smollm2:*",))
@@ -299,6 +308,9 @@ def test_a_key_acts_on_its_own_models_only(guarded: RunningAppliance) -> None:
             http.post("/api/copy", json={"source": DEFAULT_MODEL, "destination": "mine:b"}),
             http.post("/api/create", json={"model": "mine:b", "from": DEFAULT_MODEL}),
             http.post("/api/generate", json=other | {"keep_alive": 0}),
+            http.post("/edge/v1/slots/x/activate", json=other),
+            http.post("/edge/v1/slots/x/rollback"),
+            http.delete("/edge/v1/slots/x"),
             http.get(f"/edge/v1/jobs/{job}"),
             http.post(f"/edge/v1/jobs/{job}/cancel"),
         ]

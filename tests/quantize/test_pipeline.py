@@ -27,6 +27,7 @@ from edge.errors import (
 from edge.formats.gguf import GgufFile, read_gguf
 from edge.store.fetch import pull
 from edge.store.files import FileOps
+from edge.store.goldens import GOLDEN_NAME, goldens_of
 from edge.store.models import ModelStore
 from quantize.cache import StepCache
 from quantize.checkpoint import open_checkpoint
@@ -111,7 +112,13 @@ def test_packages_carry_weights_report_and_plot(finished: Finished) -> None:
     for model in store.list():
         assert all(check.is_good for check in store.verify(model.ref))
         names = [file.name for file in model.files]
-        assert names == [f"stories15m-{model.ref.tag.upper()}.gguf", "report.json", "quality.svg", "quality.png"]
+        assert names == [
+            f"stories15m-{model.ref.tag.upper()}.gguf", "report.json", "quality.svg", "quality.png", GOLDEN_NAME
+        ]  # fmt: skip
+        goldens = goldens_of(model)
+        assert goldens is not None
+        assert [len(g.tokens) for g in goldens.texts] == [24, 24]
+        assert all(-30 < p < 0 for g in goldens.texts for p in g.logprobs)
         report = msgspec.convert(model.report, Report)
         own = [v for v in report.variants if v.tensors]
         assert [v.type for v in own] == [report.subject] == [model.ref.tag.upper()]
