@@ -146,12 +146,13 @@ class Activation:
         assert trial is not None
         try:
             host = await self._pool.version(trial.candidate, self._slots[name].names.get(trial.candidate, name))
+            beside = await self._beside(name)
             await self._change(name, decide.started)
         except EdgeError as e:
             reason = e.message
             await self._write_verdict(name, lambda slot: decide.reverted(slot, reason, now_s=time.time()))
             return
-        await self._begin(name, host, trial_s=trial.trial_s, served_s=trial.served_s, within_s=None)
+        self._begin(name, host, beside, trial_s=trial.trial_s, served_s=trial.served_s, within_s=None)
 
     async def activate(
         self, name: str, ref: str, *, trial_s: float = TRIAL_S, within_s: float | None = None, force: bool = False
@@ -181,10 +182,11 @@ class Activation:
                 await self._withdraw(name, "another version was activated")
             if self._slot(name).current == model.digest:
                 return
-            await self._check_kind(name, model)
-            await self._change(name, partial(_begun, model=model, trial_s=trial_s))
             host = await self._pool.version(model.digest, str(model.ref))
-            attempt = await self._begin(name, host, trial_s=trial_s, served_s=0.0, within_s=within_s)
+            beside = await self._beside(name)
+            _check_kind(name, model, beside)
+            await self._change(name, partial(_begun, model=model, trial_s=trial_s))
+            attempt = self._begin(name, host, beside, trial_s=trial_s, served_s=0.0, within_s=within_s)
         await asyncio.shield(attempt.proven)
 
     def _candidate(self, ref: str) -> StoredModel:
@@ -193,15 +195,13 @@ class Activation:
         goldens_of(model)
         return model
 
-    async def _check_kind(self, name: str, model: StoredModel) -> None:
-        if name not in self._pool.slots:
-            return
-        now = (await self._pool.host(name)).model
-        if now.kind != model.kind:
-            raise InvalidRequest(
-                f"'{model.ref}' is for {model.kind}, and in the slot '{name}' is one for {now.kind}.",
-                field="model", hint="Take another slot: --slot NAME.",
-            )  # fmt: skip
+    async def _beside(self, name: str) -> ModelHost | None:
+        """The host of the version that serves; None also where its bytes are gone or damaged: then the way is free."""
+        try:
+            return await self._pool.host(name) if name in self._pool.slots else None
+        except EdgeError as e:
+            log.error("the slot %s does not serve: %s", name, e)
+            return None
 
     async def roll_back(self, name: str, *, force: bool = False) -> None:
         """Have the version before serve again; one on trial goes.
@@ -271,11 +271,11 @@ class Activation:
 
     # ------------------------------------------------------------------ one attempt
 
-    async def _begin(
-        self, name: str, host: ModelHost, *, trial_s: float, served_s: float, within_s: float | None
-    ) -> Attempt:
-        old = self._pool.slots.get(name)
-        beside = await self._pool.version(old.digest, old.name) if old is not None else None
+    def _begin(
+        self, name: str, host: ModelHost, beside: ModelHost | None, *, trial_s: float, served_s: float,
+        within_s: float | None,
+    ) -> Attempt:  # fmt: skip
+        old = self._pool.slots.get(name) if beside is not None else None
         was_loaded = host.state == "ready"
         attempt = self._attempts[name] = Attempt(name, host, was_loaded, old, beside, trial_s, served_s, within_s)
         attempt.task = asyncio.create_task(self._run(attempt), name=f"slot {name}")
@@ -520,6 +520,14 @@ class Activation:
         pins = await asyncio.to_thread(self._store.pins)
         if host.is_idle and (host.model.digest, host.ref) not in serving and host.ref not in pins:
             await host.unload()
+
+
+def _check_kind(name: str, model: StoredModel, now: ModelHost | None) -> None:
+    if now is not None and now.model.kind != model.kind:
+        raise InvalidRequest(
+            f"'{model.ref}' is for {model.kind}, and in the slot '{name}' is one for {now.model.kind}.",
+            field="model", hint="Take another slot: --slot NAME.",
+        )  # fmt: skip
 
 
 def _reason(error: Exception) -> str:

@@ -291,10 +291,13 @@ class Pool:
         return self._settings.keep_alive_s if host.keep_alive_s is None else host.keep_alive_s
 
     async def forget(self, ref: str) -> None:
-        """Unload a model that leaves the store."""
+        """Unload a model that leaves the store, but one that a slot has."""
         self._known.clear()
         self._crowded_until_s.pop(ref, None)
-        if host := self._hosts.pop(ref, None):
+        host = self._hosts.get(ref)
+        in_slots = {serving.digest for serving in self.slots.values()}
+        if host is not None and host not in self.spared and host.model.digest not in in_slots:
+            del self._hosts[ref]
             await host.unload()
 
     async def drain(self, timeout_s: float) -> None:

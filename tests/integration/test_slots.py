@@ -14,11 +14,12 @@ import httpx
 import pytest
 
 from edge.config import Settings
-from edge.errors import ActivationFailed, DoesNotFit, EdgeError, InvalidRequest, SlotBusy, WorkerDied
+from edge.errors import ActivationFailed, DoesNotFit, EdgeError, InvalidRequest, SlotBusy, StoreError, WorkerDied
 from edge.store.activation import CUT_OFF
 from edge.store.digest import Digest
 from edge.store.goldens import Goldens, GoldenText
 from edge.store.models import ModelStore
+from edge.store.slots import Slot
 from runtime import wire
 from runtime.activation import Activation
 from runtime.host import ModelHost
@@ -181,6 +182,26 @@ async def test_what_is_busy_makes_no_room(activation: Activation, pool: Pool, ho
     generation.cancel()
     assert (await pool.ready("chat")) is host
     await activation.close()
+
+
+async def test_a_slot_whose_version_is_gone_takes_a_new_one(home: Path, store: ModelStore) -> None:
+    pool = Pool(Settings(home=home, context_tokens=1024), store)
+    old, new = store.get(DEFAULT_MODEL).digest, store.get("good:v2").digest
+    store.write_slots(lambda _: {"chat": Slot(current=old, names={old: "gone:x"})})
+    store.blobs.path(old).unlink()
+    activation = Activation(Settings(home=home), store, pool)
+    try:
+        await activation.start()
+        with pytest.raises(StoreError):
+            await pool.ready("chat")
+        await activation.activate("chat", "good:v2")
+        assert (await pool.ready("chat")).model.digest == new
+        store.remove("good:v2")
+        await pool.forget("good:v2")
+        assert (await pool.ready("chat")).model.digest == new, "the slot still has it"
+    finally:
+        await activation.close()
+        await pool.close()
 
 
 async def test_a_slot_takes_one_kind_and_one_change_at_a_time(activation: Activation) -> None:
