@@ -212,7 +212,7 @@ async def test_a_slot_takes_one_kind_and_one_change_at_a_time(activation: Activa
     results = await asyncio.gather(
         activation.activate("chat", "good:v2"), activation.activate("chat", "good:v2"), return_exceptions=True
     )
-    assert [type(r) for r in results] == [type(None), SlotBusy]
+    assert {type(r) for r in results} == {type(None), SlotBusy}
 
 
 def test_what_ends_the_appliance_is_not_tried_again_and_what_was_stopped_in_order_is(home: Path) -> None:
