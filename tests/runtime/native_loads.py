@@ -43,8 +43,8 @@ class Tally(msgspec.Struct):
     answered: int = 0
     refused: int = 0
     """By llama.cpp or our backend, with an error."""
-    ended: dict[str, int] = {}
-    """Processes that ended otherwise, by signal or exit code."""
+    ended: dict[str, list[int]] = {}
+    """The numbers of the models whose processes ended otherwise, by signal or exit code."""
     peak_bytes: int = 0
     """Of any process."""
 
@@ -63,7 +63,7 @@ def run(first: int, count: int, folder: Path) -> Tally:
         except EdgeError:
             continue
         tally.let_pass += 1
-        _load(path, tally)
+        _load(path, tally, number)
     return tally
 
 
@@ -88,7 +88,7 @@ def _with_other_number(rng: random.Random, base: GgufFile, data: bytes) -> bytes
     return data[:at] + struct.pack("<I", changed) + data[at + 4 :]
 
 
-def _load(path: Path, tally: Tally) -> None:
+def _load(path: Path, tally: Tally, number: int) -> None:
     child = os.fork()
     if not child:
         _become_worker(path)
@@ -101,7 +101,7 @@ def _load(path: Path, tally: Tally) -> None:
             tally.refused += 1
         case code:
             name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            tally.ended[name] = tally.ended.get(name, 0) + 1
+            tally.ended.setdefault(name, []).append(number)
 
 
 def _become_worker(path: Path) -> NoReturn:
