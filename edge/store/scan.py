@@ -43,16 +43,25 @@ class Part:
     media_type: str = ""
 
     @property
+    def what(self) -> str:
+        """What to call it in an error."""
+        return self.name or self.path.name
+
+    @property
     def suffix(self) -> str:
         return PurePosixPath(self.name).suffix.lower()
 
 
+class _NamedTemplate(msgspec.Struct):
+    template: str
+
+
 class _TokenizerConfig(msgspec.Struct):
-    chat_template: str | list[dict[str, str]] | None = None
+    chat_template: str | list[_NamedTemplate] | None = None
 
     def templates(self) -> list[str]:
         found = self.chat_template or []
-        return [found] if isinstance(found, str) else [named.get("template", "") for named in found]
+        return [found] if isinstance(found, str) else [named.template for named in found]
 
 
 def scan(path: Path, name: str) -> None:
@@ -77,7 +86,7 @@ def scan_package(parts: Sequence[Part], notes: Mapping[str, str] = MappingProxyT
     """
     elsewhere = _values_elsewhere(parts)
     _check_values(elsewhere, {part.name: part for part in parts})
-    templates = [text for part in parts if part.name not in elsewhere for text in _scanned(part)]
+    templates = [text for part in parts for text in _scanned(part, is_read_raw=part.name in elsewhere)]
     if (pinned := notes.get(TEMPLATE_DIGEST)) and pinned not in [digest_of(text) for text in templates]:
         raise InvalidModelFile("The chat template", "the weights bring another than the one that the manifest names")
     for text in dict.fromkeys([*templates, notes.get(TEMPLATE, "")]):
@@ -95,26 +104,30 @@ def check_harmless(template: str, *, what: str = "The chat template") -> None:
         raise InvalidModelFile(what, fault.reason)
 
 
-def _scanned(part: Part) -> list[str]:
-    """Check one file and give its chat templates."""
+def _scanned(part: Part, *, is_read_raw: bool) -> list[str]:
+    """Check one file and give its chat templates.
+
+    Args:
+        is_read_raw: An ONNX file of the package says that it keeps weights in this one; its readers are kept all the same.
+    """
     head = _head(part)
     if part.suffix == ".gguf" or head.startswith(b"GGUF"):
         return _gguf(part)
     if part.suffix == ".safetensors":
-        read_safetensors(part.path, what=part.name)
-    elif part.suffix != ".onnx":
+        read_safetensors(part.path, what=part.what)
+    elif part.suffix != ".onnx" and not is_read_raw:
         _check_document(part, head)
         return _templates_of(part)
     return []
 
 
 def _gguf(part: Part) -> list[str]:
-    file = read_gguf(part.path, what=part.name)
+    file = read_gguf(part.path, what=part.what)
     if is_adapter(file):
-        check_finite(read_lora(file, what=part.name), what=part.name)
+        check_finite(read_lora(file, what=part.what), what=part.what)
     template = file.text("tokenizer.chat_template") or ""
     if "\0" in template:
-        raise InvalidModelFile(part.name, "its chat template holds a zero byte, at which native code stops to read")
+        raise InvalidModelFile(part.what, "its chat template holds a zero byte, at which native code stops to read")
     return [template]
 
 
@@ -122,9 +135,9 @@ def _check_document(part: Part, head: bytes) -> None:
     """A file that nothing loads: it may be anything but code in the guise of data."""
     if part.suffix in _CODE_SUFFIXES or head.startswith((b"PK\3\4", b"\x93NUMPY", b"\x89HDF")) or _is_pickle(head):
         reason = "pickles, and the archives that hold them, can run code when they are loaded"
-        raise InvalidModelFile(part.name, f"{reason}; models come as GGUF, safetensors or ONNX")
+        raise InvalidModelFile(part.what, f"{reason}; models come as GGUF, safetensors or ONNX")
     if part.media_type == WEIGHT_TYPE:
-        raise InvalidModelFile(part.name, f"its weights are in no format that is read here (they begin {head[:8]!r})")
+        raise InvalidModelFile(part.what, f"its weights are in no format that is read here (they begin {head[:8]!r})")
 
 
 def _is_pickle(head: bytes) -> bool:
@@ -145,14 +158,14 @@ def _templates_of(part: Part) -> list[str]:
         return [_whole(part, MAX_TEMPLATE_BYTES).decode("utf-8", "replace")]
     if name != "tokenizer_config.json":
         return []
-    return decode(_whole(part, MAX_DOCUMENT_BYTES), _TokenizerConfig, what=part.name).templates()
+    return decode(_whole(part, MAX_DOCUMENT_BYTES), _TokenizerConfig, what=part.what).templates()
 
 
 def _values_elsewhere(parts: Sequence[Part]) -> Mapping[str, int]:
     """Check the ONNX files, and give how long the files beside have to be that they keep weights in."""
     ends: dict[str, int] = {}
     for part in parts:
-        for data in read_onnx(part.path, what=part.name).external if part.suffix == ".onnx" else ():
+        for data in read_onnx(part.path, what=part.what).external if part.suffix == ".onnx" else ():
             name = str(PurePosixPath(part.name).parent / data.location)
             ends[name] = max(ends.get(name, 0), data.offset + data.size_bytes)
     return ends
@@ -177,5 +190,5 @@ def _whole(part: Part, limit: int) -> bytes:
     with translated(part.path, "Reading"), part.path.open("rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise InvalidModelFile(part.name, f"it is longer than {limit:,} bytes")
+        raise InvalidModelFile(part.what, f"it is longer than {limit:,} bytes")
     return data

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+from edge.errors import ToolMissing
+
 from .digest import Digest, digest_bytes
 
 TIMEOUT_S = 20.0
@@ -35,7 +37,11 @@ def digest_of(template: str) -> Digest:
 
 
 def fault_of(template: str) -> TemplateFault | None:
-    """Have a template render conversations. Blocks, twenty seconds at most: call it from a thread."""
+    """Have a template render conversations. Blocks, twenty seconds at most: call it from a thread.
+
+    Raises:
+        ToolMissing: No process can be started.
+    """
     source = template.encode("utf-8", "replace")
     if len(source) > MAX_TEMPLATE_BYTES:
         return TemplateFault(f"it is longer than {MAX_TEMPLATE_BYTES:,} bytes", True)
@@ -47,6 +53,8 @@ def fault_of(template: str) -> TemplateFault | None:
         )
     except subprocess.TimeoutExpired:
         return TemplateFault("it does not come to an end", True)
+    except OSError as e:
+        raise ToolMissing(f"Python cannot be started to try a chat template: {e}.", hint="Is memory left?") from e
     if done.returncode == 0:
         return None
     words = done.stdout.decode("utf-8", "replace")[:500] if done.returncode in (UNFIT, HARMFUL) else ""

@@ -132,6 +132,11 @@ def test_weights_beside_an_onnx_file_may_look_like_anything(tmp_path: Path) -> N
     assert "can run code" in refusal({"model.data": data.read_bytes()}, tmp_path)
 
 
+def test_an_onnx_file_exempts_no_weights_from_their_readers(tmp_path: Path) -> None:
+    for name, data in (("a.gguf", gguf_bytes()[:-40]), ("a.safetensors", bytes(60)), ("a", gguf_bytes()[:-40])):
+        refusal({"a.onnx": split_onnx(name), name: data}, tmp_path)
+
+
 def test_weights_beside_an_onnx_file_have_to_be_there(tmp_path: Path) -> None:
     assert "not in the package" in refusal({"onnx/model.onnx": split_onnx(), "model.data": bytes(32)}, tmp_path)
     assert "cut short" in refusal({"model.onnx": split_onnx(offset=1), "model.data": bytes(32)}, tmp_path)
