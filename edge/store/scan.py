@@ -108,7 +108,7 @@ def _scanned(part: Part, *, is_read_raw: bool) -> list[str]:
     """Check one file and give its chat templates.
 
     Args:
-        is_read_raw: An ONNX file of the package says that it keeps weights in this one; its readers are kept all the same.
+        is_read_raw: An ONNX file says that it keeps weights in this one. Files of other formats are read all the same.
     """
     head = _head(part)
     if part.suffix == ".gguf" or head.startswith(b"GGUF"):
