@@ -113,6 +113,13 @@ class Settings:
     outbox_bytes: int = 64 << 20
     responses_bytes: int = 128 << 20
     """Most of the responses that are kept to be gone on from; 0 keeps none."""
+    peers: str = ""
+    """Other appliances, separated by commas, that are asked for damaged parts of models: ``10.0.0.7:8080``."""
+    scrub_days: float = 7.0
+    """In how many days each byte of the store is read again; 0 is never."""
+    repair: str = "auto"
+    """`auto` fetches damaged parts of models from peers, and from where the models came; `off` leaves it to `edge
+    verify --repair`."""
     metrics_interval_s: float = 10.0
     seed: Path = field(default_factory=lambda: Path(sys.prefix) / "share" / "slm-edge" / "seed")
     """OCI layout from which an empty store is filled."""
@@ -280,7 +287,7 @@ _LEAST = {
     "threads": 0, "context_tokens": 0, "state_bytes": 0, "state_disk_bytes": -1, "max_sequences": 1, "step_tokens": 1,
     "max_queue": 1, "token_interval_ms": 0, "max_body_bytes": 1024, "max_file_bytes": 1024,
     "request_timeout_s": 1, "outbox_bytes": 1 << 16, "responses_bytes": 0,
-    "max_connections": 16, "head_timeout_s": 1, "stall_timeout_s": 1, "drain_timeout_s": 0,
+    "max_connections": 16, "head_timeout_s": 1, "stall_timeout_s": 1, "drain_timeout_s": 0, "scrub_days": 0,
 }  # fmt: skip
 
 
@@ -290,7 +297,7 @@ def _check(settings: Settings) -> Settings:
     for name, low in _LEAST.items():
         if getattr(settings, name) < low:
             raise ConfigError(f"{name} must be at least {low}, got {getattr(settings, name)}.")
-    for name, other in (("preload", "off"), ("speculation", "off"), ("require_keys", "on")):
+    for name, other in (("preload", "off"), ("speculation", "off"), ("require_keys", "on"), ("repair", "off")):
         if getattr(settings, name) not in ("auto", other):
             raise ConfigError(f"{name} must be auto or {other}, got {getattr(settings, name)!r}.")
     if settings.trust not in ("off", "warn", "enforce"):

@@ -428,6 +428,33 @@ class Quarantined(StoreError):
         self.reason = reason
 
 
+class NotRepaired(StoreError):
+    """A damaged file that could not be put right; `reason` says why, as the end of a sentence about it."""
+
+    code = "not_repaired"
+
+    def __init__(self, what: str, reason: str) -> None:
+        super().__init__(
+            f"{what} cannot be repaired: {reason}.",
+            hint="Name a place that has it: edge verify MODEL --repair --from SOURCE; or pull the model again.",
+        )
+        self.what = what
+        self.reason = reason
+
+
+class BlobNotFound(EdgeError):
+    """No model that who asks may use has a file of that digest, or its bytes are damaged."""
+
+    code = "blob_unknown"
+
+    def __init__(self, digest: str) -> None:
+        super().__init__(
+            f"There is no blob {digest[:80]}.",
+            hint="The manifest of a model names those that it has: /v2/NAME/manifests/TAG.",
+        )
+        self.digest = digest
+
+
 class SourceUnavailable(EdgeError):
     """A place that models come from could not be reached or answered with an error."""
 

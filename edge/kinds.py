@@ -8,7 +8,7 @@ from typing import Literal
 ModelKind = Literal["text", "embeddings", "reranking", "adapter"]
 """An adapter is no model: it changes one, is named with it (``model+adapter``) and never loaded by itself."""
 
-Scope = Literal["chat", "embed", "view", "operate", "admin"]
+Scope = Literal["chat", "embed", "view", "operate", "fetch", "admin"]
 """What an API key may do."""
 Role = Literal["user", "viewer", "operator", "admin"]
 """Scopes in one word."""

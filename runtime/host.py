@@ -431,6 +431,10 @@ class ModelHost:
         self._cancel(generation.id)
         generation.fail(error)
 
+    def has(self, blob: Digest) -> bool:
+        """Whether the model consists of this file, among others."""
+        return any(file.digest == blob for file in self.model.files)
+
     async def unload(self, *, sick: EdgeError | None = None) -> None:
         """End the worker and give its memory back. Requests it still holds end with an error.
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from edge.config import Settings
-from edge.errors import DoesNotFit, EdgeError, ModelLoading, ModelNotFound, ServerStopping
+from edge.errors import DoesNotFit, EdgeError, ModelLoading, ModelNotFound, Quarantined, ServerStopping
 from edge.store.digest import Digest
 from edge.store.drafts import DraftChoice, draft_for
 from edge.store.models import ModelStore, StoredModel
@@ -20,6 +20,7 @@ from runtime.host import ModelHost
 from runtime.poison import PoisonCabinet
 from runtime.process import WorkerProcess
 from runtime.selection import SEPARATOR, Selection, Selector, refuse_adapter
+from runtime.state_dirs import forget_states
 
 log = logging.getLogger("edge.pool")
 
@@ -165,9 +166,17 @@ class Pool:
     def _make(self, key: str, model: StoredModel) -> ModelHost:
         host = self._hosts[key] = ModelHost(
             self._settings, model, self.poison, reserved_bytes=lambda: self._reserved_bytes(but=key),
-            find_draft=lambda: self._draft(model), check=self._gate.check, lease=self._store.lease,
+            find_draft=lambda: self._draft(model), check=self._check, lease=self._store.lease,
         )  # fmt: skip
         return host
+
+    def _check(self, model: StoredModel) -> None:
+        """Refuse to load what is not trusted, or was found damaged since it was opened."""
+        self._gate.check(model)
+        marks = self._store.quarantined()
+        for file in model.files:
+            if reason := marks.get(file.digest):
+                raise Quarantined(str(file.path), reason)
 
     def _draft(self, model: StoredModel) -> DraftChoice | None:
         choice = draft_for(model, self._store)
@@ -289,6 +298,15 @@ class Pool:
     def keep_alive_s(self, host: ModelHost) -> float:
         """How long a model stays loaded unused; negative is for ever."""
         return self._settings.keep_alive_s if host.keep_alive_s is None else host.keep_alive_s
+
+    async def condemn(self, blob: Digest, error: EdgeError) -> None:
+        """Unload the models that have a file whose bytes are wrong, and throw away what their engines saved. Requests
+        that they hold end with `error`."""
+        hosts = [h for h in self._hosts.values() if h.has(blob) and h.state in ("loading", "ready")]
+        for host in hosts:
+            log.error("unloading %s: %s", host.ref, error)
+        await asyncio.gather(*(h.unload(sick=error) for h in hosts))
+        await asyncio.to_thread(forget_states, self._settings.home, [h.model for h in hosts])
 
     async def forget(self, ref: str) -> None:
         """Unload a model that leaves the store, but one that a slot has."""

@@ -24,6 +24,15 @@ def directories_of(root: Path, weights_digest: str) -> Iterator[Path]:
 def remove_states(home: Path, removed: Iterable[StoredModel], store: ModelStore) -> None:
     """Remove the states of models that left the store, but for weights that another model there has too."""
     kept = {file.path.name for model in store.list() for file in model.files}
-    for digest in {file.path.name for model in removed for file in model.files} - kept:
+    _remove(home, {file.path.name for model in removed for file in model.files} - kept)
+
+
+def forget_states(home: Path, models: Iterable[StoredModel]) -> None:
+    """Remove the states of models, which stay: they may have been computed with wrong weights."""
+    _remove(home, {file.path.name for model in models for file in model.files})
+
+
+def _remove(home: Path, digests: Iterable[str]) -> None:
+    for digest in digests:
         for directory in directories_of(states_root(home), digest):
             shutil.rmtree(directory, ignore_errors=True)

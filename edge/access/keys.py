@@ -39,7 +39,7 @@ ROLES: dict[Role, frozenset[Scope]] = {
 }
 _IMPLIED: dict[Scope, frozenset[Scope]] = {
     "chat": frozenset(), "embed": frozenset(), "view": frozenset(), "operate": frozenset({"view"}),
-    "admin": frozenset({"operate", "view"}),
+    "fetch": frozenset(), "admin": frozenset({"operate", "view"}),
 }  # fmt: skip
 
 MAX_NAME_CHARS = 64

@@ -25,7 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "list": ("edge.cli.models:list_models", "List the models in the store."),
     "show": ("edge.cli.models:show", "Show one model: files, digests, quality report."),
     "rm": ("edge.cli.models:rm", "Remove a model from the store."),
-    "verify": ("edge.cli.models:verify", "Check stored bytes against their digests."),
+    "verify": ("edge.cli.verify:verify", "Check stored bytes against their digests, and mend them."),
     "export": ("edge.cli.bundle:export", "Write models into one file, for places without a network."),
     "import": ("edge.cli.bundle:import_bundle", "Take models from such a file."),
     "ps": ("edge.cli.running:ps", "List the loaded models."),

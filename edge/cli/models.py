@@ -1,4 +1,4 @@
-"""`edge list`, `show`, `rm`, `verify`: the store's models."""
+"""`edge list`, `show`, `rm`: the store's models."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from edge.cli.main import settings_from
 from edge.cli.notes import note
 from edge.cli.options import complete_models, human_size, json_option, open_store, plain, store_option
 from edge.cli.vouching import read_sbom, vouching
-from edge.errors import ConfigError, EdgeError
 from edge.store.details import QUANTIZED_FROM, short_count
 from edge.store.drafts import draft_for
-from edge.store.models import Collected, FileCheck, ModelStore, StoredModel
+from edge.store.models import Collected, ModelStore, StoredModel
 from runtime.state_dirs import remove_states
 
 
@@ -309,81 +308,3 @@ def _report_collected(collected: Collected) -> None:
     click.echo(f"freed {human_size(collected.freed_bytes)}", err=True)
     for name in collected.blocked_by:
         click.echo(f"No file was removed, for '{name}' is damaged: pull it again or remove it.", err=True)
-
-
-@click.command()
-@click.argument("refs", nargs=-1, metavar="[REF...]", shell_complete=complete_models)
-@store_option
-@json_option
-def verify(refs: Sequence[str], *, store_dir: Path | None, as_json: bool) -> int:
-    """Read every byte of the models again and check it against its digest. Exits 1 when one is bad.
-
-    \b
-    Examples:
-      edge verify
-      edge verify smollm2:135m-instruct --json
-    """
-    store = open_store(store_dir)
-    found = [str(store.resolve(ref)) for ref in refs] if refs else [str(ref) for ref in store.refs()]
-    results = {ref: _verified(store, ref) for ref in found}
-    if as_json:
-        print_json([_result_json(ref, result) for ref, result in results.items()])
-    else:
-        for ref, result in results.items():
-            _print_result(store, ref, result)
-    return int(any(not _is_good(result) for result in results.values()))
-
-
-_Result = Sequence[FileCheck] | EdgeError
-
-
-def _verified(store: ModelStore, ref: str) -> _Result:
-    try:
-        return store.verify(ref)
-    except ConfigError:
-        raise
-    except EdgeError as e:
-        return e
-
-
-def _is_good(result: _Result) -> bool:
-    return not isinstance(result, EdgeError) and all(check.is_good for check in result)
-
-
-def _result_json(ref: str, result: _Result) -> dict[str, object]:
-    if isinstance(result, EdgeError):
-        return {"ref": ref, "is_good": False, "error": result.message, "files": []}
-    files = [
-        {
-            "name": check.name,
-            "path": str(check.path),
-            "size_bytes": check.size_bytes,
-            "is_good": check.is_good,
-            "expected": str(check.expected),
-            "actual": None if check.actual is None else str(check.actual),
-        }
-        for check in result
-    ]
-    return {"ref": ref, "is_good": _is_good(result), "error": None, "files": files}
-
-
-def _print_result(store: ModelStore, ref: str, result: _Result) -> None:
-    if isinstance(result, EdgeError):
-        click.echo(f"BAD   {ref}: {result.message}")
-        return
-    for check in result:
-        if not check.is_good:
-            click.echo(f"BAD   {ref}: {check.name} ({check.path})")
-            click.echo(f"        expected {check.expected}\n        actual   {check.actual or 'the file is missing'}")
-    if _is_good(result):
-        click.echo(f"good  {ref}  {human_size(sum(check.size_bytes for check in result))}")
-    else:
-        click.echo(f"        fix: {_fix(store, ref)}")
-
-
-def _fix(store: ModelStore, ref: str) -> str:
-    try:
-        source = store.get(ref).source
-    except EdgeError:
-        source = None
-    return f"edge pull '{source}' --name {ref}" if source else f"edge rm {ref}, then pull or quantize it again"

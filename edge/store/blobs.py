@@ -21,7 +21,8 @@ import msgspec
 from edge.errors import DigestMismatch, StoreError
 
 from .chunks import ChunkedHash, ChunkList, ChunkLists
-from .digest import READ_BYTES, Digest, digest_bytes, digest_file, hash_into, is_hex
+from .digest import READ_BYTES, Digest, digest_bytes, hash_into, is_hex
+from .disk import DiskReader
 from .files import FileOps, translated, try_lock, wait_for_lock, write_file
 from .room import Room, size_of, used_bytes
 
@@ -250,14 +251,16 @@ class BlobStore:
         """Whether the blob is there. Its bytes were right when it came; `actual_digest` looks again."""
         return self.path(digest).is_file()
 
-    def actual_digest(self, digest: Digest) -> Digest | None:
-        """The digest of the bytes that stand under `digest` now; None where the blob is absent.
+    def actual_digest(self, digest: Digest, *, before_read: Callable[[], None] | None = None) -> Digest | None:
+        """The digest of the bytes that stand under `digest` on the disk now, whatever memory has of them; None where
+        the blob is absent. `before_read` runs before each MiB, and may raise to stop it.
 
         Raises:
             StoreError: The disk refuses to read it.
         """
         try:
-            return digest_file(self.path(digest))
+            with DiskReader(self.path(digest)) as disk:
+                return disk.digest(0, disk.size_bytes, before_read=before_read)
         except FileNotFoundError:
             return None
         except OSError as e:

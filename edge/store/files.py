@@ -65,6 +65,19 @@ class FileOps:
             while view:
                 view = view[file.write(view) :]
 
+    def open_update(self, path: Path) -> FileIO:
+        """Open a file that is there, for reading and for writing anywhere; unbuffered."""
+        with translated(path, "Opening"):
+            return path.open("r+b", buffering=0)
+
+    def write_at(self, file: FileIO, start: int, data: bytes) -> None:
+        """Write all of `data` over what stands at `start` of a file of `open_update`."""
+        view = memoryview(data)
+        with translated(Path(str(file.name)), "Writing", needed_bytes=len(view)):
+            while view:
+                done = os.pwrite(file.fileno(), view, start)
+                view, start = view[done:], start + done
+
     def truncate(self, file: FileIO, size_bytes: int) -> None:
         with translated(Path(str(file.name)), "Truncating"):
             os.ftruncate(file.fileno(), size_bytes)

@@ -10,7 +10,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -77,10 +77,19 @@ class HubFetcher:
         offered = parse_source(offer.source)
         if not isinstance(offered, HubSource):
             raise InvalidReference(f"{offer.source} is not of a hub.")
-        with _hub_errors(self.source):
-            url = _library().hf_hub_url(offered.repo, offered.file, revision=offered.revision)
-            headers = _library(".utils").build_hf_headers(library_name="slm-edge")
+        url, headers = address_of(offered)
         return HttpFetcher(url, offer.file_name, headers, self.network).fetch(offer, blobs, partial, control)
+
+
+def address_of(source: HubSource) -> tuple[str, Mapping[str, str]]:
+    """Where a file of a hub is fetched from, and the headers that let one in.
+
+    Raises:
+        SourceUnavailable: The hub's library does not know.
+    """
+    with _hub_errors(source):
+        url = _library().hf_hub_url(source.repo, source.file, revision=source.revision)
+        return str(url), _library(".utils").build_hf_headers(library_name="slm-edge")
 
 
 def _library(submodule: str = "") -> Any:

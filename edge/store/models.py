@@ -683,8 +683,43 @@ class ModelStore:
         self._mark(dict.fromkeys(dead, ""))
         return freed_bytes
 
-    def verify(self, ref: str | ModelRef) -> _Checks:
-        """Hash every blob of a model again: its files, its config, its manifest.
+    def manifest(self, ref: str | ModelRef) -> Manifest:
+        """The manifest of a model, also of one that cannot be opened because a file of it is damaged.
+
+        Raises:
+            ModelNotFound: There is none of that name.
+            InvalidModelFile: It is damaged itself.
+            StoreError: It is missing.
+        """
+        entries = self._entries()
+        resolved = self._resolve(ref, entries)
+        return Manifest.parse(self._document(entries[resolved]), what=f"The manifest of {resolved}")
+
+    def parts(self, ref: str | ModelRef) -> Sequence[tuple[str, Descriptor]]:
+        """Every blob of a model, also of a damaged one, under its name there: the manifest, and where that is right the
+        config, the files, and what is attached.
+
+        Raises:
+            ModelNotFound: There is none of that name.
+        """
+        entries = self._entries()
+        return self._parts(entries[self._resolve(ref, entries)])
+
+    def _parts(self, entry: Descriptor) -> Sequence[tuple[str, Descriptor]]:
+        found = [("manifest", entry)]
+        try:
+            manifest = Manifest.parse(self._document(entry), what="The manifest")
+        except (InvalidModelFile, StoreError):
+            return found
+        found += [("config", manifest.config), *((layer.filepath or layer.digest, layer) for layer in manifest.layers)]
+        for referrer in self.referrers(entry.digest):
+            attached = Referrer.parse(self._document(referrer))
+            found += [(f"attached {d.digest}", d) for d in (referrer, attached.config, *attached.layers)]
+        return found
+
+    def verify(self, ref: str | ModelRef, *, before_read: Callable[[], None] | None = None) -> _Checks:
+        """Hash every blob of a model again, from the disk and not from memory: its files, its config, its manifest, and
+        what is attached. `before_read` runs before each MiB, and may raise to stop it.
 
         Raises:
             ModelNotFound: There is none of that name.
@@ -693,21 +728,14 @@ class ModelStore:
         while True:
             entries = self._entries()
             resolved = self._resolve(ref, entries)
-            checks = self._check_all(resolved, entries[resolved])
+            checks = [self._check(*part, before_read) for part in self._parts(entries[resolved])]
             if all(check.is_good for check in checks) or self._entries().get(resolved) == entries[resolved]:
                 return checks  # else it was replaced or removed while we looked
 
-    def _check_all(self, ref: ModelRef, entry: Descriptor) -> _Checks:
-        checks = [self._check("manifest", entry)]
-        if not checks[0].is_good:
-            return checks
-        manifest = Manifest.parse(self._document(entry), what=f"The manifest of {ref}")
-        named = [("config", manifest.config), *((layer.filepath or "layer", layer) for layer in manifest.layers)]
-        return checks + [self._check(name, descriptor) for name, descriptor in named]
-
-    def _check(self, name: str, descriptor: Descriptor) -> FileCheck:
+    def _check(self, name: str, descriptor: Descriptor, before_read: Callable[[], None] | None) -> FileCheck:
         path, digest = self.blobs.path(descriptor.digest), descriptor.digest
-        return FileCheck(name, path.absolute(), descriptor.size, digest, self.blobs.actual_digest(digest))
+        actual = self.blobs.actual_digest(digest, before_read=before_read)
+        return FileCheck(name, path.absolute(), descriptor.size, digest, actual)
 
     def _prepare(self) -> None:
         """Make the directories of a new store, and fill it from the seed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import binascii
 import dataclasses
 import datetime
 import logging
@@ -346,7 +347,7 @@ class Access:
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
         self._writer.meter(Account(today, caller.id, model), used, saved)
 
-    async def note(self, caller: Caller, act: str, target: str, outcome: str) -> None:
+    async def note(self, caller: Caller | str, act: str, target: str, outcome: str) -> None:
         """Add a line to the audit log, and return when it is on the disk. A disk that takes none is told in the log
         and among the alerts; the act is done."""
         try:
@@ -420,7 +421,7 @@ def _not_a_key() -> Unauthorized:
 
 def _credentials(headers: Iterable[tuple[bytes, bytes]]) -> set[str]:
     """What is presented as a key: by OpenAI's clients as a bearer (RFC 6750, section 2.1), by Anthropic's as
-    ``x-api-key``."""
+    ``x-api-key``, by those of registries as a password under any name (RFC 7617)."""
     found: set[str] = set()
     for name, value in headers:
         if name == b"x-api-key":
@@ -429,7 +430,17 @@ def _credentials(headers: Iterable[tuple[bytes, bytes]]) -> set[str]:
             scheme, _, token = value.decode("latin-1").strip(" \t").partition(" ")
             if scheme.lower() == "bearer":
                 found.add(token.strip(" \t"))
+            elif scheme.lower() == "basic":
+                found.add(_password_of(token.strip(" \t")))
     return found - {""}
+
+
+def _password_of(token: str) -> str:
+    """Of basic authentication; empty where it is none."""
+    try:
+        return binascii.a2b_base64(token, strict_mode=True).decode("utf-8").partition(":")[2]
+    except ValueError:
+        return ""
 
 
 def _headers(what: str, limit: int, left: int, reset_s: float) -> Mapping[str, str]:

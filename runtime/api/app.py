@@ -23,6 +23,7 @@ from runtime.api import (
     ollama_models,
     openai,
     openai_responses,
+    registry,
     slots,
     tokens,
 )
@@ -39,7 +40,7 @@ from runtime.api.schema import ModelInfo
 
 PARTS = (
     openai, completions, openai_responses, anthropic, tokens, embeddings, moderations, batches, ollama, ollama_models,
-    admin, slots, keys, docs,
+    admin, slots, keys, registry, docs,
 )  # fmt: skip
 HEALTH_S = 1.0
 PROMETHEUS_TYPE = "text/plain; version=0.0.4"

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,7 @@ from runtime.pool import Pool
 from runtime.request import SamplingParams
 from runtime.selection import SEPARATOR
 from runtime.state_dirs import remove_states
+from runtime.upkeep import Upkeep
 
 if TYPE_CHECKING:
     from edge.store.network import Network
@@ -86,6 +88,16 @@ _KINDS: dict[Operation, ModelKind] = {
 """What models an operation asks for; where it says nothing, any."""
 
 
+@dataclasses.dataclass(slots=True)
+class SentBlobs:
+    """Blobs that others fetch."""
+
+    num_open: int = 0
+    """Those that are being sent now."""
+    num_bytes: int = 0
+    """Sent since the start."""
+
+
 class Appliance:
     """One running appliance. Owned by the event loop."""
 
@@ -101,6 +113,8 @@ class Appliance:
         self.access = Access(settings)
         self.responses = ResponseStore(settings.responses_db, limit_bytes=settings.responses_bytes)
         self.jobs = Jobs(self._job_changed)
+        self.sent_blobs = SentBlobs()
+        self.upkeep = Upkeep(settings, store, pool, partial(self.access.note, "scrub"))
         self._watchers: dict[asyncio.Queue[bytes | None], Caller] = {}
         self._started = time.monotonic()
         self._num_requests = self._num_failed = 0
@@ -121,6 +135,7 @@ class Appliance:
         self._tasks = [
             asyncio.create_task(self._broadcast(), name="status"),
             asyncio.create_task(self._keep_house(), name="housekeeping"),
+            asyncio.create_task(self.upkeep.scrub(), name="scrub"),
         ]
 
     def _add_gauges(self) -> None:
@@ -143,6 +158,11 @@ class Appliance:
             text="Lines of the audit log.")  # fmt: skip
         add("edge.audit.head", lambda: float(int.from_bytes(self.access.audit_head().digest[:6], "big")),
             unit="{digest}", text="The first 48 bits of the last line's digest.")  # fmt: skip
+        add("edge.store.checked", lambda: float(self.upkeep.checked_bytes), unit="By",
+            text="Bytes of the store that were read again and compared with their digests.")  # fmt: skip
+        add("edge.store.damaged", lambda: float(self.upkeep.num_damaged), text="Quarantined blobs.")
+        add("edge.store.sent", lambda: float(self.sent_blobs.num_bytes), unit="By",
+            text="Bytes of blobs that others fetched.")  # fmt: skip
         add("edge.workers.restarts", lambda: float(sum(h.num_restarts for h in hosts())), text="Engines restarted.")
 
     async def close(self) -> None:
@@ -151,6 +171,7 @@ class Appliance:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.upkeep.close()
         await self.jobs.close()
         await self.activation.close()
         await self.pool.close()
@@ -476,6 +497,7 @@ class Appliance:
             if m.draft_problem is not None
         ]
         alerts += self._slot_alerts()
+        alerts += self.upkeep.alerts()
         if num := self.pool.poison.num_refused:
             what = f"requests that ended the engine twice are refused: {num}"
             alerts.append(Alert(level="warning", what=what, fix="edge replay"))
@@ -570,6 +592,7 @@ class Appliance:
             self._untidy.clear()
             try:
                 await self.pool.unload_idle()
+                await self.upkeep.tend()
                 self.responses.tidy()
             except Exception:  # as above
                 log.exception("housekeeping failed")

@@ -80,6 +80,8 @@ STATUS: dict[type[EdgeError], int] = {
     errors.ClassifierBusy: 503,
     errors.ServerUnavailable: 503,
     errors.StoreError: 500,
+    errors.NotRepaired: 500,
+    errors.BlobNotFound: 404,
     errors.DiskFull: 507,
     errors.Quarantined: 503,
     errors.DoesNotFit: 507,
@@ -87,6 +89,11 @@ STATUS: dict[type[EdgeError], int] = {
 }
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _ANTHROPIC_TYPES = _OPENAI_TYPES | {413: "request_too_large", 503: "overloaded_error", 504: "timeout_error"}
+_REGISTRY_CODES = {
+    "blob_unknown": "BLOB_UNKNOWN", "model_not_found": "MANIFEST_UNKNOWN", "invalid_reference": "NAME_INVALID",
+    "not_found": "NAME_UNKNOWN",
+}  # fmt: skip
+_REGISTRY_STATUS = {401: "UNAUTHORIZED", 403: "DENIED", 405: "UNSUPPORTED", 429: "TOOMANYREQUESTS"}
 _LLAMA_PATHS = frozenset({"/tokenize", "/detokenize", "/apply-template"})
 """llama-server's, whose errors are OpenAI's."""
 
@@ -98,6 +105,19 @@ class OpenAIErrorDetail(msgspec.Struct, kw_only=True):
     type: str
     param: str | None = None
     code: str | None = None
+
+
+class RegistryErrorDetail(msgspec.Struct, kw_only=True):
+    """One error of a registry."""
+
+    code: str
+    message: str
+
+
+class RegistryErrors(msgspec.Struct, kw_only=True):
+    """A registry's error body (OCI distribution specification 1.1, "Error Codes")."""
+
+    errors: list[RegistryErrorDetail]
 
 
 class OpenAIError(msgspec.Struct, kw_only=True):
@@ -154,6 +174,11 @@ class Fault:
         """As Ollama's. Its clients look for "not found" before they offer to pull a model."""
         message = self._whole_message
         return OllamaError(error=f"model not found: {message}" if self.code == "model_not_found" else message)
+
+    def registry(self) -> RegistryErrors:
+        """As a registry's."""
+        code = _REGISTRY_CODES.get(self.code) or _REGISTRY_STATUS.get(self.status, "UNKNOWN")
+        return RegistryErrors(errors=[RegistryErrorDetail(code=code, message=self._whole_message)])
 
     def problem(self) -> Problem:
         """As RFC 9457 problem details."""
@@ -230,6 +255,11 @@ def request_id_of(token: str = "") -> str:
     return f"req_{token or secrets.token_hex(12)}"
 
 
+def is_registry_path(path: str) -> bool:
+    """Whether errors of this path are a registry's."""
+    return path == "/v2" or path.startswith("/v2/")
+
+
 def is_ollama_path(path: str) -> bool:
     """Whether errors of this path are Ollama's."""
     return path == "/api" or path.startswith("/api/")
@@ -243,6 +273,8 @@ def written(fault: Fault, path: str, *, request_id: str = "") -> tuple[bytes, st
         return msgspec.json.encode(fault.openai()), "application/json"
     if is_ollama_path(path):
         return msgspec.json.encode(fault.ollama()), "application/json"
+    if is_registry_path(path):
+        return msgspec.json.encode(fault.registry()), "application/json"
     return msgspec.json.encode(fault.problem()), "application/problem+json"
 
 
@@ -253,6 +285,8 @@ def to_response(request: Request[Any, Any, Any], error: Exception) -> Response[b
         unexpected = not isinstance(error, EdgeError | HTTPException)
         log.error("%s %s: %s", request.method, request.url.path, error, exc_info=error if unexpected else None)
     headers = _headers(fault)
+    if fault.status == 401 and is_registry_path(request.url.path):
+        headers["WWW-Authenticate"] = 'Basic realm="slm-edge"'  # all that docker's and oras's know of a key's kind
     if is_anthropic_path(request.url.path):
         headers["request-id"] = request_id_of()
     body, media_type = written(fault, request.url.path, request_id=headers.get("request-id", ""))

@@ -19,7 +19,16 @@ from litestar.routes import HTTPRoute
 from edge import errors
 from runtime.api.access import METERED, Need
 from runtime.api.describe import ASKING, NAMING, OPERATING, Errors, Exchange
-from runtime.api.errors import STATUS, AnthropicError, OpenAIError, is_anthropic_path, is_ollama_path, is_openai_path
+from runtime.api.errors import (
+    STATUS,
+    AnthropicError,
+    OpenAIError,
+    RegistryErrors,
+    is_anthropic_path,
+    is_ollama_path,
+    is_openai_path,
+    is_registry_path,
+)
 from runtime.api.responses import EventStream
 from runtime.api.schema import OllamaError, Problem
 
@@ -248,9 +257,13 @@ def _error_of(path: str) -> type[msgspec.Struct]:
         return AnthropicError
     if is_openai_path(path):
         return OpenAIError
+    if is_registry_path(path):
+        return RegistryErrors
     return OllamaError if is_ollama_path(path) else Problem
 
 
 def _tag(path: str) -> str:
-    tags = {"/v1/messages": "Anthropic", "/v1/": "OpenAI", "/api/": "Ollama", "/edge/v1/": "operator"}
+    tags = {
+        "/v1/messages": "Anthropic", "/v1/": "OpenAI", "/api/": "Ollama", "/v2": "registry", "/edge/v1/": "operator",
+    }  # fmt: skip
     return next((tag for prefix, tag in tags.items() if path.startswith(prefix)), "server")

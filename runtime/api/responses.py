@@ -52,10 +52,11 @@ class _StreamingApp(ASGIStreamingResponse):
     __slots__ = ("on_close", "source")
 
     def __init__(
-        self, source: AsyncGenerator[bytes], on_close: Callable[[], None], headers: dict[str, str], media_type: str
-    ) -> None:
+        self, source: AsyncGenerator[bytes], on_close: Callable[[], None], headers: dict[str, str], media_type: str,
+        status_code: int,
+    ) -> None:  # fmt: skip
         super().__init__(  # pyright: ignore[reportUnknownMemberType]  # litestar leaves the iterator's type open
-            iterator=source, media_type=media_type, status_code=200, headers=headers
+            iterator=source, media_type=media_type, status_code=status_code, headers=headers
         )
         self.source = source
         self.on_close = on_close
@@ -75,10 +76,10 @@ class EventStream(Response[bytes]):
 
     def __init__(
         self, source: AsyncGenerator[bytes], *, on_close: Callable[[], None], headers: dict[str, str] | None = None,
-        media_type: str = "text/event-stream",
+        media_type: str = "text/event-stream", status_code: int = 200,
     ) -> None:  # fmt: skip
-        super().__init__(b"", media_type=media_type)
-        self._sent_as = media_type
+        super().__init__(b"", media_type=media_type, status_code=status_code)
+        self._sent_as, self._status = media_type, status_code
         self._source = source
         self._on_close = on_close
         # no-transform keeps proxies from buffering or compressing what should arrive token by token
@@ -86,4 +87,4 @@ class EventStream(Response[bytes]):
 
     @override
     def to_asgi_response(self, *args: Any, **kwargs: Any) -> ASGIResponse:
-        return _StreamingApp(self._source, self._on_close, self._headers, self._sent_as)
+        return _StreamingApp(self._source, self._on_close, self._headers, self._sent_as, self._status)

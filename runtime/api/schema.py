@@ -286,7 +286,7 @@ class KeyRequest(msgspec.Struct, kw_only=True):
 
     name: Annotated[str, msgspec.Meta(max_length=64)] = ""
     role: Role | None = None
-    scopes: Annotated[list[Scope], msgspec.Meta(max_length=5)] | None = None
+    scopes: Annotated[list[Scope], msgspec.Meta(max_length=6)] | None = None
     models: Annotated[list[Annotated[str, msgspec.Meta(max_length=200)]], msgspec.Meta(max_length=64)] = []
     """Names it may use, ``*`` for any characters; empty is every model."""
     rpm: int | None = None

@@ -118,12 +118,14 @@ class _Handler(BaseHTTPRequestHandler):
         start = self._start(file)
         if start >= len(file.data) and start:
             return self._status(416)
+        stop = self._stop(file)
+        is_part = start > 0 or stop < len(file.data)
         shown = start + 1 if file.lie_about_range and start else start
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {shown}-{len(file.data) - 1}/{len(file.data)}")
+        self.send_response(206 if is_part else 200)
+        if is_part:
+            self.send_header("Content-Range", f"bytes {shown}-{stop - 1}/{len(file.data)}")
         if file.has_length:
-            self.send_header("Content-Length", str(len(file.data) - start))
+            self.send_header("Content-Length", str(stop - start))
         else:
             self.send_header("Connection", "close")
             self.close_connection = True
@@ -133,27 +135,31 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_header(name, text)
         self.end_headers()
         if has_body:
-            self._body(file, start)
+            self._body(file, start, stop)
         return None
 
     def _start(self, file: ServedFile) -> int:
         asked, condition = self.headers.get("Range"), self.headers.get("If-Range")
         if not asked or not file.has_ranges or (condition and condition not in (file.etag, file.last_modified)):
             return 0
-        return int(asked.removeprefix("bytes=").removesuffix("-"))
+        return int(asked.removeprefix("bytes=").partition("-")[0])
 
-    def _body(self, file: ServedFile, start: int) -> None:
+    def _stop(self, file: ServedFile) -> int:
+        last = (self.headers.get("Range") or "").rpartition("-")[2] if file.has_ranges else ""
+        return min(int(last) + 1, len(file.data)) if last else len(file.data)
+
+    def _body(self, file: ServedFile, start: int, stop: int) -> None:
         limit = file.drop_after.pop(0) if file.drop_after else len(file.data)
-        for at in range(start, min(len(file.data), start + limit), file.chunk_bytes):
+        for at in range(start, min(stop, start + limit), file.chunk_bytes):
             file.before_chunk()
-            chunk = file.data[at : min(at + file.chunk_bytes, start + limit)]
+            chunk = file.data[at : min(at + file.chunk_bytes, start + limit, stop)]
             try:
                 self.wfile.write(chunk)
             except ConnectionError:
                 self.close_connection = True
                 return
             self.served.sent_bytes += len(chunk)
-        if start + limit < len(file.data):
+        if start + limit < stop:
             self.close_connection = True
 
     @override

@@ -102,6 +102,17 @@ class RecordingFileOps(FileOps):
         self.add(change)
 
     @override
+    def write_at(self, file: FileIO, start: int, data: bytes) -> None:
+        path = Path(str(file.name))
+        super().write_at(file, start, data)
+
+        def change(disk: Disk) -> None:
+            content = disk.content(path)
+            content.now = content.now[:start].ljust(start, b"\0") + data + content.now[start + len(data) :]
+
+        self.add(change)
+
+    @override
     def truncate(self, file: FileIO, size_bytes: int) -> None:
         path = Path(str(file.name))
         super().truncate(file, size_bytes)

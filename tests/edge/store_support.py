@@ -93,6 +93,16 @@ class KillingFileOps(FileOps):
         super().write(file, data)
 
     @override
+    def open_update(self, path: Path) -> FileIO:
+        self.step("open", path)
+        return super().open_update(path)
+
+    @override
+    def write_at(self, file: FileIO, start: int, data: bytes) -> None:
+        self.step("write_at", file)
+        super().write_at(file, start, data)
+
+    @override
     def truncate(self, file: FileIO, size_bytes: int) -> None:
         self.step("truncate", file)
         super().truncate(file, size_bytes)

@@ -334,6 +334,14 @@ OTHERS: list[tuple[str, str, Any, int, str]] = [
     ("unknown response", "GET /v1/responses/none", None, 404, "none"),
     ("forget an unknown response", "DELETE /v1/responses/none", None, 404, "none"),
     ("items of an unknown response", "GET /v1/responses/none/input_items", None, 404, "none"),
+    ("no path of a registry", "GET /v2/nothing", None, 400, "NAME_INVALID"),
+    ("no name of a registry", "GET /v2/UPPER/tags/list", None, 400, "NAME_INVALID"),
+    ("unknown name of a registry", "GET /v2/none/tags/list", None, 404, "MANIFEST_UNKNOWN"),
+    ("unknown manifest", "GET /v2/smollm2/manifests/none", None, 404, "MANIFEST_UNKNOWN"),
+    ("manifest of no tag", "GET /v2/smollm2/manifests/a%20b", None, 400, "NAME_INVALID"),
+    ("blob of no digest", "GET /v2/smollm2/blobs/abc", None, 400, "NAME_INVALID"),
+    ("unknown blob", f"GET /v2/smollm2/blobs/{DIGEST}", None, 404, "BLOB_UNKNOWN"),
+    ("push to an appliance", "POST /v2/smollm2/blobs/uploads/", b"x", 405, "UNSUPPORTED"),
     ("no such path of OpenAI's", "GET /v1/nothing", None, 404, "not_found"),
     ("no such model of OpenAI's", "GET /v1/models/none:such", None, 404, "model_not_found"),
     ("no model's name", "GET /v1/models/a%20b", None, 400, "invalid_reference"),
@@ -402,6 +410,8 @@ def test_malformed_requests_of_the_others(
         assert set(told["error"]) == {"message", "type", "param", "code"}
     elif path.startswith("/api/"):
         assert set(told) == {"error"}
+    elif path.startswith("/v2/"):
+        assert [set(error) for error in told["errors"]] == [{"code", "message"}]
     else:
         assert reply.headers["content-type"] == "application/problem+json"
         assert told["status"] == status
