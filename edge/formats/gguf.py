@@ -375,6 +375,9 @@ _COUNT_LIMITS = {
     "block_count": 512,  # LLAMA_MAX_LAYERS, at which it aborts
     "embedding_length": 1 << 20,
     "attention.head_count": 1 << 14,
+    "attention.key_length": 1 << 16,
+    "expert_count": 512,  # LLAMA_MAX_EXPERTS, likewise
+    "rope.dimension_count": 1 << 16,
     "context_length": 1 << 31,
     "vocab_size": MAX_ARRAY_ITEMS,
 }
@@ -390,7 +393,21 @@ def _check_metadata(reader: _Reader, metadata: Mapping[str, GgufValue]) -> None:
         value = metadata.get(f"{architecture}.{key}")
         if isinstance(value, int | float | str) and not (type(value) is int and 0 <= value <= limit):
             raise reader.fail(f"'{architecture}.{key}' is {str(value)[:40]}, not a whole number up to {limit:,}")
+    _check_arithmetic(reader, {key.removeprefix(f"{architecture}."): value for key, value in metadata.items()})
     _check_vocabulary(reader, metadata)
+
+
+def _check_arithmetic(reader: _Reader, metadata: Mapping[str, GgufValue]) -> None:
+    """Numbers that llama.cpp computes places in memory with, or asserts something of. Keys lack the architecture."""
+    rotated, heads = metadata.get("rope.dimension_count"), metadata.get("attention.head_count")
+    width = metadata.get("attention.key_length")
+    if width is None and isinstance(width := metadata.get("embedding_length"), int) and isinstance(heads, int):
+        width //= max(heads, 1)
+    if isinstance(rotated, int) and isinstance(width, int) and (rotated % 2 or rotated > width):
+        raise reader.fail(f"it rotates {rotated:,} numbers of a head's {width:,}; it has to be an even share of them")
+    for key in ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"):
+        if isinstance(epsilon := metadata.get(key), float) and not 0 <= epsilon <= 1:
+            raise reader.fail(f"'{key}' is {epsilon}, not a number from 0 to 1")
 
 
 def _check_vocabulary(reader: _Reader, metadata: Mapping[str, GgufValue]) -> None:

@@ -94,6 +94,7 @@ def with_tensor(tensor: Tensor) -> bytes:
     return gguf_bytes(tensors=(*TENSORS, tensor))
 
 
+HEADS = {"llama.embedding_length": 64, "llama.attention.head_count": 4}
 REFUSED = {
     "pickled": (b"\x80\x02}q\x00" * 10, "pickle"),
     "zip": (b"PK\x03\x04" * 10, "pickle"),
@@ -120,6 +121,22 @@ REFUSED = {
         "may have 2,097,152",
     ),
     "merges of numbers": (with_key("tokenizer.ggml.merges", array(4, [bytes(4)])), "no array of strings"),
+    "more rotated than there is": (
+        gguf_bytes(
+            {
+                **METADATA,
+                "llama.embedding_length": 64,
+                "llama.attention.head_count": 4,
+                "llama.rope.dimension_count": 18,
+            }
+        ),
+        "rotates 18 numbers of a head's 16",
+    ),
+    "an odd share rotated": (
+        gguf_bytes({**METADATA, "llama.attention.key_length": 64, "llama.rope.dimension_count": 7}),
+        "even share",
+    ),
+    "an epsilon below zero": (with_key("llama.attention.layer_norm_rms_epsilon", -1.0), "is -1.0, not a number"),
     "many layers": (with_key("llama.block_count", 513), "whole number up to 512"),
     "too many items": (with_key("x", Raw(9, struct.pack("<IQ", 0, 1 << 40))), "may have 4,194,304"),
     "text that is not UTF-8": (with_key("x", Raw(8, string(b"\xff"))), "not UTF-8"),

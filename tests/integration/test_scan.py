@@ -40,9 +40,9 @@ async def test_a_template_that_was_swapped_on_the_disk_is_not_rendered(home: Pat
 def test_a_model_that_native_code_aborts_at_costs_its_worker(home: Path, tmp_path: Path) -> None:
     path = make_tiny(tmp_path / "odd.gguf", "qwen2")
     data = path.read_bytes()
-    key = b"qwen2.rope.dimension_count"
+    key = b"qwen2.block_count"
     at = data.index(key) + len(key) + 4
-    path.write_bytes(data[:at] + struct.pack("<I", 7) + data[at + 4 :])  # odd, which ggml asserts it is not
+    path.write_bytes(data[:at] + struct.pack("<I", 0) + data[at + 4 :])  # llama.cpp asserts that there is a layer
     assert run_edge("pull", str(path), "--name", "odd", home=home).returncode == 0, "the scan lets it pass"
     with running_appliance(home) as appliance, appliance.client() as http:
         assert http.post("/v1/chat/completions", json=chat_body("Hi", max_tokens=2)).status_code == 200
