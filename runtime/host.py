@@ -54,6 +54,8 @@ SILENCE_S = 120.0
 """A worker that holds requests and completes no step for this long is hung; a step takes seconds at worst."""
 MIN_SILENCE_S = 10.0
 """No worker is given up sooner: a busy machine may keep it waiting."""
+LOOK_S = 1.0
+"""How often a worker is looked at; twice as often on probation."""
 PROBATION_SILENCE_S = 4.0
 """The same for one on probation, with another that answers in its place; a load may be silent for twice as long."""
 SLOWNESS = 10.0
@@ -608,7 +610,8 @@ class ModelHost:
         why: str | None = None
         suspicion = None
         while not ended.done() and why is None:
-            await asyncio.wait([ended, stopped], timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+            look_s = LOOK_S if self.probation is None else LOOK_S / 2
+            await asyncio.wait([ended, stopped], timeout=look_s, return_when=asyncio.FIRST_COMPLETED)
             # Twice in a row: the first look after this process itself was held up judges by what it has not read yet.
             before, suspicion = suspicion, self._hung()
             why = "it was unloaded" if stopped.done() else suspicion and before
