@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 BOMBS = f"{ROOT / 'tests' / 'bombs'}:{ROOT}"
 CHAT, ACTIVATE = "/v1/chat/completions", "/edge/v1/slots/chat/activate"
 GAP_S = 30.0
-"""For so long nobody is without an answer, on a machine with work for many cores: docs/reliability.md has the figures."""
+"""For so long nobody is without an answer, also beside other work; docs/reliability.md has the figures."""
 
 
 def put(store: ModelStore, name: str, weights: Path, goldens: Goldens | None = None) -> StoredModel:
