@@ -6,6 +6,7 @@ A home is a directory with a store in it; beside the homes lies `inputs`, which 
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from edge.store.importing import import_models, plan_import
 from edge.store.models import ModelStore, PackageFile
 from edge.store.network import Network
 from edge.store.registry.push import push
+from edge.store.repair import LayoutSource, repair
+from edge.store.scrub import Scrubber, part_with
 from edge.store.slots import Slot
 from edge.store.sources import RegistrySource
 from edge.store.transfer import Control
@@ -40,6 +43,8 @@ class Operation:
     done: Callable[[ModelStore], object]
     """Asserts what must be there once it ran to its end."""
     needs_registry: bool = False
+    sick: str = ""
+    """The model that is damaged when it begins, and may be until it ends."""
 
 
 def store_at(home: Path, files: FileOps | None = None, kind: type[ModelStore] = ModelStore) -> ModelStore:
@@ -60,6 +65,7 @@ def make_inputs(directory: Path, registry: str) -> None:
     other = ModelStore(inputs / "other", files=NoSync())
     model = add_model(other, "new", inputs / "a.gguf")
     other.attach(model.digest, "application/x-note", [PackageFile(inputs / "d.gguf", "note")])
+    add_model(other, "sick", write_gguf(inputs / "large.gguf", num_rows=20_000))
     export(other, plan_export(other, ["new"], inputs / "stick.tar"))
     (inputs / "registry").write_text(registry)
     first, second = write_gguf(inputs / "v1.gguf", num_rows=99), inputs / "v2.gguf"
@@ -91,23 +97,35 @@ class Kept:
 
     pinned: Mapping[str, Digest]
     slot: Slot
+    sick: str = ""
 
 
-def kept_in(home: Path) -> Kept:
+def kept_in(home: Path, operation: Operation) -> Kept:
     store = store_at(home)
-    return Kept({name: store.get(name).digest for name in store.pins()}, store.slots()["embed"])
+    return Kept({name: store.get(name).digest for name in store.pins()}, store.slots()["embed"], operation.sick)
 
 
 def assert_law(home: Path, kept: Kept) -> None:
     """What holds at every moment: what is visible verifies, references lead somewhere, what is kept is there."""
-    models = {str(model.ref): model.digest for model in assert_sound(home / "store")}
     store = store_at(home)
+    if kept.sick:
+        _assert_sound_but(store, kept.sick)
+    else:
+        assert_sound(home / "store")
+    models = {str(model.ref): model.digest for model in store.list()}
     assert {name: models.get(name) for name in store.pins()} == kept.pinned
     assert store.slots()["embed"] == kept.slot
-    _assert_references(store)
+    if not kept.sick:
+        _assert_references(store)
     for slot in store.slots().values():
         for digest in slot.digests():
             _assert_manifest(store, digest)
+
+
+def _assert_sound_but(store: ModelStore, sick: str) -> None:
+    assert {str(found.ref) for found in store.damaged()} <= {sick}
+    for model in store.list():
+        assert str(model.ref) == sick or all(check.is_good for check in store.verify(model.ref))
 
 
 def _assert_references(store: ModelStore) -> None:
@@ -173,6 +191,32 @@ def _activate(store: ModelStore) -> None:
 def _is_activated(store: ModelStore) -> None:
     slot = store.slots()["chat"]
     assert (slot.current, slot.previous, slot.trial) == (store.get("v2").digest, store.get("v1").digest, None)
+
+
+def _damage(store: ModelStore) -> None:
+    """A model of several pieces, one of which has a flipped bit."""
+    weights = add_model(store, "sick", input_of(store, "large.gguf")).weights
+    with weights.open("r+b") as file:
+        file.seek(3 << 20)
+        file.write(b"\x7f")
+
+
+def _scrub(store: ModelStore) -> None:
+    """A whole round, then what is quarantined is mended."""
+    scrubber = Scrubber(store, rng=random.Random(1))
+    scrubber.step()
+    for _ in range(scrubber.num_pieces - 1):
+        scrubber.step()
+    source = LayoutSource(input_of(store, "other"))
+    for digest in store.quarantined():
+        blob = part_with(store, digest)
+        assert blob is not None
+        repair(store, blob, [source], IDLE)
+
+
+def _is_mended(store: ModelStore) -> None:
+    assert not store.quarantined()
+    assert_sound(store.root)
 
 
 def _registry_of(store: ModelStore, repository: str) -> RegistrySource:
@@ -268,6 +312,7 @@ OPERATIONS = {
             _assert_models("base", "new", "pinned"),
             needs_registry=True,
         ),
+        Operation("scrub, repair", _damage, _scrub, _is_mended, sick="sick:latest"),
         Operation("collect", _litter, lambda store: store.collect(partial_age_s=-1e9), _assert_clean),
     )
 }
