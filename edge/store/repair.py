@@ -110,8 +110,7 @@ def repair(store: ModelStore, blob: Descriptor, sources: Sequence[Source], contr
     done = Mended()
     with store.blobs.ingest(f"repair {blob.digest}", before_poll=control.check) as turn:
         try:
-            if not _is_right(store.blobs, blob, control):
-                _mend(store.blobs, blob, sources, control, done)
+            _mend(store.blobs, blob, sources, control, done)
         finally:
             turn.discard()
     store.release(blob.digest)
@@ -127,12 +126,13 @@ def _mend(blobs: BlobStore, blob: Descriptor, sources: Sequence[Source], control
     path, pieces = blobs.path(blob.digest), pieces_of(blobs, blob)
     if not blobs.has(blob.digest):
         raise NotRepaired(str(path), "it is missing")
-    if pieces[0].is_whole and blob.size > CHUNK_BYTES:
+    wrong = _wrong(path, pieces, control)
+    if wrong and pieces[0].is_whole and blob.size > CHUNK_BYTES:
         raise NotRepaired(str(path), "no digests of its parts are known, so none can be fetched alone")
     with blobs.files.open_update(path) as file:
         if path.stat().st_size > blob.size:
             blobs.files.truncate(file, blob.size)
-        for piece in _wrong(path, pieces, control):
+        for piece in wrong:
             data, name = _fetched(piece, path, sources, control)
             blobs.files.write_at(file, piece.start, data)
             done.num_pieces += 1

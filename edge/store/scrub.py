@@ -96,13 +96,13 @@ def flaws_of(store: ModelStore, blob: Descriptor, *, before_read: Callable[[], N
 
     The digest of the whole decides; the chunks only tell where it went wrong.
     """
-    whole = Piece(blob.digest, blob.size, 0, blob.size, blob.digest)
-    flaw = check(store.blobs, whole, before_read=before_read)
-    if flaw is None:
-        return ()
-    found = [check(store.blobs, piece, before_read=before_read) for piece in pieces_of(store.blobs, blob)]
-    flaws = tuple(f for f in found if f is not None) or (flaw,)
-    quarantine(store, flaws[0])
+    pieces = [*pieces_of(store.blobs, blob), Piece(blob.digest, blob.size, 0, blob.size, blob.digest)]
+    found = [check(store.blobs, piece, before_read=before_read) for piece in pieces[:-1]]
+    flaws = tuple(flaw for flaw in found if flaw is not None)
+    if not flaws and len(pieces) > 2 and (flaw := check(store.blobs, pieces[-1], before_read=before_read)):
+        flaws = (flaw,)
+    if flaws:
+        quarantine(store, flaws[0])
     return flaws
 
 
