@@ -18,7 +18,7 @@ from litestar.routes import HTTPRoute
 
 from edge import errors
 from runtime.api.access import METERED, Need
-from runtime.api.describe import ASKING, NAMING, OPERATING, Errors, Exchange
+from runtime.api.describe import ASKING, EVENTS, NAMING, OPERATING, Errors, Exchange
 from runtime.api.errors import (
     STATUS,
     AnthropicError,
@@ -39,7 +39,11 @@ Schema = dict[str, Any]
 
 _INJECTED = frozenset({"request", "state", "scope", "headers", "body"})
 """Parameters of handlers that no client sends."""
-_NO_ERROR_CLASS = {413: "body_too_large", 500: "internal_error"}
+_STREAMED: Mapping[str, Schema] = {
+    EVENTS: {"description": "Server-sent events: `data` is JSON, and `event` says which where there are kinds."}
+}
+"""Some read the schema of a stream as that of each of its events: so it names no type."""
+_NO_ERROR_CLASS = {413: "body_too_large", 414: "target_too_long", 500: "internal_error"}
 _HEADERS: Mapping[int, str] = {401: "WWW-Authenticate", 429: "Retry-After", 503: "Retry-After"}
 _SECURITY = {
     "bearer": {
@@ -195,7 +199,7 @@ class _Operation:
             if kind is not None:
                 content[self._media_type] = {"schema": {} if kind is bytes else schemas.of(kind)}
             if self.exchange.streams and status == self.handler.status_code:
-                content[self.exchange.streams] = {"schema": {"type": "string"}}
+                content[self.exchange.streams] = {"schema": _STREAMED.get(self.exchange.streams, {"type": "string"})}
         return {
             "description": "The answer." if status < 400 else "As it says.",
             **({"content": content} if content else {}),
@@ -215,6 +219,8 @@ class _Operation:
         found = {500: [_NO_ERROR_CLASS[500]]}
         if self.exchange.body or self.exchange.sends:
             found[413] = [_NO_ERROR_CLASS[413]]
+        if self._parameters():
+            found[414] = [_NO_ERROR_CLASS[414]]
         for kind in self._errors():
             codes = found.setdefault(STATUS[kind], [])
             if kind.code not in codes:
