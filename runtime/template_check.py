@@ -1,4 +1,4 @@
-"""The process in which a chat template of unknown origin renders conversations: what `edge.store.template` starts."""
+"""The process in which a chat template of unknown origin renders conversations: what `edge.formats.template` starts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from edge.errors import EdgeError, InvalidRequest, UnsupportedFormat
-from edge.store.template import HARMFUL, UNFIT, fault_of
+from edge.formats.template import HARMFUL, UNFIT, fault_of
 from runtime.chat import ChatTemplate
 from runtime.wire import ChatMessage, Tool, ToolCall
 

@@ -36,9 +36,9 @@ from edge.errors import (
 )
 from edge.formats.gguf import read_gguf
 from edge.formats.lora import check_finite, read_lora
+from edge.formats.template import digest_of
 from edge.hardware.memory import available_bytes, cpu_quota, data_bytes, usable_cores
 from edge.native.malloc import give_large_blocks_back
-from edge.store.template import digest_of
 from runtime import wire
 from runtime.adapters import adapter_set
 from runtime.backends.base import Backend

@@ -12,11 +12,11 @@ import msgspec
 
 from edge.formats.gguf import GgufFile
 from edge.formats.lora import is_adapter, read_lora
+from edge.formats.template import digest_of
 from edge.kinds import ModelKind
 
 from .digest import Digest
 from .manifest import OURS, Manifest, ModelConfig, ModelDescriptor, ModelFs, ModelProperties, ModelRef
-from .template import digest_of
 
 ARCHITECTURE = f"{OURS}architecture"
 PARAMETERS = f"{OURS}parameters"

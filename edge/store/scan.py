@@ -19,11 +19,11 @@ from edge.formats.gguf import read_gguf
 from edge.formats.lora import check_finite, is_adapter, read_lora
 from edge.formats.onnx import read_onnx
 from edge.formats.safetensors import read_safetensors
+from edge.formats.template import MAX_TEMPLATE_BYTES, digest_of, fault_of
 
 from .details import TEMPLATE, TEMPLATE_DIGEST
 from .files import translated
 from .manifest import MAX_DOCUMENT_BYTES, WEIGHT_TYPE, decode
-from .template import MAX_TEMPLATE_BYTES, digest_of, fault_of
 
 _HEAD_BYTES = 64 << 10
 _CODE_SUFFIXES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib", ".dill", ".npy", ".npz", ".h5"})

@@ -14,6 +14,7 @@ import pytest
 
 from edge.errors import EdgeError, InvalidModelFile
 from edge.formats.gguf import read_gguf
+from edge.formats.template import digest_of
 from edge.store.derived import Changes, derive
 from edge.store.details import TEMPLATE, TEMPLATE_DIGEST, ModelDetails, details_of
 from edge.store.digest import Digest, digest_file
@@ -21,7 +22,6 @@ from edge.store.fetch import package_of, pull
 from edge.store.manifest import WEIGHT_TYPE
 from edge.store.models import ModelStore, PackageFile
 from edge.store.scan import Part, scan, scan_package
-from edge.store.template import digest_of
 from edge.store.uploads import receiving
 from tests.edge.gguf_files import METADATA, gguf_bytes
 from tests.edge.onnx_files import external, onnx_bytes, tensor

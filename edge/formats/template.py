@@ -6,13 +6,12 @@ and constant expressions are computed while it compiles: so nothing that is to g
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from dataclasses import dataclass
 
 from edge.errors import ToolMissing
-
-from .digest import Digest, digest_bytes
 
 TIMEOUT_S = 20.0
 """For the process with its start; the template itself has much less."""
@@ -31,9 +30,9 @@ class TemplateFault:
     """It does not compile, reaches for Python, or takes too much; otherwise it only refuses a plain conversation."""
 
 
-def digest_of(template: str) -> Digest:
-    """What pins a template in a manifest."""
-    return digest_bytes(template.encode("utf-8", "replace"))
+def digest_of(template: str) -> str:
+    """What pins a template in a manifest: its digest as the store writes digests."""
+    return f"sha256:{hashlib.sha256(template.encode('utf-8', 'replace')).hexdigest()}"
 
 
 def fault_of(template: str) -> TemplateFault | None:
