@@ -49,6 +49,8 @@ _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 REPOSITORY = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _MAX_NAME = 200
+_MEDIA_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}")
+"""RFC 6838, section 4.2."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -146,10 +148,13 @@ class Referrer(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_d
         """Read and check a manifest with a subject.
 
         Raises:
-            InvalidModelFile: It has none, is no manifest, or a layer's path could lead out of a directory.
+            InvalidModelFile: It has none, is no manifest, its kind is no media type, or a layer's path could lead out
+                of a directory.
         """
         manifest = decode(data, cls, what=what)
         _check_paths(manifest.layers, what=what)
+        if not _MEDIA_TYPE.fullmatch(manifest.kind):
+            raise InvalidModelFile(what, f"its artifact type {manifest.kind[:80]!r} is no media type")
         return manifest
 
     @property

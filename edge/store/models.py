@@ -38,6 +38,7 @@ from .manifest import (
     INDEX_TYPE,
     LAYOUT,
     MANIFEST_TYPE,
+    MAX_DOCUMENT_BYTES,
     REF_NAME,
     SUBJECT,
     Descriptor,
@@ -804,8 +805,13 @@ class ModelStore:
         self._write_index(with_entry(self._read_index(), ref, entry, added=self._clock()))
 
     def _write_index(self, index: Index) -> None:
-        # Indented, because people look into it.
-        write_file(self._files, self.root / "index.json", msgspec.json.format(encode(index), indent=2))
+        data = msgspec.json.format(encode(index), indent=2)  # indented, because people look into it
+        if len(data) > MAX_DOCUMENT_BYTES:  # which nobody could read any more
+            raise StoreError(
+                f"The store's list {self.root / 'index.json'} would be longer than {MAX_DOCUMENT_BYTES:,} bytes.",
+                hint="Remove models that are not needed: edge rm MODEL.",
+            )
+        write_file(self._files, self.root / "index.json", data)
 
 
 def _not_found(ref: str, same_name: Sequence[str], known: Sequence[str]) -> ModelNotFound:

@@ -192,6 +192,25 @@ def test_attaching_the_same_again_changes_nothing(store: ModelStore, tmp_path: P
     assert (store.root / "index.json").read_bytes() == index
 
 
+def test_a_list_that_could_not_be_read_again_is_not_written(store: ModelStore, tmp_path: Path) -> None:
+    model = model_of(store, "tiny")
+    index = (store.root / "index.json").read_bytes()
+    with pytest.raises(StoreError, match="would be longer than"):
+        store.attach(model.digest, "a/" + "b" * (5 << 20), [document(tmp_path, "model.sig", "signed")])
+    assert (store.root / "index.json").read_bytes() == index
+    assert store.get("tiny").digest == model.digest
+
+
+@pytest.mark.parametrize("kind", ["a/" + "b" * 300, "no media type", "a/b\n", "/", "a"])
+def test_what_is_attached_has_a_media_type_for_its_kind(store: ModelStore, tmp_path: Path, kind: str) -> None:
+    model = model_of(store, "tiny")
+    listed = store.attach(model.digest, SBOM, [document(tmp_path, "sbom.json", "{ }")])
+    other = msgspec.structs.replace(store.read_referrer(listed), artifact_type=kind)
+    with pytest.raises(InvalidModelFile, match="is no media type"):
+        store.add_referrer(other.encode())
+    assert store.referrers(model.digest) == [listed]
+
+
 def test_what_is_attached_goes_with_its_subject_and_not_before(store: ModelStore, tmp_path: Path) -> None:
     model = model_of(store, "tiny")
     listed = store.attach(model.digest, SBOM, [document(tmp_path, "sbom.json", "{ }")])
