@@ -7,6 +7,7 @@ are refused, and paths of weights that lead out of the model's directory.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -376,15 +377,20 @@ class _Model:
         if 1 not in members or 2 not in members:
             raise self._fail("a sparse tensor lacks its values or their places")
         values, indices = (self._tensor(members[number][0].span) for number in (1, 2))
-        if math.prod(list(self._numbers(members, 3))) > MAX_ELEMENTS or indices.type != "INT64":
+        shape = self._shape(members, 3)
+        if len(shape) > MAX_DIMENSIONS or math.prod(shape) > MAX_ELEMENTS or indices.type != "INT64":
             raise self._fail(f"the sparse tensor '{values.name[:60]}' is too large, or its places are no INT64")
         return values.name
 
+    def _shape(self, members: _Members, number: int) -> tuple[int, ...]:
+        """No more of a shape than shows that it is too long: the product of millions of numbers takes minutes."""
+        return tuple(itertools.islice(self._numbers(members, number), MAX_DIMENSIONS + 1))
+
     def _tensor(self, span: Span) -> OnnxTensor:
         members = self._members("tensor", span)
-        name, shape = self._text(members, 8), tuple(self._numbers(members, 1))
-        num_elements = math.prod(shape)
-        if len(shape) > MAX_DIMENSIONS or num_elements > MAX_ELEMENTS or any(size >> 63 for size in shape):
+        name, shape = self._text(members, 8), self._shape(members, 1)
+        num_elements = math.prod(shape) if len(shape) <= MAX_DIMENSIONS else MAX_ELEMENTS + 1
+        if num_elements > MAX_ELEMENTS or any(size >> 63 for size in shape):
             raise self._fail(f"tensor '{name[:60]}' has the shape {str(shape)[:80]}")
         if not (kind := DATA_TYPES.get(self._number(members, 2))) or 3 in members:
             raise self._fail(f"tensor '{name[:60]}' has the unknown type {self._number(members, 2)}, or is in segments")

@@ -165,6 +165,12 @@ REFUSED = {
     "a negative dimension": (with_tensor((9, b""), shape=(-1,)), "has the shape"),
     "sizes that overflow": (with_tensor((9, b""), shape=(1 << 62, 1 << 62)), "has the shape"),
     "many dimensions": (with_tensor((9, bytes(4)), shape=(1,) * 65), "has the shape"),
+    "millions of dimensions": (with_tensor((1, b"\x7f" * (4 << 20))), "has the shape"),
+    "millions of dimensions of a sparse tensor": (
+        encode(model([*small_graph(), (15, [(1, tensor("v", [1], 1, (9, bytes(4)))),
+                                            (2, tensor("i", [1], INT64, (9, bytes(8)))), (3, b"\x7f" * (4 << 20))])])),
+        "is too large",
+    ),
     "unknown type": (with_tensor((9, bytes(32)), code=99), "unknown type 99"),
     "a segment": (with_tensor((9, bytes(32)), (3, b"")), "in segments"),
     "an output of unknown type": (
