@@ -25,6 +25,8 @@ from .details import TEMPLATE, TEMPLATE_DIGEST
 from .files import translated
 from .manifest import MAX_DOCUMENT_BYTES, WEIGHT_TYPE, decode
 
+MAX_TEMPLATES = 16
+"""Of one package; each takes a process to check."""
 _HEAD_BYTES = 64 << 10
 _CODE_SUFFIXES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib", ".dill", ".npy", ".npz", ".h5"})
 """Names under which pickles go about, and archives of them."""
@@ -89,7 +91,10 @@ def scan_package(parts: Sequence[Part], notes: Mapping[str, str] = MappingProxyT
     templates = [text for part in parts for text in _scanned(part, is_read_raw=part.name in elsewhere)]
     if (pinned := notes.get(TEMPLATE_DIGEST)) and pinned not in [digest_of(text) for text in templates]:
         raise InvalidModelFile("The chat template", "the weights bring another than the one that the manifest names")
-    for text in dict.fromkeys([*templates, notes.get(TEMPLATE, "")]):
+    different = dict.fromkeys([*templates, notes.get(TEMPLATE, "")])
+    if len(different) > MAX_TEMPLATES:
+        raise InvalidModelFile("The package", f"it has more than {MAX_TEMPLATES} chat templates")
+    for text in different:
         check_harmless(text)
 
 

@@ -171,6 +171,15 @@ def test_templates_are_looked_for_in_all_places(tmp_path: Path) -> None:
     assert "zero byte" in refusal({"a.gguf": with_template("a\0b")}, tmp_path)
 
 
+def test_more_templates_than_any_model_has_are_refused_before_one_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge.store.scan.check_harmless", lambda template: pytest.fail(template))
+    templates = [{"name": f"t{i}", "template": f"{i}"} for i in range(5000)]
+    data = msgspec.json.encode({"chat_template": templates})
+    assert "more than 16 chat templates" in refusal({"tokenizer_config.json": data}, tmp_path)
+
+
 def test_the_digest_of_the_template_stands_in_the_manifest(tmp_path: Path) -> None:
     store = ModelStore(tmp_path / "store", files=NoSync())
     model = add_model(store, "a", write(tmp_path / "a.gguf", with_template(PLAIN)))
