@@ -193,7 +193,10 @@ class TrustFiles:
             path = self._own / REVOKED_NAME
             lines = _read(path).decode("utf-8") if path.exists() else ""
             if subject not in _revoked_in(path):
-                write_file(self._files, path, f"{lines}{subject} {words}".rstrip().encode() + b"\n")
+                end = "" if lines.endswith("\n") or not lines else "\n"  # people edit it, with editors that add none
+                write_file(self._files, path, f"{lines}{end}{subject} {words}".rstrip().encode() + b"\n")
+            if subject not in _revoked_in(path):
+                raise StoreError(f"{path} does not revoke {subject} after it was written.", hint="Look into the file.")
         return subject
 
     def _id_of(self, what: str) -> str:

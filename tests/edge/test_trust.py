@@ -467,6 +467,15 @@ def test_what_a_strangers_signature_says_reaches_no_terminal(plant: Plant) -> No
     assert list(plant.trust.load().revoked.values()) == ["stolen[31m by whom?"]
 
 
+@pytest.mark.parametrize("before", ["# stolen ones", f"{'0' * 64} lost", "", f"{'0' * 64}\n"])
+def test_a_list_without_a_last_line_break_takes_one_more(plant: Plant, before: str) -> None:
+    (plant.settings.trust_dir / "revoked.txt").write_text(before)
+    known = set(plant.trust.load().revoked)
+    subject = plant.trust.revoke("plant", reason="stolen")
+    assert plant.trust.load().revoked[subject] == "stolen"
+    assert set(plant.trust.load().revoked) == known | {subject}
+
+
 # ---------------------------------------------------------------- signing
 
 
