@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +18,7 @@ from .keys import TrustFiles, stamp_of
 from .policy import Verdict, admit, confirm
 
 _MAX_REMEMBERED = 1000
+_RETRY_S = 60.0
 _K = TypeVar("_K")
 _V = TypeVar("_V")
 
@@ -23,12 +27,12 @@ class LoadGate:
     """Judges what is about to be loaded; one for all models, safe in threads. What it found is remembered until the
     store, what is trusted, or the file changes."""
 
-    def __init__(self, store: ModelStore, settings: Settings) -> None:
-        self._store, self._settings = store, settings
+    def __init__(self, store: ModelStore, settings: Settings, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store, self._settings, self._clock = store, settings, clock
         self._trust = TrustFiles.of(settings)
         self._verdicts: dict[tuple[Digest, str], tuple[object, Verdict]] = {}
         self._read: dict[tuple[Path, Digest], object] = {}
-        self._confirmed: set[Digest] = set()
+        self._confirm_at: dict[Digest, float] = {}  # when to try again; infinity once it is done
 
     def check(self, model: StoredModel) -> Verdict:
         """Let a model pass, or an adapter. Blocks: call it from a thread.
@@ -38,7 +42,7 @@ class LoadGate:
             DigestMismatch: The policy is `enforce`, and a file is not the one of the manifest.
             ConfigError, StoreError: The policy is `enforce`, and something cannot be read.
         """
-        self._confirmed.discard(model.digest)
+        self._confirm_at.pop(model.digest, None)
         verdict = self._judged(model)
         if self._settings.trust == "enforce":
             for file in model.files:
@@ -69,8 +73,8 @@ class LoadGate:
         _remember(self._read, key, stamp)
 
     def is_confirmed(self, model: StoredModel) -> bool:
-        """Whether `confirm` has nothing to do. Looks at no file."""
-        return self._settings.trust == "off" or model.digest in self._confirmed
+        """Whether `confirm` has nothing to do, or nothing yet because it just failed. Looks at no file."""
+        return self._settings.trust == "off" or self._clock() < self._confirm_at.get(model.digest, -math.inf)
 
     def confirm(self, model: StoredModel) -> None:
         """A model serves, outside of any trial: older releases of its name are refused from now on. Blocks; each time
@@ -79,8 +83,9 @@ class LoadGate:
         Raises:
             ConfigError, StoreError: What is trusted cannot be read or written.
         """
-        self._confirmed.add(model.digest)
+        self._confirm_at[model.digest] = self._clock() + _RETRY_S
         confirm(self._store, model.digest, self._settings)
+        self._confirm_at[model.digest] = math.inf
 
 
 def _remember(memory: dict[_K, _V], key: _K, value: _V) -> None:
