@@ -99,7 +99,7 @@ class TrustFiles:
         """
         keys = [*self._keys(self._installed, is_installed=True), *self._keys(self._own, is_installed=False)]
         revoked = _revoked_in(self._installed / REVOKED_NAME) | _revoked_in(self._own / REVOKED_NAME)
-        return Trust(tuple({key.id: key for key in keys}.values()), revoked, self._releases())
+        return Trust(tuple(keys), revoked, self._releases())
 
     def _keys(self, directory: Path, *, is_installed: bool) -> list[TrustedKey]:
         with translated(directory, "Reading"):
@@ -130,7 +130,7 @@ class TrustFiles:
             KeyNotFound: There is none, or several begin so.
         """
         found = [key for key in self.load().keys if key.name == name or (len(name) >= 8 and key.id.startswith(name))]
-        if len(found) != 1:
+        if len({key.id for key in found}) != 1:
             raise KeyNotFound(name, hint="See what is trusted: edge trust list.")
         return found[0]
 
@@ -161,20 +161,23 @@ class TrustFiles:
         return _key_in(path, is_installed=False)
 
     def remove(self, name: str) -> TrustedKey:
-        """Trust a key no longer; gives the one that was meant.
+        """Trust a key no longer, under whatever names it is here; gives the one that was meant.
 
         Raises:
             KeyNotFound: There is none.
             ConfigError: It came with the installation.
         """
-        found = self.find(name)
-        if found.is_installed:
-            raise ConfigError(
-                f"The key '{found.name}' came with the installation ({found.path}) and cannot be removed here.",
-                hint=f"Revoke it on this device: edge trust revoke {found.name}.",
-            )
         with self._changing():
-            self._files.remove(found.path)
+            found = self.find(name)
+            same = [key for key in self.load().keys if key.id == found.id]
+            for key in same:
+                if key.is_installed:
+                    raise ConfigError(
+                        f"The key '{key.name}' came with the installation ({key.path}) and cannot be removed here.",
+                        hint=f"Revoke it on this device: edge trust revoke {found.name}.",
+                    )
+            for key in same:
+                self._files.remove(key.path)
             self._files.sync_dir(self._own)
         return found
 

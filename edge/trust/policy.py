@@ -257,10 +257,10 @@ class _Case:
     def _by_authority(self, bundle: Bundle) -> tuple[TrustedKey, Statement]:
         from .verify import verify_with_authorities
 
-        authorities = {key.id: key for key in self.trust.keys if key.authority is not None}
-        signed = verify_with_authorities(bundle, [key.authority for key in authorities.values() if key.authority])
+        authorities = [key for key in self.trust.keys if key.authority is not None]
+        signed = verify_with_authorities(bundle, [key.authority for key in authorities if key.authority])
         self._check_revoked(signed.key_ids)
-        return authorities[signed.key_ids[-1]], signed.statement
+        return next(key for key in authorities if key.id == signed.key_ids[-1]), signed.statement
 
     def _not_trusted(self, reason: str) -> KeyNotTrusted:
         hint = (

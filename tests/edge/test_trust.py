@@ -405,6 +405,50 @@ def test_keys_come_with_the_installation_and_by_hand(plant: Plant) -> None:
         plant.trust.remove("plant")
 
 
+def test_a_removed_key_is_trusted_under_no_other_name(plant: Plant) -> None:
+    model = signed(plant)
+    plant.trust.add(plant.pair.public, name="second")
+    installed = plant.settings.trusted_keys
+    installed.mkdir(parents=True)
+    shutil.copy(plant.pair.public, installed / "vendor.pem")
+    for name in ("plant", "second", "vendor"):
+        with pytest.raises(ConfigError, match="'vendor' came with the installation"):
+            plant.trust.remove(name)
+    (installed / "vendor.pem").unlink()
+    assert plant.trust.remove("plant").name == "plant"
+    assert plant.trust.load().keys == ()
+    assert isinstance(plant.refusal(model), KeyNotTrusted)
+
+
+def test_an_authority_and_its_bare_key_are_both_trusted(plant: Plant) -> None:
+    root = make_holder(plant.root, "root", is_authority=True)
+    leaf = make_holder(plant.root, "leaf", by=root)
+    plant.trust.add(root.path, name="a-authority")
+    plant.trust.add(root.pair.public, name="b-key")
+    plant.add()
+    plant.admit(plant.sign(pair=root.pair))
+    plant.add(fill=b"\x05")
+    key = SigningKey(leaf.pair.private, certificate=leaf.path, chain=(root.path,))
+    plant.admit(sign_model(plant.store, NAME, key, release=2))
+
+
+def test_a_confirmation_that_failed_is_tried_again_after_a_while(plant: Plant) -> None:
+    now = [0.0]
+    model, gate = signed(plant), LoadGate(plant.store, plant.settings, clock=lambda: now[0])
+    broken = plant.settings.trust_dir / "releases.json"
+    broken.write_text("{")
+    with pytest.raises(ConfigError):
+        gate.confirm(model)
+    assert gate.is_confirmed(model), "not at each request"
+    broken.unlink()
+    now[0] = 61.0
+    assert not gate.is_confirmed(model)
+    gate.confirm(model)
+    now[0] = 1e9
+    assert gate.is_confirmed(model)
+    assert plant.trust.load().releases == {NAME: 1}
+
+
 def test_the_revocation_list_of_the_installation_holds_too(plant: Plant) -> None:
     model = signed(plant)
     plant.settings.trusted_keys.mkdir(parents=True)
