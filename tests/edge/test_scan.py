@@ -174,7 +174,10 @@ def test_templates_are_looked_for_in_all_places(tmp_path: Path) -> None:
 def test_more_templates_than_any_model_has_are_refused_before_one_is_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge.store.scan.check_harmless", lambda template: pytest.fail(template))
+    def fail(template: str) -> None:
+        pytest.fail(f"{template} was tried")
+
+    monkeypatch.setattr("edge.store.scan.check_harmless", fail)
     templates = [{"name": f"t{i}", "template": f"{i}"} for i in range(5000)]
     data = msgspec.json.encode({"chat_template": templates})
     assert "more than 16 chat templates" in refusal({"tokenizer_config.json": data}, tmp_path)
