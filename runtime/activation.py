@@ -31,7 +31,7 @@ from edge.store import activation as decide
 from edge.store.goldens import goldens_of
 from edge.store.models import ModelStore, StoredModel
 from edge.store.slots import Slot
-from edge.trust.policy import admit
+from edge.trust.policy import admit, insist
 from runtime.host import ModelHost
 from runtime.pool import READY_WAIT_S, Pool, Serving, serving_of
 from runtime.proof import prove
@@ -185,6 +185,8 @@ class Activation:
             host = await self._pool.version(model.digest, str(model.ref))
             beside = await self._beside(name)
             _check_kind(name, model, beside)
+            if force:  # before it is loaded, which asks again
+                await asyncio.to_thread(insist, self._store, model.digest, model.ref, self._settings)
             await self._change(name, partial(_begun, model=model, trial_s=trial_s))
             attempt = self._begin(name, host, beside, trial_s=trial_s, served_s=0.0, within_s=within_s)
         await asyncio.shield(attempt.proven)
@@ -229,6 +231,8 @@ class Activation:
         assert slot.previous is not None
         before = slot.names.get(slot.previous, name)
         await asyncio.to_thread(admit, self._store, slot.previous, before, self._settings, force=force)
+        if force:
+            await asyncio.to_thread(insist, self._store, slot.previous, before, self._settings)
         host = await self._pool.version(slot.previous, before)
         old = self._pool.slots[name]
         beside = await self._pool.version(old.digest, old.name)

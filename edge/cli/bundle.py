@@ -25,7 +25,7 @@ from edge.store.importing import ImportPlan, import_models, plan_import, put_doc
 from edge.store.manifest import ModelRef
 from edge.store.models import ModelStore, StoredModel
 from edge.trust.keys import TrustFiles
-from edge.trust.policy import Verdict, admit, judge
+from edge.trust.policy import Verdict, admit, insist, judge
 
 
 @click.command("export")
@@ -158,6 +158,8 @@ def import_bundle(
 
         with progress_on_stderr() as report:
             for model in import_models(store, bundle, plan, admit=admitted, progress=report):
+                if force:
+                    insist(store, model.digest, model.ref, settings)
                 note("model.import", f"{path.name} {model.ref}", store_dir=store_dir)
                 imported.append(model)
     _show_imported(imported, as_json=as_json)

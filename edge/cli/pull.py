@@ -34,7 +34,7 @@ from edge.store.fetch import pull as pull_model
 from edge.store.models import StoredModel
 from edge.store.network import Network
 from edge.store.sources import without_query
-from edge.trust.policy import admit, check_source
+from edge.trust.policy import admit, check_source, insist
 
 
 def complete_sources(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -118,6 +118,8 @@ def pull(
             network=network, progress=report,
             admit=lambda digest, ref: admit(store, digest, ref, settings, force=force),
         )  # fmt: skip
+    if force:
+        insist(store, model.digest, model.ref, settings)
     note("model.pull", f"{without_query(source)} {model.ref}", store_dir=store_dir)
     _show_pulled(model, as_json=as_json)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from edge.config import Settings
@@ -82,7 +82,7 @@ def admit(
         ref: The name that it has or shall have here, or had in the place that it comes from; None where it has none.
             It has to be the name that was signed, or end in it after a slash: ``plant/smollm2:135m`` is one of
             ``smollm2:135m``.
-        force: Take an older release than was confirmed, and others from that one on.
+        force: Take an older release than was confirmed. Others from that one on are only taken after `insist`.
 
     Raises:
         Untrusted: The policy is `enforce`, and a subclass says what is wrong.
@@ -97,8 +97,9 @@ def admit(
     except (ConfigError, StoreError) as e:
         trust, verdict = None, Verdict("untrusted", e.message.rstrip("."), error=e)
     if force and isinstance(verdict.error, ReleaseTooOld) and verdict.name and verdict.release is not None:
-        files.lower(verdict.name, verdict.release)
-        return admit(store, manifest_digest, ref, settings)
+        assert trust is not None
+        releases = {**trust.releases, verdict.name: verdict.release}
+        verdict = judge(store, manifest_digest, ref, replace(trust, releases=releases))
     if verdict.error is not None and settings.trust == "enforce":
         raise verdict.error
     if verdict.error is not None and (trust is None or trust.keys):
@@ -119,6 +120,20 @@ def confirm(store: ModelStore, manifest_digest: Digest, settings: Settings) -> N
     verdict = judge(store, manifest_digest, None, files.load())
     if verdict.state == "trusted" and verdict.name and verdict.release is not None:
         files.confirm(verdict.name, verdict.release)
+
+
+def insist(store: ModelStore, manifest_digest: Digest, ref: str | ModelRef | None, settings: Settings) -> None:
+    """What `admit` took by force has come: it and later releases of its name are taken from now on.
+
+    Raises:
+        ConfigError, StoreError: What is trusted cannot be read or written.
+    """
+    if settings.trust == "off":
+        return
+    files = TrustFiles.of(settings)
+    verdict = judge(store, manifest_digest, ref, files.load())
+    if isinstance(verdict.error, ReleaseTooOld) and verdict.name and verdict.release is not None:
+        files.lower(verdict.name, verdict.release)
 
 
 def sbom_of(store: ModelStore, manifest_digest: Digest) -> Descriptor | None:

@@ -36,7 +36,7 @@ from edge.store.digest import Digest
 from edge.store.models import ModelStore, PackageFile, StoredModel
 from edge.trust.gate import LoadGate
 from edge.trust.keys import TrustFiles
-from edge.trust.policy import SIGNATURE_TYPE, admit, check_source, confirm
+from edge.trust.policy import SIGNATURE_TYPE, admit, check_source, confirm, insist
 from quantize.signing import SigningKey, sign_model
 from tests.edge.store_support import write_gguf
 from tests.edge.trust_support import Pair, make_holder, make_pair, settings_at
@@ -324,6 +324,8 @@ def test_what_served_sets_the_least_release_and_force_lowers_it(plant: Plant) ->
     assert isinstance(plant.refusal(old), ReleaseTooOld)
     plant.admit(new)
     plant.admit(old, force=True)
+    assert isinstance(plant.refusal(old), ReleaseTooOld), "it has not come yet"
+    insist(plant.store, old.digest, old.ref, plant.settings)
     plant.admit(old)
     confirm(plant.store, new.digest, plant.settings)
     assert isinstance(plant.refusal(old), ReleaseTooOld)

@@ -20,7 +20,7 @@ from edge.store.registry.push import push
 from edge.store.sources import RegistrySource
 from edge.store.transfer import Control
 from edge.trust.keys import TrustFiles
-from edge.trust.policy import admit, confirm, sbom_of
+from edge.trust.policy import admit, confirm, insist, sbom_of
 from quantize.sbom import attach_sbom
 from quantize.signing import SigningKey, sign_model
 from tests.edge.registries import Registry, docker_registry
@@ -118,4 +118,6 @@ def test_an_old_release_is_refused_unless_somebody_insists(way: Way) -> None:
     way.refuses(ReleaseTooOld)
     assert way.device.get(NAME).digest == new.digest
     assert way.pull(force=True).digest == old.digest
+    way.refuses(ReleaseTooOld)
+    insist(way.device, old.digest, old.ref, way.settings)
     assert way.pull().digest == old.digest
