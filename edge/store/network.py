@@ -17,7 +17,7 @@ import httpx
 
 from edge import __version__
 from edge.config import Settings, is_loopback, listed
-from edge.errors import ConfigError
+from edge.errors import ConfigError, SourceUnavailable
 
 from .internet import InternetTransport
 from .transfer import Control
@@ -200,6 +200,7 @@ class Network:
         try:
             return httpx.Client(
                 headers=known, auth=auth, timeout=_TIMEOUT, follow_redirects=True, max_redirects=10, verify=tls,
+                event_hooks={"response": [_harmless]},
                 transport=transport, proxy=self.proxy if self.proxy and transport is None else None, mounts=direct,
             )  # fmt: skip
         except (ValueError, httpx.InvalidURL) as e:
@@ -209,6 +210,26 @@ class Network:
         """Where a registry's API begins: with TLS, but for those of this machine and those that are listed."""
         plain = host in self.http_hosts or _is_loopback(host)
         return f"{'http' if plain else 'https'}://{host}"
+
+
+def _harmless(response: httpx.Response) -> None:
+    """Leave nothing to read that the library would read whole by itself, or decode: a small answer may unpack to
+    gigabytes.
+
+    Raises:
+        SourceUnavailable: It is a good answer, packed though that was not asked for.
+    """
+    is_packed = response.headers.get("Content-Encoding", "").strip().lower() not in ("", "identity")
+    if is_packed and response.is_success:
+        raise SourceUnavailable(
+            f"{response.url.host} answers with packed bytes, which nobody asked for.",
+            hint="Have the server, or the proxy before it, send files as they are, without Content-Encoding.",
+        )
+    if is_packed or response.has_redirect_location:
+        response.headers.pop("Content-Encoding", None)
+        if isinstance(response.stream, httpx.SyncByteStream):
+            response.stream.close()
+        response.stream = httpx.ByteStream(b"")
 
 
 def _bracketed(host: str) -> str:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typing_extensions import override
 
 from edge.config import load_settings
-from edge.errors import Cancelled, ConfigError
+from edge.errors import Cancelled, ConfigError, SourceUnavailable
 from edge.store.fetch import Progress, pull
 from edge.store.models import ModelStore
 from edge.store.network import Network, Pace, Window, parse_mirrors, parse_rate
@@ -148,3 +151,44 @@ def test_settings_say_how_and_a_command_may_say_otherwise(tmp_path: Path) -> Non
 def test_a_proxy_that_is_none_is_named(proxy: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="pull_proxy"):
         pull(ModelStore(tmp_path / "store"), "http://example.org/m.gguf", network=Network(proxy=proxy))
+
+
+class Endless(httpx.SyncByteStream):
+    """A body that fails the test when it is read."""
+
+    @override
+    def __iter__(self) -> Iterator[bytes]:
+        raise AssertionError("nobody may read this")
+
+
+def answering(monkeypatch: pytest.MonkeyPatch, *answers: httpx.Response) -> httpx.Client:
+    left = iter(answers)
+
+    def answer(_transport: httpx.HTTPTransport, _request: httpx.Request) -> httpx.Response:
+        return next(left)
+
+    monkeypatch.setattr(httpx.HTTPTransport, "handle_request", answer)
+    return Network().client({})
+
+
+@pytest.mark.parametrize("encoding", ["", "gzip"])
+def test_what_a_redirect_says_beside_its_place_is_not_read(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    headers = {"Location": "/there", **({"Content-Encoding": encoding} if encoding else {})}
+    redirect = httpx.Response(302, headers=headers, stream=Endless())
+    with answering(monkeypatch, redirect, httpx.Response(200, content=b"here")) as client:
+        assert client.get("http://a.example.org/").content == b"here"
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "zstd", "identity, br"])
+def test_packed_answers_are_refused_unread(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    packed = httpx.Response(200, headers={"Content-Encoding": encoding}, stream=Endless())
+    with answering(monkeypatch, packed) as client, pytest.raises(SourceUnavailable, match="packed"):
+        client.get("http://a.example.org/")
+
+
+def test_a_packed_error_keeps_its_status_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = httpx.Response(404, headers={"Content-Encoding": "gzip"}, stream=Endless())
+    with answering(monkeypatch, packed, httpx.Response(200, headers={"Content-Encoding": "identity"})) as client:
+        found = client.get("http://a.example.org/")
+        assert (found.status_code, found.content) == (404, b"")
+        assert client.get("http://a.example.org/").status_code == 200
