@@ -15,7 +15,7 @@ from rich.table import Table
 from edge.cli.main import settings_from
 from edge.cli.notes import note
 from edge.cli.options import complete_models, human_size, json_option, open_store, plain, store_option
-from edge.cli.vouching import read_sbom, vouching
+from edge.cli.vouching import Vouching, read_sbom, vouching
 from edge.store.details import QUANTIZED_FROM, short_count
 from edge.store.drafts import draft_for
 from edge.store.models import Collected, ModelStore, StoredModel
@@ -169,10 +169,13 @@ def show(ref: str, *, as_sbom: bool, store_dir: Path | None, as_json: bool) -> N
     """
     store = open_store(store_dir)
     model = store.get(ref)
-    if as_sbom:
-        click.echo(read_sbom(store, model), nl=False)
-        return
     vouched = vouching(store, model, settings_from())
+    if as_sbom:
+        text = read_sbom(store, model, vouched)
+        if not vouched.is_sbom_signed:
+            click.echo("This bill of materials is not one that a trusted key signed.", err=True)
+        click.echo(plain(text, keep="\n\t") if sys.stdout.isatty() else text, nl=False)
+        return
     if as_json:
         print_json({**model_json(model), "signature": vouched})
         return
@@ -190,7 +193,7 @@ def show(ref: str, *, as_sbom: bool, store_dir: Path | None, as_json: bool) -> N
         **({"sampling": _sampling(model)} if model.kind == "text" else {}),
         **_draft_facts(model, store),
         "signature": vouched.in_words,
-        "materials": "sbom.cdx.json, see --sbom" if vouched.sbom else "no list (SBOM) is attached",
+        "materials": _materials(vouched),
         "added": _date(model.created),
         "size": human_size(model.size_bytes),
     }
@@ -201,6 +204,14 @@ def show(ref: str, *, as_sbom: bool, store_dir: Path | None, as_json: bool) -> N
         click.echo(f"\n{file.name} ({human_size(file.size_bytes)}, {kind})\n  {file.digest}\n  {file.path}")
     if model.report is not None:
         click.echo("\n" + plain("\n".join(_report_lines(model.report)), keep="\n"))
+
+
+def _materials(vouched: Vouching) -> str:
+    if not vouched.sbom:
+        return (
+            "no list (SBOM) is attached that was signed" if vouched.state == "trusted" else "no list (SBOM) is attached"
+        )
+    return "sbom.cdx.json, see --sbom" + ("" if vouched.is_sbom_signed else " (not signed by who is trusted)")
 
 
 def _adapter_facts(model: StoredModel) -> dict[str, str | None]:

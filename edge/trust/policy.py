@@ -53,6 +53,7 @@ class Verdict:
         release: The number of that release.
         key_id: Of the trusted key, or of the authority that vouches for the signer.
         key_name: What that is called here.
+        sbom: Digest of the bill of materials that was signed with it.
         error: What `enforce` refuses it with; None where it does not.
     """
 
@@ -62,6 +63,7 @@ class Verdict:
     key_id: str | None = None
     key_name: str | None = None
     name: str | None = None
+    sbom: Digest | None = None
     error: EdgeError | None = field(default=None, compare=False)
 
 
@@ -136,15 +138,18 @@ def insist(store: ModelStore, manifest_digest: Digest, ref: str | ModelRef | Non
         files.lower(verdict.name, verdict.release)
 
 
-def sbom_of(store: ModelStore, manifest_digest: Digest) -> Descriptor | None:
+def sbom_of(store: ModelStore, manifest_digest: Digest, *, signed: Digest | None = None) -> Descriptor | None:
     """The bill of materials that is attached to a model; None where none is.
+
+    Args:
+        signed: Only the one of this digest.
 
     Raises:
         InvalidModelFile, StoreError: What is attached is damaged.
     """
     for descriptor in store.referrers(manifest_digest, SBOM_TYPE):
         for layer in store.read_referrer(descriptor).layers:
-            if layer.media_type == SBOM_TYPE:
+            if layer.media_type == SBOM_TYPE and signed in (None, layer.digest):
                 return layer
     return None
 
@@ -223,6 +228,7 @@ class _Case:
             key_id=key.id if key else None,
             key_name=key.name if key else None,
             name=claim.name if claim else None,
+            sbom=claim.sbom if claim else None,
             error=error,
         )
 

@@ -9,7 +9,8 @@ import pytest
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
 
 from edge.cli.main import main
-from edge.store.models import ModelStore
+from edge.store.models import ModelStore, PackageFile
+from edge.trust.policy import SBOM_TYPE
 from tests.edge.store_support import add_model, write_gguf
 from tests.edge.trust_support import Pair, make_holder, make_pair
 
@@ -69,6 +70,30 @@ def test_show_prints_the_bill_of_materials(home: Path, pair: Pair, capsys: pytes
     assert "edge sign" in missing.err
     Ran(capsys, "sign", "tiny", "--key", str(pair.private))
     assert json.loads(Ran(capsys, "show", "tiny", "--sbom").out)["bomFormat"] == "CycloneDX"
+
+
+def test_only_the_signed_bill_of_materials_is_shown(
+    home: Path, tmp_path: Path, pair: Pair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = ModelStore(home / "store")
+    other = tmp_path / "other.json"
+    other.write_text('{"bomFormat": "other"}')
+    Ran(capsys, "sign", "tiny", "--key", str(pair.private))
+    unknown = Ran(capsys, "show", "tiny", "--sbom")
+    assert "not one that a trusted key signed" in unknown.err
+    Ran(capsys, "trust", "add", str(pair.public))
+    shown = Ran(capsys, "show", "tiny", "--sbom")
+    assert (json.loads(shown.out)["bomFormat"], shown.err) == ("CycloneDX", "")
+    model = store.get("tiny")
+    [signed] = store.referrers(model.digest, SBOM_TYPE)
+    layer = store.read_referrer(signed).layers[0]
+    store.attach(model.digest, SBOM_TYPE, [PackageFile(other, "sbom.cdx.json", SBOM_TYPE)])
+    assert json.loads(Ran(capsys, "show", "tiny", "--sbom").out)["bomFormat"] == "CycloneDX"
+    path = store.blobs.path(layer.digest)
+    path.chmod(0o644)
+    path.write_bytes(b" " * layer.size)
+    damaged = Ran(capsys, "show", "tiny", "--sbom")
+    assert (damaged.out, "is damaged" in damaged.err) == ("", True)
 
 
 def test_a_pull_that_cannot_be_signed_is_refused_under_enforce(
