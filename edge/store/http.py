@@ -15,7 +15,7 @@ from edge.errors import DigestMismatch, SourceUnavailable, root_cause
 from .blobs import BlobStore, Partial, Staged
 from .network import Network
 from .sources import HttpSource, file_name_of, without_query
-from .transfer import Control, Offer, require_room
+from .transfer import CHECK_EVERY_BYTES, Control, Offer, require_room
 
 MAX_TRIES = 5
 """In a row without a byte gained; a link that gives a little each time goes on for ever."""
@@ -178,13 +178,19 @@ class _Transfer:
 
     def _begin(self, response: httpx.Response) -> int | None:
         if response.status_code == 206:
-            total = self._check_range(response)
+            total = self._check_size(self._check_range(response))
         else:
+            total = self._check_size(_length_of(response))
             self.partial.restart()
-            total = _length_of(response)
             self.partial.remember(source=self.offer.source, validator=_validator_of(response), total_bytes=total)
         require_room(self.blobs, (total or 0) - self.partial.size_bytes, self.partial)
         return total
+
+    def _check_size(self, stated: int | None) -> int | None:
+        known = self.offer.size_bytes if self.offer.digest else None  # else the file may have changed since
+        if None not in (known, stated) and known != stated:
+            raise SourceUnavailable(f"{self.offer.source} has {stated:,} bytes there instead of {known:,}.")
+        return stated if known is None else known
 
     def _check_range(self, response: httpx.Response) -> int:
         found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
@@ -197,7 +203,11 @@ class _Transfer:
     def _receive(self, response: httpx.Response, total: int | None) -> None:
         message = f"fetching {self.offer.file_name}"
         self.control.report(self.partial.size_bytes, total, message)
+        next_check = self.partial.size_bytes
         for chunk in response.iter_raw():
+            if total is None and self.partial.size_bytes >= next_check:
+                require_room(self.blobs, CHECK_EVERY_BYTES, self.partial)
+                next_check = self.partial.size_bytes + CHECK_EVERY_BYTES
             if total is not None and self.partial.size_bytes + len(chunk) > total:
                 self.partial.restart()
                 raise Again("the server sent more than it announced")
