@@ -279,14 +279,17 @@ class ModelStore:
 
     def _put_manifest(self, ref: ModelRef, layers: Sequence[Descriptor], details: ModelDetails) -> Descriptor:
         config = config_of(ref, details, [layer.digest for layer in layers]).encode()
+        _check_length(config, what=f"The config of {ref}")
         manifest = Manifest(
             schema_version=2,
             media_type=MANIFEST_TYPE,
             artifact_type=ARTIFACT_TYPE,
-            config=Descriptor(media_type=CONFIG_TYPE, digest=self._put(config), size=len(config)),
+            config=Descriptor(media_type=CONFIG_TYPE, digest=digest_bytes(config), size=len(config)),
             layers=[*layers],
             annotations=annotations_of(details),
         ).encode()
+        _check_length(manifest, what=f"The manifest of {ref}")
+        self._put(config)
         return manifest_descriptor(self._put(manifest), len(manifest), ARTIFACT_TYPE)
 
     def _put(self, data: bytes) -> Digest:
@@ -841,6 +844,11 @@ def _identity(path: Path) -> tuple[int, int]:
 def _scan(layers: Sequence[Descriptor], paths: Sequence[Path], notes: Mapping[str, str]) -> None:
     pairs = zip(layers, paths, strict=True)
     scan_package([Part(layer.filepath, path, layer.media_type) for layer, path in pairs], notes)
+
+
+def _check_length(document: bytes, *, what: str) -> None:
+    if len(document) > MAX_DOCUMENT_BYTES:  # nobody could read it again
+        raise InvalidModelFile(what, f"it would have {len(document):,} bytes; {MAX_DOCUMENT_BYTES:,} are allowed")
 
 
 def _check_names(files: Sequence[PackageFile], *, what: str) -> None:
