@@ -33,6 +33,8 @@ OURS = "dev.slm-edge."
 """Prefix of our own annotations."""
 SUBJECT = f"{OURS}subject"
 """Annotation of an index entry: the manifest that it is attached to. Entries of other tools are read to know it."""
+SIGNATURE_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
+"""Artifact type of what carries a signature."""
 EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
 EMPTY = b"{}"
 """The config of artifacts that have none (OCI image specification 1.1, manifest.md, "Guidance for an Empty

@@ -15,9 +15,9 @@ import msgspec
 
 from edge.errors import InvalidModelFile
 from edge.store.digest import Digest
-from edge.store.manifest import ModelRef, decode
+from edge.store.manifest import SIGNATURE_TYPE, ModelRef, decode
 
-BUNDLE_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
+BUNDLE_TYPE = SIGNATURE_TYPE
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 PREDICATE_TYPE = "https://model_signing/signature/v1.0"
 CLAIM = "dev.slm-edge.release"

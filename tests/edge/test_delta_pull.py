@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from edge.store.delta import DELTA_TYPE, attach_delta
+from edge.errors import DiskFull
+from edge.store.blobs import BlobStore
+from edge.store.delta import DELTA_BYTES, DELTA_TYPE, attach_delta, delta_for
 from edge.store.digest import Digest
 from edge.store.fetch import pull
+from edge.store.manifest import Descriptor
 from edge.store.models import ModelStore, StoredModel
 from edge.store.network import Network
+from edge.store.registry import pull as registry_pull
 from edge.store.registry.push import push
 from edge.store.sources import RegistrySource
 from edge.store.transfer import Control
@@ -117,3 +122,23 @@ def test_a_damaged_delta_is_passed_over(
     assert "is fetched whole, its delta is of no use" in caplog.text
     assert wire.down_bytes > 360_000
     assert all(check.is_good for check in device.verify("tiny:v2"))
+
+
+@pytest.mark.parametrize("case", ["no room for the result", "another size than was said"])
+def test_a_useless_delta_leaves_nothing_and_the_whole_comes(
+    case: str, builder: ModelStore, device: ModelStore, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise DiskFull(required_bytes=2, available_bytes=1)
+
+    def lied(layer: Descriptor, referrers: Iterable[Descriptor], blobs: BlobStore) -> Descriptor | None:
+        found = delta_for(layer, referrers, blobs)
+        return found and msgspec.structs.replace(found, annotations={**found.annotations, DELTA_BYTES: "1"})
+
+    if case == "no room for the result":
+        monkeypatch.setattr(registry_pull, "rebuilt", full)
+    else:
+        monkeypatch.setattr(registry_pull, "delta_for", lied)
+    assert update(device, wire).digest == builder.get("tiny:v2").digest
+    assert wire.down_bytes > 360_000
+    assert list(device.blobs.ingest_dir.iterdir()) == []

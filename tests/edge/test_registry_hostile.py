@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import httpx
@@ -13,16 +13,37 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typing_extensions import override
 
-from edge.errors import DigestMismatch, EdgeError, InvalidModelFile, SourceUnavailable, UnsupportedFormat
+from edge.errors import (
+    DigestMismatch,
+    DiskFull,
+    EdgeError,
+    InvalidModelFile,
+    SourceUnavailable,
+    UnsupportedFormat,
+)
+from edge.formats.gguf import read_gguf
+from edge.store import blobs as blob_module
 from edge.store import http
 from edge.store.blobs import BlobStore
+from edge.store.details import details_of
 from edge.store.digest import digest_bytes
 from edge.store.fetch import pull
-from edge.store.manifest import ARTIFACT_TYPE, CONFIG_TYPE, INDEX_TYPE, MANIFEST_TYPE, WEIGHT_TYPE, Descriptor
-from edge.store.models import ModelStore
+from edge.store.manifest import (
+    ARTIFACT_TYPE,
+    CONFIG_TYPE,
+    INDEX_TYPE,
+    MANIFEST_TYPE,
+    SIGNATURE_TYPE,
+    WEIGHT_TYPE,
+    Descriptor,
+)
+from edge.store.models import ModelStore, PackageFile
 from edge.store.network import Network
 from edge.store.registry.artifacts import is_model_pack, only_manifest, parts_of, sampling_of
 from edge.store.registry.client import Document, RegistryClient
+from edge.store.transfer import RESERVE_BYTES
+from tests.edge.gguf_files import sized_gguf
+from tests.edge.store_support import NoSync, write_gguf
 
 HOST, REPO = "registry.example.org", "models/tiny"
 Answers = Callable[[httpx.Request], httpx.Response]
@@ -213,3 +234,126 @@ def test_no_document_of_a_registry_is_more_than_refused(data: bytes) -> None:
         except EdgeError:
             pass
     sampling_of(data)
+
+
+def ollama(*layers: tuple[str, bytes]) -> bytes:
+    named = [
+        {"mediaType": f"application/vnd.ollama.image.{kind}", "digest": digest_bytes(data), "size": len(data)}
+        for kind, data in layers
+    ]
+    return manifest(artifactType="", layers=named)
+
+
+def having(data: bytes, *others: bytes, attached: bytes = b"", seen: list[str] | None = None) -> Answers:
+    """A registry with a manifest `v1` and blobs or manifests by their digests."""
+    known = {str(digest_bytes(other)): other for other in others} | {"v1": data}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        name = request.url.path.rpartition("/")[2]
+        if seen is not None:
+            seen.append(name)
+        if "/referrers/" in request.url.path and attached:
+            return httpx.Response(200, content=attached, headers={"Content-Type": INDEX_TYPE})
+        if name not in known:
+            return httpx.Response(404)
+        return httpx.Response(200, stream=Bytes(known[name]), headers={"Content-Type": MANIFEST_TYPE})
+
+    return answer
+
+
+def test_a_file_that_is_named_twice_comes_once(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blob_module, "_LOCK_TIMEOUT_S", 0.1)
+    weights, text = sized_gguf(100), b"as you like"
+    document = ollama(("license", text), ("model", weights), ("license", text))
+    model = pull(store, f"oci://{HOST}/{REPO}:v1", network=Fake(answer=having(document, weights, text)))
+    assert [file.size_bytes for file in model.files] == [len(weights), len(text)]
+
+
+def test_a_long_system_prompt_is_refused(store: ModelStore) -> None:
+    weights, text = sized_gguf(100), b"x" * 300_000
+    document = ollama(("model", weights), ("system", text))
+    with pytest.raises(InvalidModelFile, match="300,000 bytes"):
+        pull(store, f"oci://{HOST}/{REPO}:v1", network=Fake(answer=having(document, weights, text)))
+    assert store.list() == []
+
+
+@dataclass
+class Flood(httpx.SyncByteStream):
+    """A body of 64 MiB."""
+
+    sent_bytes: int = 0
+
+    @override
+    def __iter__(self) -> Iterator[bytes]:
+        for _ in range(64):
+            self.sent_bytes += 1 << 20
+            yield bytes(1 << 20)
+
+
+@pytest.mark.parametrize("stated", [{}, {"Content-Length": str(64 << 20)}])
+def test_no_more_of_a_blob_is_taken_than_it_has(store: ModelStore, stated: Mapping[str, str]) -> None:
+    floods: list[Flood] = []
+    weights = sized_gguf(100)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if "/blobs/" not in request.url.path:
+            return having(ollama(("model", weights)))(request)
+        floods.append(Flood())
+        return httpx.Response(200, headers=stated, stream=floods[-1])
+
+    with pytest.raises(SourceUnavailable):
+        pull(store, f"oci://{HOST}/{REPO}:v1", network=Fake(answer=answer))
+    assert sum(flood.sent_bytes for flood in floods) <= http.MAX_TRIES << 20
+    assert len(floods) == (1 if stated else http.MAX_TRIES)
+
+
+class Full(NoSync):
+    """A disk with a little room."""
+
+    @override
+    def free_bytes(self, path: Path) -> int:
+        return RESERVE_BYTES + 1000
+
+
+def test_a_file_without_a_length_looks_for_room_as_it_comes(tmp_path: Path) -> None:
+    flood = Flood()
+    network = Fake(answer=lambda asked: httpx.Response(200, stream=flood if asked.method == "GET" else Bytes(b"")))
+    with pytest.raises(DiskFull):
+        pull(ModelStore(tmp_path / "store", files=Full()), f"https://{HOST}/m.gguf", network=network)
+    assert flood.sent_bytes == 1 << 20
+
+
+def referrer(subject: bytes, kind: str) -> tuple[bytes, dict[str, object]]:
+    about = {"mediaType": MANIFEST_TYPE, "digest": digest_bytes(subject), "size": len(subject)}
+    empty = {"mediaType": "application/vnd.oci.empty.v1+json", "digest": digest_bytes(b"{}"), "size": 2}
+    data = manifest(artifactType=kind, config=empty, layers=[empty], subject=about)
+    return data, {"mediaType": MANIFEST_TYPE, "digest": digest_bytes(data), "size": len(data), "artifactType": kind}
+
+
+def test_before_admission_only_signatures_of_this_very_model_come(store: ModelStore) -> None:
+    mine = manifest()
+    good, bill = referrer(mine, SIGNATURE_TYPE), referrer(mine, "application/vnd.cyclonedx+json")
+    other = referrer(manifest(annotations={"x": "y"}), SIGNATURE_TYPE)
+    index = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": [other[1], bill[1], good[1]]}
+    seen: list[str] = []
+    answer = having(
+        mine, b"{}", good[0], bill[0], other[0], attached=json.dumps(index).encode(), seen=seen
+    )  # fmt: skip
+
+    def admit(digest: object, _: object) -> None:
+        assert [found.digest for found in store.referrers(digest_bytes(mine))] == [digest_bytes(good[0])]
+        raise InvalidModelFile(str(digest), "not let in")
+
+    with pytest.raises(InvalidModelFile, match="not let in"):
+        pull(store, f"oci://{HOST}/{REPO}:v1", network=Fake(answer=answer), admit=admit)
+    assert str(digest_bytes(bill[0])) not in seen
+    assert list(store.blobs.digests()) == []
+
+
+def test_a_manifest_that_nobody_could_read_again_gets_no_name(store: ModelStore, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf")
+    details = replace(details_of(read_gguf(path)), system="x" * (5 << 20))
+    with pytest.raises(InvalidModelFile, match="4,194,304 are allowed"):
+        store.add("tiny:v1", [PackageFile(path, "m.gguf")], details)
+    assert store.list() == []
+    assert store.collect().blocked_by == ()

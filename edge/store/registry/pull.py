@@ -7,14 +7,14 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
-from edge.errors import DigestMismatch, InvalidModelFile, InvalidReference, SourceUnavailable
+from edge.errors import DigestMismatch, DiskFull, EdgeError, InvalidModelFile, InvalidReference, SourceUnavailable
 from edge.formats.gguf import read_gguf
 
-from ..blobs import Staged
-from ..delta import DELTA_TYPE, delta_for, rebuilt
+from ..blobs import Partial, Staged
+from ..delta import DELTA_BYTES, DELTA_TYPE, delta_for, rebuilt
 from ..details import Sampling, details_of
 from ..digest import Digest
-from ..manifest import DOC_TYPE, WEIGHT_TYPE, Descriptor, Manifest, ModelRef, Referrer
+from ..manifest import DOC_TYPE, SIGNATURE_TYPE, WEIGHT_TYPE, Descriptor, Manifest, ModelRef, Referrer
 from ..models import ModelStore, PackageFile, StoredModel
 from ..network import Network
 from ..sources import RegistrySource
@@ -23,6 +23,10 @@ from .artifacts import Part, is_model_pack, only_manifest, parts_of, sampling_of
 from .client import Document, RegistryClient, clients_of, first_of
 
 _MAX_TEXT_BYTES = 1 << 20
+_MAX_NOTE_BYTES = 256 << 10
+"""Of a system prompt or a template: it becomes an annotation of the manifest."""
+_MAX_SIGNATURES_BYTES = 8 << 20
+"""Of all signatures together: they are fetched before anybody is let in."""
 _MAX_REFERRER_BYTES = 64 << 20
 """Of the files of one thing that is attached to a model; what is larger is left where it is."""
 log = logging.getLogger("edge.store")
@@ -57,21 +61,22 @@ class _Pull:
     def manifest(self, reference: str) -> Document:
         return first_of(self.clients, lambda client: client.manifest(self.source.repository, reference))
 
-    def text(self, descriptor: Descriptor) -> bytes:
+    def text(self, descriptor: Descriptor, limit: int = _MAX_TEXT_BYTES) -> bytes:
         """A small blob, in memory."""
-        return first_of(
-            self.clients, lambda client: client.blob(self.source.repository, descriptor, limit=_MAX_TEXT_BYTES)
-        )
+        return first_of(self.clients, lambda client: client.blob(self.source.repository, descriptor, limit=limit))
 
     @contextmanager
-    def fetched(self, blob: Descriptor, name: str, check: Check) -> Generator[Staged]:
+    def fetched(
+        self, blob: Descriptor, name: str, check: Check, *, given_up: tuple[type[EdgeError], ...] = ()
+    ) -> Generator[Staged]:
         """A blob as a checked file, for as long as the block runs. What one place began another goes on with; what
-        proved wrong is thrown away."""
+        proved wrong, or failed by one of the errors `given_up`, is thrown away."""
 
         def waiting() -> None:
             self.control.report(0, None, "waiting for another pull of the same file")
 
-        with self.store.blobs.ingest(f"blob {blob.digest}", before_poll=waiting) as partial:
+        key = f"blob {blob.digest}"
+        with self.store.blobs.ingest(key, before_poll=waiting) as partial, _discarded_on(partial, given_up):
             offer = Offer(str(self.source), name, blob.size, blob.digest)
 
             def attempt(client: RegistryClient) -> Staged:
@@ -93,6 +98,15 @@ class _Pull:
                 partial.discard()
                 raise
             partial.discard()
+
+
+@contextmanager
+def _discarded_on(partial: Partial, errors: tuple[type[EdgeError], ...]) -> Generator[None]:
+    try:
+        yield
+    except errors:
+        partial.discard()
+        raise
 
 
 def plan_artifact(store: ModelStore, source: RegistrySource, *, name: str | None, network: Network) -> ArtifactPlan:
@@ -156,13 +170,21 @@ def ref_of(source: RegistrySource, name: str | None) -> ModelRef:
 
 def _adopt(pull: _Pull, document: Document, ref: ModelRef, admit: Admit) -> StoredModel:
     manifest = Manifest.parse(document.data, what=f"The manifest of {pull.source}")
-    with pull.store.lease(document.digest):
+    with ExitStack() as refused, pull.store.lease(document.digest):
         pull.store.keep_manifest(document.data)
         attached = first_of(pull.clients, lambda client: client.referrers(pull.source.repository, document.digest))
+        left_bytes = _MAX_SIGNATURES_BYTES
         for descriptor in attached:
-            if descriptor.artifact_type != DELTA_TYPE:
-                _attach(pull, descriptor)
-        admit(document.digest, ref)  # before the weights: who is not let in costs no gigabytes
+            if descriptor.artifact_type == SIGNATURE_TYPE and left_bytes > 0:
+                left_bytes -= _attach(pull, descriptor, document.digest, left_bytes)
+        try:
+            admit(document.digest, ref)  # before all else: who is not let in costs no gigabytes
+        except EdgeError:
+            refused.callback(pull.store.collect)  # after the lease: what was attached goes again
+            raise
+        for descriptor in attached:
+            if descriptor.artifact_type not in (SIGNATURE_TYPE, DELTA_TYPE):
+                _attach(pull, descriptor, document.digest, _MAX_REFERRER_BYTES)
         _complete(pull, manifest, attached)
         return pull.store.add_manifest(ref, document.data)
 
@@ -186,14 +208,17 @@ def _is_rebuilt(pull: _Pull, blob: Descriptor, delta: Descriptor) -> bool:
     name = blob.filepath or "its weights"
     try:
         (layer,) = Referrer.parse(pull.manifest(delta.digest).data).layers
+        if layer.size >= blob.size or str(layer.size) != delta.annotations.get(DELTA_BYTES):
+            raise InvalidModelFile("The delta", f"it has {layer.size:,} bytes, other than it is said to have")
+        given_up = (DigestMismatch, DiskFull, InvalidModelFile, SourceUnavailable)
         with (
-            pull.fetched(layer, f"what is new in {name}", lambda _file, _name: None) as file,
+            pull.fetched(layer, f"what is new in {name}", lambda _file, _name: None, given_up=given_up) as file,
             rebuilt(file.path, pull.store.blobs, blob, pull.control) as staged,
         ):
             _check(staged, name)
             pull.store.keep(staged)
             return True
-    except (DigestMismatch, InvalidModelFile, SourceUnavailable, ValueError) as e:
+    except (DigestMismatch, DiskFull, InvalidModelFile, SourceUnavailable, ValueError) as e:
         log.warning("%s is fetched whole, its delta is of no use: %s", name, e)
         return False
 
@@ -203,20 +228,28 @@ def _check(staged: Staged, name: str) -> None:
         read_gguf(staged.path, what=name)
 
 
-def _attach(pull: _Pull, descriptor: Descriptor) -> None:
-    """Bring what is attached to a model. What is broken is left out: a policy that wants it then finds it missing."""
+def _attach(pull: _Pull, descriptor: Descriptor, subject: Digest, limit: int) -> int:
+    """Bring what is attached to a model, up to so many bytes, and tell how many they were. What is broken, or about
+    something else, is left out: a policy that wants it then finds it missing."""
+    size_bytes = 0
     try:
         document = pull.manifest(descriptor.digest)
         referrer = Referrer.parse(document.data)
-        if sum(blob.size for blob in referrer.layers) > _MAX_REFERRER_BYTES:
+        size_bytes = len(document.data)
+        if referrer.subject.digest != subject:
+            raise InvalidModelFile("It", f"its subject is {referrer.subject.digest}")
+        needed_bytes = sum(blob.size for blob in (referrer.config, *referrer.layers))
+        if size_bytes + needed_bytes > limit:
             log.warning("%s is left at the registry: it is too large", descriptor.digest)
-            return
+            return size_bytes
+        size_bytes += needed_bytes
         with pull.store.lease(document.digest):
             pull.store.keep_manifest(document.data)
             _complete(pull, referrer)
             pull.store.add_referrer(document.data)
     except (DigestMismatch, InvalidModelFile, SourceUnavailable) as e:
         log.warning("what is attached as %s is left out: %s", descriptor.digest, e.message)
+    return size_bytes
 
 
 def _package(pull: _Pull, document: Document, ref: ModelRef) -> StoredModel:
@@ -224,7 +257,9 @@ def _package(pull: _Pull, document: Document, ref: ModelRef) -> StoredModel:
     parts = parts_of(document, what=str(pull.source))
     stem = pull.source.repository.rpartition("/")[2]
     sampling, system, template = Sampling(), "", ""
+    parts = _once_each(parts)
     with ExitStack() as stack:
+        stack.enter_context(pull.store.lease(*{part.descriptor.digest for part in parts}))
         files: list[PackageFile] = []
         projector: str | None = None
         for part in parts:
@@ -236,15 +271,23 @@ def _package(pull: _Pull, document: Document, ref: ModelRef) -> StoredModel:
                 case "license":
                     files.append(_weights(pull, part, f"LICENSE-{len(files)}" if part.name == "" else part.name, stack))
                 case "template":
-                    template = pull.text(part.descriptor).decode("utf-8", "replace")
+                    template = pull.text(part.descriptor, _MAX_NOTE_BYTES).decode("utf-8", "replace")
                 case "system":
-                    system = pull.text(part.descriptor).decode("utf-8", "replace")
+                    system = pull.text(part.descriptor, _MAX_NOTE_BYTES).decode("utf-8", "replace")
                 case "params":
                     sampling = sampling_of(pull.text(part.descriptor))
         gguf = read_gguf(files[0].path, what=files[0].name)
         source = str(replace(pull.source, digest=document.digest))
         details = details_of(gguf, source=source, sampling=sampling)
         return pull.store.add(ref, files, replace(details, projector=projector, system=system, template=template))
+
+
+def _once_each(parts: Sequence[Part]) -> Sequence[Part]:
+    """Without the files that a manifest names again: one partial serves one of them."""
+    found: dict[tuple[Digest, bool], Part] = {}
+    for part in parts:
+        found.setdefault((part.descriptor.digest, part.role in ("weights", "projector", "license")), part)
+    return [*found.values()]
 
 
 def _weights(pull: _Pull, part: Part, name: str, stack: ExitStack) -> PackageFile:
