@@ -22,7 +22,7 @@ from edge.store.delta import DELTA_TYPE, attach_delta
 from edge.store.details import details_of
 from edge.store.digest import Digest
 from edge.store.fetch import plan, pull
-from edge.store.manifest import MANIFEST_TYPE, ModelRef
+from edge.store.manifest import MANIFEST_TYPE, SIGNATURE_TYPE, ModelRef
 from edge.store.models import ModelStore, PackageFile, StoredModel
 from edge.store.network import Network, parse_mirrors
 from edge.store.registry import client as client_module
@@ -303,12 +303,12 @@ def test_what_is_attached_travels_with_the_model(
     (tmp_path / "bom.json").write_text("{}")
     bom = store.attach(model.digest, "application/vnd.cyclonedx+json", [PackageFile(tmp_path / "bom.json", "bom.json")])
     (tmp_path / "model.sig").write_text("signature")
-    store.attach(model.digest, "application/x.signature", [PackageFile(tmp_path / "model.sig", "model.sig")])
+    store.attach(model.digest, SIGNATURE_TYPE, [PackageFile(tmp_path / "model.sig", "model.sig")])
     assert pushed(store, registry.host).num_attached == 2
     assert pushed(store, registry.host).num_attached == 2
     url = f"http://{registry.host}/v2/{REPO}/manifests/{fallback_tag(model.digest)}"
     listed = json.loads(asked("GET", url, {"Accept": "application/vnd.oci.image.index.v1+json"})[1])
-    kinds = ["application/vnd.cyclonedx+json", "application/x.signature"]
+    kinds = ["application/vnd.cyclonedx+json", SIGNATURE_TYPE]
     assert sorted(entry["artifactType"] for entry in listed["manifests"]) == kinds
 
     seen: list[int] = []
@@ -316,7 +316,8 @@ def test_what_is_attached_travels_with_the_model(
         other, f"oci://{registry.host}/{REPO}:q8",
         admit=lambda digest, _: seen.append(len(other.referrers(digest)) if not other.list() else -1),
     )  # fmt: skip
-    assert seen == [2], "looked at before it is visible"
+    assert seen == [1], "its signature is looked at before it is visible, and before the rest comes"
+    assert len(other.referrers(model.digest)) == 2
     assert bom in other.referrers(model.digest, kinds[0])
     assert_sound(other.root)
 
