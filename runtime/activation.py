@@ -235,7 +235,7 @@ class Activation:
             await asyncio.to_thread(insist, self._store, slot.previous, before, self._settings)
         host = await self._pool.version(slot.previous, before)
         old = self._pool.slots[name]
-        beside = await self._pool.version(old.digest, old.name)
+        beside = await self._beside(name)  # None where its bytes are damaged: that is what one rolls back from
         try:
             with self._spared(host):
                 await self._load(host, old, beside)
@@ -372,7 +372,9 @@ class Activation:
         self._end_trial(attempt, reason, is_sick=True)
 
     def _end_trial(self, attempt: Attempt, reason: str, *, is_sick: bool) -> None:
-        if attempt.old is not None:
+        if attempt.old is None:
+            self._pool.slots.pop(attempt.slot, None)
+        else:
             self._pool.slots[attempt.slot] = attempt.old
         if not attempt.over.done():
             attempt.over.set_result((reason, is_sick))
@@ -522,7 +524,8 @@ class Activation:
             await asyncio.sleep(0.1)
         serving = {(s.digest, s.name) for s in self._pool.slots.values()}
         pins = await asyncio.to_thread(self._store.pins)
-        if host.is_idle and (host.model.digest, host.ref) not in serving and host.ref not in pins:
+        is_wanted = (host.model.digest, host.ref) in serving or host in self._pool.spared or host.ref in pins
+        if host.is_idle and not is_wanted:
             await host.unload()
 
 

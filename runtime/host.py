@@ -716,6 +716,8 @@ class ModelHost:
         self._send(wire.Cancel(request_id))
 
     def _set_held(self, request_id: int, is_held: bool) -> None:
+        if is_held and self._alone is not None and self._alone[0] == request_id:
+            return  # all others wait until it is past the point of the death
         self._last_progress = time.monotonic()  # none was expected while nobody read
         self._send(wire.Hold(request_id, is_held))
 
@@ -783,7 +785,7 @@ class ModelHost:
                 generation.push(piece)
         for failure in step.failures:
             error = error_from_wire(failure, ref=self.ref)
-            if self.probation is not None and type(error) is BackendError and failure.id:
+            if self.probation is not None and failure.code == BackendError.code and failure.id:
                 error = WorkerDied(self.ref, reason=error.message)  # the request may be answered by another
                 self.probation(error)
             if failure.id == 0:

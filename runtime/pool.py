@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from edge.config import Settings
-from edge.errors import DoesNotFit, EdgeError, ModelLoading, ModelNotFound, Quarantined, ServerStopping
+from edge.errors import DoesNotFit, EdgeError, ModelLoading, Quarantined, ServerStopping, StoreError
 from edge.store.digest import Digest
 from edge.store.drafts import DraftChoice, draft_for
 from edge.store.models import ModelStore, StoredModel
@@ -136,7 +136,10 @@ class Pool:
         name = str(model.ref)
         host = self._hosts.get(name)
         if host is None or (host.model.digest != model.digest and host.state in ("unloaded", "failed")):
-            host = self._make(name, model)
+            # A slot may have this version already, and need the other one again.
+            if host is not None:
+                self._hosts.setdefault(f"{name}@{host.model.digest}", host)
+            host = self._host_with(model.digest, f"{name}@{model.digest}") or self._make(name, model)
         if len(self._known) < MAX_KNOWN_NAMES:
             self._known[ref] = (version, host)
         return host
@@ -152,8 +155,8 @@ class Pool:
             return host
         try:
             named = await self.host(name)
-        except ModelNotFound:
-            named = None
+        except EdgeError:
+            named = None  # it leads nowhere, or to what does not serve: that says nothing of this version
         if named is not None and named.model.digest == digest:
             return named
         model = await asyncio.to_thread(self._store.version, digest, name)
@@ -314,6 +317,12 @@ class Pool:
         self._crowded_until_s.pop(ref, None)
         host = self._hosts.get(ref)
         in_slots = {serving.digest for serving in self.slots.values()}
+        try:
+            slots = await asyncio.to_thread(self._store.slots)
+        except StoreError as e:
+            log.warning("%s stays in memory: %s", ref, e)  # what slots have is not known
+            return
+        in_slots |= {digest for slot in slots.values() for digest in slot.digests()}
         if host is not None and host not in self.spared and host.model.digest not in in_slots:
             del self._hosts[ref]
             await host.unload()

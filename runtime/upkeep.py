@@ -106,15 +106,17 @@ class Upkeep:
             return
         await asyncio.sleep(START_S)
         await self._calm(CALM_S)
-        await self._found(await self._threads.run(lambda: list(self._scrubber.sample(SAMPLED_PIECES))))
+        await self._check(lambda: list(self._scrubber.sample(SAMPLED_PIECES)))
         while True:
             await self._turn()
-            try:
-                flaw = await self._threads.run(self._scrubber.step)
-            except EdgeError as e:
-                log.warning("the store is not checked: %s", e)
-            else:
-                await self._found([flaw] if flaw is not None else [])
+            await self._check(lambda: [flaw] if (flaw := self._scrubber.step()) is not None else [])
+
+    async def _check(self, read: Callable[[], list[Flaw]]) -> None:
+        """Read something again and see to what is wrong with it; an error ends this time only."""
+        try:
+            await self._found(await self._threads.run(read))
+        except EdgeError as e:
+            log.warning("the store is not checked: %s", e)
 
     async def _turn(self) -> None:
         """Wait until a piece is due; then for a moment without requests, but for no longer than that once more."""

@@ -221,6 +221,11 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
         return False
 
 
+def key_of(digest: Digest) -> str:
+    """Of a blob's partial. Where the bytes come from does not matter: what one source began another one can end."""
+    return f"blob {digest}"
+
+
 class BlobStore:
     """The blobs of one layout directory. Safe to use from any number of threads and processes."""
 
@@ -322,6 +327,10 @@ class BlobStore:
         """
         self.files.make_dir(self.ingest_dir)
         return Partial(self.partial_path(key), self.files, self._lists, self.room, before_poll=before_poll)
+
+    def left_bytes(self, digest: Digest, size_bytes: int) -> int:
+        """What is still to come of a blob of this size, a part of which may have been fetched."""
+        return max(0, size_bytes - size_of(self.partial_path(key_of(digest))))
 
     def partial_path(self, key: str) -> Path:
         """Where the partial for `key` is, or would be."""

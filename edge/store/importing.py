@@ -19,12 +19,11 @@ from edge.errors import (
     StoreError,
 )
 
-from .blobs import Partial, Staged
+from .blobs import Partial, Staged, key_of
 from .bundle import Attached, Bundle, BundledModel
 from .digest import Digest
 from .manifest import Descriptor, ModelRef
 from .models import ModelStore, StoredModel
-from .room import size_of
 from .transfer import Progress, free_bytes, require_room
 
 Admit = Callable[[ModelStore, Digest, ModelRef], object]
@@ -79,7 +78,7 @@ def plan_import(
         raise InvalidReference(f"{len(chosen)} models cannot all be named '{rename}'.", hint="Name one of them.")
     models = [_planned(store, bundle, model, _name_of(bundle, model, rename)) for model in chosen]
     missing = {blob.digest: blob for planned in models for blob in planned.missing}
-    copied_bytes = sum(_left_bytes(store, blob) for blob in missing.values())
+    copied_bytes = sum(store.blobs.left_bytes(blob.digest, blob.size) for blob in missing.values())
     return ImportPlan(models, copied_bytes, free_bytes(store.blobs))
 
 
@@ -110,15 +109,6 @@ def _planned(store: ModelStore, bundle: Bundle, model: BundledModel, ref: ModelR
     missing = list({blob.digest: blob for blob in needs}.values())
     bundle.check_has(missing)
     return PlannedModel(ref, model, missing, _digest_of(store, ref))
-
-
-def _key(blob: Descriptor) -> str:
-    """Of the partial. Where the bytes come from does not matter: what one source began another one can end."""
-    return f"blob {blob.digest}"
-
-
-def _left_bytes(store: ModelStore, blob: Descriptor) -> int:
-    return max(0, blob.size - size_of(store.blobs.partial_path(_key(blob))))
 
 
 def _digest_of(store: ModelStore, ref: ModelRef) -> Digest | None:
@@ -220,7 +210,7 @@ class _Copy:
             self._progress(Progress(done_bytes + blob_bytes, total_bytes, what))
 
         for blob in needed.values():
-            with self._store.blobs.ingest(_key(blob)) as partial:
+            with self._store.blobs.ingest(key_of(blob.digest)) as partial:
                 self._one(blob, partial, report)
             done_bytes += blob.size
 

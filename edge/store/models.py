@@ -156,10 +156,13 @@ class ModelStore:
             InvalidModelFile: Its manifest is damaged.
             StoreError: It, or one of its files, is missing or of the wrong size.
         """
+        return self._open(ModelRef.parse(name), self._version_entry(digest))
+
+    def _version_entry(self, digest: Digest) -> Descriptor:
         path = self.blobs.path(digest)
         with translated(path, "Looking at"):
             size_bytes = path.stat().st_size
-        return self._open(ModelRef.parse(name), Descriptor(media_type=MANIFEST_TYPE, digest=digest, size=size_bytes))
+        return Descriptor(media_type=MANIFEST_TYPE, digest=digest, size=size_bytes)
 
     def refs(self) -> Sequence[ModelRef]:
         """Every name there is, of whole models and damaged ones."""
@@ -708,6 +711,14 @@ class ModelStore:
         """
         entries = self._entries()
         return self._parts(entries[self._resolve(ref, entries)])
+
+    def parts_of_version(self, digest: Digest) -> Sequence[tuple[str, Descriptor]]:
+        """The same of one version, by the digest of its manifest.
+
+        Raises:
+            StoreError: It is not here.
+        """
+        return self._parts(self._version_entry(digest))
 
     def _parts(self, entry: Descriptor) -> Sequence[tuple[str, Descriptor]]:
         found = [("manifest", entry)]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
@@ -212,13 +214,24 @@ class Scrubber:
         self._num_unsaved = 0
 
 
+def _packages(store: ModelStore) -> Iterator[tuple[str, Sequence[tuple[str, Descriptor]]]]:
+    """Every model, and every version that only a slot has, with the blobs that it needs under their names in it."""
+    named = [(str(ref), partial(store.parts, ref)) for ref in store.refs()]
+    kept = [
+        (slot.names.get(digest, name), partial(store.parts_of_version, digest))
+        for name, slot in store.slots().items()
+        for digest in slot.digests()
+    ]
+    for name, parts in (*named, *kept):
+        try:
+            yield name, parts()
+        except (InvalidModelFile, StoreError) as e:
+            log.debug("%s: %s", name, e)  # it was removed meanwhile, or is among the damaged ones anyhow
+
+
 def parts_of_all(store: ModelStore) -> Iterator[tuple[str, Descriptor]]:
     """Every blob that the store's models need, each under its name in its package."""
-    for ref in store.refs():
-        try:
-            yield from store.parts(ref)
-        except (InvalidModelFile, StoreError) as e:
-            log.debug("%s: %s", ref, e)  # it was removed meanwhile, or is among the damaged ones anyhow
+    return itertools.chain.from_iterable(parts for _, parts in _packages(store))
 
 
 def part_with(store: ModelStore, digest: Digest) -> Descriptor | None:
@@ -228,11 +241,5 @@ def part_with(store: ModelStore, digest: Digest) -> Descriptor | None:
 
 def names_with(store: ModelStore, digest: Digest) -> Sequence[str]:
     """The models that have a blob."""
-    found: list[str] = []
-    for ref in store.refs():
-        try:
-            if any(part.digest == digest for _, part in store.parts(ref)):
-                found.append(str(ref))
-        except (InvalidModelFile, StoreError):
-            continue
-    return found
+    found = (name for name, parts in _packages(store) if any(part.digest == digest for _, part in parts))
+    return list(dict.fromkeys(found))

@@ -30,7 +30,8 @@ from edge.store.models import ModelStore, StoredModel
 from edge.store.network import Network
 from edge.store.repair import LayoutSource, MemorySource, Source, repair
 from edge.store.repair_sources import named_source, sources_for
-from edge.store.scrub import Flaw, Piece, Scrubber, check, flaws_of, part_with, pieces_of
+from edge.store.scrub import Flaw, Piece, Scrubber, check, flaws_of, names_with, part_with, pieces_of
+from edge.store.slots import Slot
 from edge.store.transfer import Control
 from tests.edge.file_server import ServedFile, serve
 from tests.edge.power_cut import Disk, RecordingFileOps, cuts, restore
@@ -293,6 +294,15 @@ def test_a_model_that_was_removed_meanwhile_is_no_damage(store: ModelStore, mode
     assert [scrubber.step() for _ in range(scrubber.num_pieces - 1)] == [None] * (scrubber.num_pieces - 1)
     assert not store.quarantined()
     assert scrubber.step() is None
+
+
+def test_a_version_that_only_a_slot_has_is_read_too(store: ModelStore, model: StoredModel) -> None:
+    store.write_slots(lambda _: {"chat": Slot(current=model.digest, names={model.digest: str(model.ref)})})
+    store.remove(model.ref)
+    assert weights_of(store, model).digest == model.files[0].digest
+    assert names_with(store, model.files[0].digest) == [str(model.ref)]
+    flip(store.blobs.path(model.files[0].digest), 100)
+    assert [flaw.piece.blob for flaw in Scrubber(store).sample(10_000)] == [model.files[0].digest]
 
 
 def test_a_lost_list_of_chunks_is_made_again(store: ModelStore, model: StoredModel) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from edge.errors import DigestMismatch, DiskFull, EdgeError, InvalidModelFile, InvalidReference, SourceUnavailable
 from edge.formats.gguf import read_gguf
 
-from ..blobs import Partial, Staged
+from ..blobs import Partial, Staged, key_of
 from ..delta import DELTA_BYTES, DELTA_TYPE, delta_for, rebuilt
 from ..details import Sampling, details_of
 from ..digest import Digest
@@ -75,8 +75,10 @@ class _Pull:
         def waiting() -> None:
             self.control.report(0, None, "waiting for another pull of the same file")
 
-        key = f"blob {blob.digest}"
-        with self.store.blobs.ingest(key, before_poll=waiting) as partial, _discarded_on(partial, given_up):
+        with (
+            self.store.blobs.ingest(key_of(blob.digest), before_poll=waiting) as partial,
+            _discarded_on(partial, given_up),
+        ):
             offer = Offer(str(self.source), name, blob.size, blob.digest)
 
             def attempt(client: RegistryClient) -> Staged:
@@ -194,7 +196,7 @@ def _complete(pull: _Pull, manifest: Manifest | Referrer, attached: Sequence[Des
     delta makes of other blobs here is not fetched."""
     blobs = {blob.digest: blob for blob in (manifest.config, *manifest.layers)}
     missing = [blob for blob in blobs.values() if not pull.store.has_sound(blob.digest)]
-    require_room(pull.store.blobs, sum(blob.size for blob in missing))
+    require_room(pull.store.blobs, sum(pull.store.blobs.left_bytes(blob.digest, blob.size) for blob in missing))
     for blob in missing:
         delta = delta_for(blob, attached, pull.store.blobs)
         if delta is not None and _is_rebuilt(pull, blob, delta):
