@@ -46,7 +46,10 @@ ALONE_S = READY_WAIT_S / 2
 """The same while nobody serves: requests wait no longer than `READY_WAIT_S`."""
 RETRY_S = 30.0
 """After which a verdict is written again that the disk did not take."""
+CHANGING_S = 0.5
+"""How often a trial whose time is over looks whether somebody still changes its slot."""
 ASKED = "it was asked for"
+UNWRITTEN = "what came of its trial could not be written"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,31}")
 
 Phase = Literal["checking", "trial"]
@@ -144,15 +147,16 @@ class Activation:
     async def _resume(self, name: str) -> None:
         trial = self._slots[name].trial
         assert trial is not None
-        try:
-            host = await self._pool.version(trial.candidate, self._slots[name].names.get(trial.candidate, name))
-            beside = await self._beside(name)
-            await self._change(name, decide.started)
-        except EdgeError as e:
-            reason = e.message
-            await self._write_verdict(name, lambda slot: decide.reverted(slot, reason, now_s=time.time()))
-            return
-        self._begin(name, host, beside, trial_s=trial.trial_s, served_s=trial.served_s, within_s=None)
+        with self._alone(name):
+            try:
+                host = await self._pool.version(trial.candidate, self._slots[name].names.get(trial.candidate, name))
+                beside = await self._beside(name)
+                await self._change(name, decide.started)
+            except EdgeError as e:
+                reason = e.message
+                await self._write_verdict(name, lambda slot: decide.reverted(slot, reason, now_s=time.time()))
+                return
+            self._begin(name, host, beside, trial_s=trial.trial_s, served_s=trial.served_s, within_s=None)
 
     async def activate(
         self, name: str, ref: str, *, trial_s: float = TRIAL_S, within_s: float | None = None, force: bool = False
@@ -185,6 +189,7 @@ class Activation:
             host = await self._pool.version(model.digest, str(model.ref))
             beside = await self._beside(name)
             _check_kind(name, model, beside)
+            self._check_untried(host)
             if force:  # before it is loaded, which asks again
                 await asyncio.to_thread(insist, self._store, model.digest, model.ref, self._settings)
             await self._change(name, partial(_begun, model=model, trial_s=trial_s))
@@ -222,6 +227,8 @@ class Activation:
         with self._alone(name):
             if name in self._attempts:
                 await self._withdraw(name, ASKED)
+            elif self._slot(name).trial is not None:  # nobody tries it any more: the disk did not take its verdict
+                await self._change(name, lambda slot: decide.reverted(slot, UNWRITTEN, now_s=time.time()))
             else:
                 await self._swap(name, force=force)
 
@@ -270,8 +277,14 @@ class Activation:
         for name, attempt in attempts.items():
             attempt.host.probation = None
             attempt.tell(ServerStopping("The appliance is shutting down."))
+            change = partial(decide.paused, served_s=attempt.total_s())
+            if attempt.over.done():
+                reason, is_sick = attempt.over.result()
+                change = partial(_gone, attempt, reason, was_asked=not is_sick)
             with contextlib.suppress(StoreError):
-                await self._change(name, partial(decide.paused, served_s=attempt.total_s()))
+                await self._change(name, change)
+            if attempt.old is not None:
+                attempt.old.is_open.set()  # who waits there is told that the appliance stops
 
     # ------------------------------------------------------------------ one attempt
 
@@ -386,9 +399,12 @@ class Activation:
             attempt.tell()
         while not attempt.over.done():
             await asyncio.wait({attempt.over}, timeout=max(0.0, left_s))
-            if attempt.over.done() or await self._confirm(attempt):
+            if attempt.slot in self._changing:
+                left_s = CHANGING_S  # somebody is about to end it: it must not be confirmed meanwhile
+            elif attempt.over.done() or await self._confirm(attempt):
                 break
-            left_s = RETRY_S
+            else:
+                left_s = RETRY_S
         attempt.host.probation = None
         if attempt.over.done():
             await self._revert(attempt, *attempt.over.result())
@@ -412,16 +428,15 @@ class Activation:
             await self._reload(attempt)
         elif not attempt.was_loaded:
             self._retire(attempt.host)
-        now_s = time.time()
-        await self._write_verdict(
-            attempt.slot, lambda slot: decide.reverted(slot, reason, now_s=now_s, was_asked=not is_sick)
-        )
+        await self._write_verdict(attempt.slot, partial(_gone, attempt, reason, was_asked=not is_sick))
 
     async def _refuse(self, attempt: Attempt, error: Exception) -> None:
         """It does not get in: what served before serves."""
         host, name = attempt.host, attempt.slot
         reason = _reason(error)
         log.error("%s does not get into the slot %s: %s", host.ref, name, reason)
+        if not attempt.over.done():
+            attempt.over.set_result((reason, True))
         host.probation = None
         if not attempt.was_loaded:
             await host.unload(sick=WorkerDied(host.ref, reason=reason))
@@ -469,6 +484,12 @@ class Activation:
     def _check_known(self, name: str) -> None:
         if name not in self._slots:
             raise SlotNotFound(name, known=sorted(self._slots))
+
+    def _check_untried(self, host: ModelHost) -> None:
+        for other in self._attempts.values():
+            if other.host is host:
+                message = f"'{host.ref}' is on trial in the slot '{other.slot}'."
+                raise SlotBusy(message, hint="Wait until it is confirmed there: edge slots.")
 
     @contextlib.contextmanager
     def _alone(self, name: str) -> Generator[None]:
@@ -545,4 +566,12 @@ def _reason(error: Exception) -> str:
 
 
 def _begun(slot: Slot, *, model: StoredModel, trial_s: float) -> Slot:
+    slot = decide.reverted(slot, UNWRITTEN, now_s=time.time())  # nobody tries what is still there
     return decide.begun(slot, model.digest, str(model.ref), trial_s=trial_s)
+
+
+def _gone(attempt: Attempt, reason: str, slot: Slot, *, was_asked: bool) -> Slot:
+    """The slot without the version on trial; also where that was confirmed in the moment in which it failed."""
+    if slot.trial is None and slot.previous is not None and slot.current == attempt.host.model.digest:
+        return decide.swapped(slot, reason, now_s=time.time())
+    return decide.reverted(slot, reason, now_s=time.time(), was_asked=was_asked)
