@@ -297,11 +297,12 @@ class _Reader:
         return self.array(naming) if code == _ARRAY else self.scalar(code, naming)
 
 
-def read_gguf(path: Path, *, what: str | None = None) -> GgufFile:
+def read_gguf(path: Path, *, what: str | None = None, is_part: bool = False) -> GgufFile:
     """Read and check a file's header, and that its tensors fill the file. Tensor bytes are not read.
 
     Args:
         what: What to call the file in an error; its name by default.
+        is_part: It is a part after the first of a model in several files, which says nothing of the model.
 
     Raises:
         InvalidModelFile: The file is missing, cut short, damaged, or no GGUF; the error has the reason.
@@ -309,15 +310,18 @@ def read_gguf(path: Path, *, what: str | None = None) -> GgufFile:
     what = what or path.name
     try:
         with path.open("rb", buffering=1 << 20) as file:
-            return _read(_Reader(file, what), path)
+            return _read(_Reader(file, what), path, is_part=is_part)
     except OSError as e:
         raise InvalidModelFile(what, f"it cannot be read ({e.strerror or e})") from e
 
 
-def _read(reader: _Reader, path: Path) -> GgufFile:
+def _read(reader: _Reader, path: Path, *, is_part: bool) -> GgufFile:
     version, num_tensors, num_keys = _read_preamble(reader)
     metadata = _read_metadata(reader, num_keys)
-    _check_metadata(reader, metadata)
+    if not is_part:
+        _check_metadata(reader, metadata)
+    elif any(not key.startswith("split.") for key in metadata):
+        raise reader.fail("a part after the first says more than its place among the parts")
     alignment = _alignment(reader, metadata)
     infos = [_read_tensor_info(reader, index) for index in range(num_tensors)]
     data_offset = _padded(reader.offset, alignment) if infos else reader.offset

@@ -7,6 +7,7 @@ loaded are refused; chat templates render a conversation in a process that gets 
 from __future__ import annotations
 
 import pickletools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -52,6 +53,10 @@ class Part:
     @property
     def suffix(self) -> str:
         return PurePosixPath(self.name).suffix.lower()
+
+
+_SPLIT_NAME = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
+"""How llama.cpp names the files of a model in several (gguf-split)."""
 
 
 class _NamedTemplate(msgspec.Struct):
@@ -127,7 +132,8 @@ def _scanned(part: Part, *, is_read_raw: bool) -> list[str]:
 
 
 def _gguf(part: Part) -> list[str]:
-    file = read_gguf(part.path, what=part.what)
+    numbered = _SPLIT_NAME.search(part.name)
+    file = read_gguf(part.path, what=part.what, is_part=numbered is not None and int(numbered[1]) > 1)
     if is_adapter(file):
         check_finite(read_lora(file, what=part.what), what=part.what)
     template = file.text("tokenizer.chat_template") or ""

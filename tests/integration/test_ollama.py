@@ -506,7 +506,7 @@ CASES: list[tuple[str, str, Any, int, str]] = [
     (PULL, "another scheme", {"model": "ftp://host/x.gguf"}, 400, "ftp"),
     (PULL, "a hub's tag", {"model": "hf.co/owner/repo:Q4_K_M"}, 400, "FILE.gguf"),
     (PULL, "a long name", {"model": "x" * 5000}, 400, "model"),
-    ("/api/push", "anything", {"model": DEFAULT_MODEL}, 501, "not supported"),
+    ("/api/push", "anything", {"model": DEFAULT_MODEL}, 501, "edge push"),
     (CREATE, "of nothing", {"model": "new"}, 400, "from"),
     (CREATE, "of two", making(files={"a.gguf": NO_DIGEST}), 400, "from"),
     (CREATE, "of an unknown model", making(**{"from": "nope"}), 404, "not found"),

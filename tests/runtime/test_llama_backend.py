@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +20,14 @@ from runtime.sequence import Sequence
 from tests.support import DEFAULT_MODEL, SEED
 
 
+def opened() -> LlamaBackend:
+    # Cells of more than 32 MiB, which glibc maps by themselves in a process of any age (M_MMAP_THRESHOLD, mallopt(3)).
+    return LlamaBackend(ModelStore(SEED).get(DEFAULT_MODEL).weights, LlamaOptions(1, 4, 256, 2048, 4 << 30))
+
+
 @pytest.fixture(scope="module")
 def backend() -> Iterator[LlamaBackend]:
-    # Cells of more than 32 MiB, which glibc maps by themselves in a process of any age (M_MMAP_THRESHOLD, mallopt(3)).
-    made = LlamaBackend(ModelStore(SEED).get(DEFAULT_MODEL).weights, LlamaOptions(1, 4, 256, 2048, 4 << 30))
+    made = opened()
     yield made
     made.close()
 
@@ -48,7 +55,7 @@ def test_what_is_short_together_is_one_call() -> None:
     assert by_shape(answers) == [answers]
 
 
-def test_an_emptied_cache_gives_its_memory_back(backend: LlamaBackend) -> None:
+def check_an_emptied_cache(backend: LlamaBackend) -> None:
     text = list(range(100, 300))
     backend.clear()
     whole = backend.promised_bytes()
@@ -60,7 +67,7 @@ def test_an_emptied_cache_gives_its_memory_back(backend: LlamaBackend) -> None:
     assert (backend.decode(Batch((), (chunk(0, 0, text),))) == before).all()
 
 
-def test_what_a_draft_model_will_take_is_promised_too(backend: LlamaBackend) -> None:
+def check_a_draft_model(backend: LlamaBackend) -> None:
     backend.clear()
     own = backend.promised_bytes()
     drafter = open_drafter(ModelStore(SEED).get(DEFAULT_MODEL).weights, backend, threads=1, available_bytes=4 << 30)
@@ -69,6 +76,22 @@ def test_what_a_draft_model_will_take_is_promised_too(backend: LlamaBackend) -> 
     finally:
         drafter.close()
     assert backend.promised_bytes() == own
+
+
+@pytest.mark.parametrize("check", ["check_an_emptied_cache", "check_a_draft_model"])
+def test_memory_is_given_back_and_promised(check: str) -> None:
+    """In a process of its own, as a worker is: in one that had many mappings the kernel joins the cells to others."""
+    module = "tests.runtime.test_llama_backend"
+    code = f"import {module} as t\nbackend = t.opened()\nt.{check}(backend)\nbackend.close()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_scores_are_in_the_order_of_the_chunks(backend: LlamaBackend) -> None:
